@@ -1,0 +1,57 @@
+# rsstudy. `make study` and `make test` work from a fresh clone: they set up the environment first and use it again afterwards.
+#
+#   make study                        all seven notebooks on the built-in world, then the final table
+#   make study PROFILE=riscm-nano ARGS="--data ../riscm --set epochs=2"
+#   make test                         nbdev_test on every notebook, then pytest
+#   make env                          only the environment
+#   make docs                         the site, in docs/_build/html
+#
+# PYTHON=python3.12   the interpreter that makes the environment (3.11, 3.12 or 3.13)
+# VENV=$VIRTUAL_ENV   an environment of your own instead of .venv; what is missing in it is installed
+
+PYTHON  ?= python3
+VENV    ?= .venv
+PROFILE ?= nano
+ARGS    ?=
+WORKERS ?= 2
+
+SHELL := /bin/bash
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INPUT := pyproject.toml constraints.txt
+
+.PHONY: study test env docs help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '3,10s/^# \{0,1\}//p' Makefile
+
+study: $(STAMP)
+	@$(BIN)/rsstudy run --profile $(PROFILE) $(ARGS)
+
+# Two notebooks at a time on two cores: one thread each, or they fight over the cores. pytest has both cores to itself.
+test: $(STAMP)
+	@echo "== 1/2 nbdev_test: every notebook"
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/nbdev_test --n-workers $(WORKERS) --do-print --timing
+	@echo "== 2/2 pytest"
+	@TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests
+
+env: $(STAMP)
+
+# The stamp holds a checksum of its inputs, so a checkout that only touches their dates installs nothing.
+$(STAMP): $(INPUT)
+	@if [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(cat $(INPUT) | cksum)" ]; then touch $(STAMP); exit 0; fi; \
+	set -e; \
+	python="$(BIN)/python"; "$$python" -m pip --version >/dev/null 2>&1 || python="$(PYTHON)"; \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
+	  echo "rsstudy needs Python 3.11, 3.12 or 3.13, and $$python is $$("$$python" --version 2>&1 | head -1): name another one with PYTHON=, as in make study PYTHON=python3.12" >&2; exit 1; }; \
+	if [ "$$python" = "$(PYTHON)" ]; then \
+	  echo "== environment: $(VENV), from $$("$$python" --version 2>&1)"; "$$python" -m venv $(if $(filter .venv,$(VENV)),--clear) "$(VENV)"; fi; \
+	echo "== packages: a few minutes, once"; \
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	"$(BIN)/python" -m rsstudy.meteor || echo "WordNet could not be set up: METEOR will match stems only, and each result will say so"; \
+	cat $(INPUT) | cksum > $(STAMP)
+
+docs: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@$(BIN)/python docs/build.py

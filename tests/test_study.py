@@ -1,0 +1,120 @@
+"""The runner: killed and resumed, one run at a time, failures told, copies fit to commit."""
+import os, signal, time
+
+import nbformat
+import pytest
+from toys import alive, journal, project, rsstudy, start, wait_for
+
+ONE = 'journal("one"); write("01_one", 1)'
+# the second notebook writes its result, then waits for a file that lets it end: the moment at which a test stops the run
+TWO = '''import os, time
+from pathlib import Path
+journal(f"two:{os.getpid()}"); write("02_two", read("01_one") + 1)
+while not Path("go").exists(): time.sleep(0.05)
+'''
+THREE = 'journal("three"); write("03_three", read("02_two") + 1)'
+
+
+def in_the_middle(folder):
+    """A run of the toy study that is inside its second notebook; with the process number of that notebook's kernel."""
+    project(folder, one=ONE, two=TWO, three=THREE)
+    run = start(folder, 'run')
+    wait_for(lambda: len(journal(folder)) == 2)
+    return run, int(journal(folder)[1].split(':')[1])
+
+
+@pytest.mark.parametrize('kind', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed(tmp_path, kind):
+    """Stopped in the second notebook by any means, the next call does not repeat the first and finishes the rest."""
+    run, kernel = in_the_middle(tmp_path)
+    run.send_signal(kind)
+    _, said = run.communicate(timeout=30)
+    assert run.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 130)
+    if kind != signal.SIGKILL: assert 'rsstudy: stopped' in said and 'Traceback' not in said, said
+    wait_for(lambda: not alive(kernel), 15) # the kernel does not outlive its run
+    assert not (tmp_path/'results/nano/02_two.ipynb').exists()
+    (tmp_path/'go').touch()
+    again = rsstudy(tmp_path, 'run')
+    assert again.returncode == 0, again.stderr
+    assert '[1/3] 01_one: done before' in again.stderr
+    assert [word.split(':')[0] for word in journal(tmp_path)] == ['one', 'two', 'two', 'three']
+    assert (tmp_path/'results/nano/03_three.json').read_text() == '3'
+    assert sorted(f.name for f in (tmp_path/'results/nano').glob('*.ipynb')) == ['01_one.ipynb', '02_two.ipynb', '03_three.ipynb']
+
+
+def test_second_run_refuses(tmp_path):
+    """Two runs on one results folder: the second says so and touches nothing; the lock of a killed run does not count."""
+    run, _ = in_the_middle(tmp_path)
+    try:
+        second = rsstudy(tmp_path, 'run')
+        assert second.returncode == 2 and f'in use by another run (process {run.pid})' in second.stderr, second.stderr
+        assert second.stderr.count('\n') == 1
+    finally:
+        run.kill()
+        run.communicate()
+    (tmp_path/'go').touch()
+    assert rsstudy(tmp_path, 'run', '--only', '01_one').returncode == 0
+
+
+def test_done_before_and_stale(tmp_path):
+    """Nothing is run twice without reason; a changed setting, notebook or result is a reason."""
+    (tmp_path/'go').touch()
+    project(tmp_path, one=ONE, two=TWO.replace(':{os.getpid()}', ''), three=THREE)
+    ran = lambda *words: (rsstudy(tmp_path, 'run', *words).check_returncode(), journal(tmp_path))[1]
+    assert ran() == ['one', 'two', 'three']
+    assert ran() == ['one', 'two', 'three']
+    (tmp_path/'results/nano/03_three.json').unlink()
+    assert ran()[3:] == ['three']
+    assert ran('--only', '02_two', '--force')[4:] == ['two']
+    assert ran('--set', 'rank=4')[5:] == ['one', 'two', 'three']
+    project(tmp_path, one=ONE, two=TWO.replace('"two:{os.getpid()}"', '"two"'), three=THREE + ' # changed')
+    assert ran('--set', 'rank=4')[8:] == ['two', 'three']
+
+
+def test_old_figures_go(tmp_path):
+    """A figure that a notebook does not draw any more is removed when it has run; the figures of others stay."""
+    project(tmp_path, one='for f in ("a", "b"): (P.results_dir/f"01_one_{f}.png").write_text(f)')
+    rsstudy(tmp_path, 'run').check_returncode()
+    (tmp_path/'results/nano/02_two_c.png').write_text('c')
+    for file in (tmp_path/'results/nano').glob('*.png'): os.utime(file, (time.time() - 60,)*2)
+    project(tmp_path, one='(P.results_dir/"01_one_a.png").write_text("a")')
+    rsstudy(tmp_path, 'run').check_returncode()
+    assert sorted(f.name for f in (tmp_path/'results/nano').glob('*.png')) == ['01_one_a.png', '02_two_c.png']
+
+
+def test_failure(tmp_path):
+    """A failing cell: exit 1, notebook, cell and reason in one line, the partial notebook kept, the first notebook not repeated."""
+    project(tmp_path, one=ONE, two='journal("two"); raise ValueError("images are too few\\nonly 3 are left")')
+    run = rsstudy(tmp_path, 'run')
+    assert run.returncode == 1 and 'Traceback' not in run.stderr
+    assert '02_two: cell 3 failed: ValueError: only 3 are left' in run.stderr
+    partial = tmp_path/'runs/nano/failed/02_two.ipynb'
+    assert str(partial) in run.stderr
+    assert any(o.output_type == 'error' for c in nbformat.read(partial, 4).cells if c.cell_type == 'code' for o in c.outputs)
+    assert not (tmp_path/'results/nano/02_two.ipynb').exists()
+    rsstudy(tmp_path, 'run')
+    assert journal(tmp_path) == ['one', 'two', 'two']
+
+
+def test_copy_is_slim(tmp_path):
+    """The committed copy has no progress bar, no bare image, no folder of this machine; figures and tables stay."""
+    code = '''import sys, time
+from tqdm import tqdm
+for i in tqdm(range(50), desc="training"): time.sleep(0.01)
+print("results are in", P.results_dir.resolve())
+import matplotlib.pyplot as plt, numpy as np
+from PIL import Image
+plt.plot([1, 2]); plt.show()
+display(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
+'''
+    project(tmp_path, one='%matplotlib inline\n' + code)
+    run = rsstudy(tmp_path, 'run')
+    assert run.returncode == 0, run.stderr
+    assert 'training: 100%' in run.stderr # seen while it ran
+    text = (tmp_path/'results/nano/01_one.ipynb').read_text()
+    assert str(tmp_path) not in text and 'training: ' not in text.replace('desc=\\"training', '')
+    nb = nbformat.reads(text, 4)
+    nbformat.validate(nb)
+    images = [o for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+    assert len(images) == 1 and 'Figure' in images[0].data['text/plain']
+    assert 'results are in ./results/nano' in text or 'results are in results/nano' in text

@@ -1,0 +1,65 @@
+"""Toy studies: a folder that looks like the project to the runner, with trivial notebooks."""
+import os, shutil, subprocess, sys, time
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What a toy notebook starts with: its parameters, its results folder, and a line in a journal that tells what ran and how often.
+HEAD = '''import json
+from rsstudy.settings import notebook_profile
+P = notebook_profile(globals())
+P.results_dir.mkdir(parents=True, exist_ok=True)
+def journal(word):
+    with open(P.work_dir.parent/'journal.txt', 'a') as f: f.write(word + '\\n')
+def write(name, value): (P.results_dir/f'{name}.json').write_text(json.dumps(value))
+def read(name): return json.loads((P.results_dir/f'{name}.json').read_text())
+'''
+
+
+def project(folder, **sources):
+    """A toy project: settings.ini, nbs/NN_name.ipynb for every source, and a journal in runs/."""
+    folder = Path(folder)
+    (folder/'nbs').mkdir(parents=True, exist_ok=True)
+    (folder/'runs').mkdir(exist_ok=True)
+    shutil.copy(ROOT/'settings.ini', folder)
+    for i, (name, code) in enumerate(sources.items()):
+        cells = [new_code_cell('profile = "nano"  # settings.ini section', metadata=dict(tags=['parameters'])), new_code_cell(HEAD), new_code_cell(code)]
+        nbformat.write(new_notebook(cells=cells), folder/'nbs'/f'{i + 1:02d}_{name}.ipynb')
+    return folder
+
+
+def command(*words):
+    """The command line of this very interpreter."""
+    return [sys.executable, '-c', 'import sys; from rsstudy.cli import main; sys.exit(main())', *map(str, words)]
+
+
+def rsstudy(folder, *words):
+    """Runs the command in a folder to its end."""
+    return subprocess.run(command(*words), cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def start(folder, *words):
+    """Starts the command in a folder."""
+    return subprocess.Popen(command(*words), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def journal(folder):
+    file = Path(folder)/'runs'/'journal.txt'
+    return file.read_text().split() if file.is_file() else []
+
+
+def wait_for(condition, seconds=60):
+    """Waits until `condition()` is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f'not within {seconds} s'
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    return not Path(f'/proc/{pid}/stat').is_file() or Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
