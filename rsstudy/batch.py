@@ -134,7 +134,7 @@ def caption_loss(
     losses = F.cross_entropy(target_logits(model, batch), batch['targets'], reduction='none')
     return (losses * batch['weights']).sum(), batch['weights'].sum()
 
-# %% ../nbs/lib/21_batch.ipynb #cell-020
+# %% ../nbs/lib/21_batch.ipynb #cell-021
 def token_counts(
     examples:list[Example],
 ) -> dict[str,int]: # shared, separate

@@ -181,7 +181,7 @@ def cost_figure(
             ax.errorbar(x, score['value'], [[score['value'] - score['low']], [score['high'] - score['value']]], fmt=MARKS[kin], ms=8, capsize=3,
                 color=colors[kin], mfc=colors[kin] if name in METHODS else 'white', label=result['labels'].get(name, name))
         ax.set(xscale='log', xlabel=title)
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if key == 'trainable_parameters' else (1, 2, 5)))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(lambda x, _: short_number(x))
         ax.grid(alpha=.3)

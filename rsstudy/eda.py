@@ -209,7 +209,7 @@ def draw_lengths(
     axes.axvline(here['mean'], color='black', label=f"mean here: {here['mean']:.2f} (std {here['std']:.2f}, {here['min']:g} to {here['max']:g})")
     axes.axvline(paper['mean'], color='#de8f05', ls='--', label=f"mean in the paper: {paper['mean']} (std {paper['std']}, {paper['min']} to {paper['max']:g})")
     axes.set(xlabel='average caption length of an image (words)', ylabel='images')
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1))
     return figure
 
 # %% ../nbs/01_eda.ipynb #cell-043
@@ -228,6 +228,7 @@ def draw_bars(
         left += numbers[:, i]
     axes.set(xlabel=xlabel, ylim=(len(counts) - .4, -.6))
     axes.xaxis.set_major_formatter('{x:,.12g}')
+    axes.margins(x=.02)
     if parts: axes.legend(frameon=False, ncols=len(parts), loc='lower center', bbox_to_anchor=(.5, 1))
     return figure
 

@@ -78,12 +78,12 @@ def meteor(
             scores[i] = max(scores[i], known[words, ref])
     return scores, dict(name=meteor_name(there), wordnet=source)
 
-# %% ../nbs/lib/28_meteor.ipynb #cell-017
+# %% ../nbs/lib/28_meteor.ipynb #cell-018
 def main() -> int: # 0 if WordNet is there, 1 if METEOR will do without
     "Finds or fetches WordNet and prints what was found."
     found = ensure_wordnet()
     print(f'WordNet: {found[1]}, in {found[0]}' if found else 'WordNet: none')
     return 0 if found else 1
 
-# %% ../nbs/lib/28_meteor.ipynb #cell-018
+# %% ../nbs/lib/28_meteor.ipynb #cell-019
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # as a command, not in a notebook

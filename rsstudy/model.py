@@ -10,6 +10,7 @@ __all__ = ['UNUSED', 'NANO', 'PATCH', 'PROJECTIONS', 'DECODER', 'VISION', 'PROJE
 from pathlib import Path
 import torch
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+from .runs import hub_reachable
 from .settings import Profile, load_profile
 
 # %% ../nbs/lib/20_model.ipynb #cell-005
@@ -63,7 +64,7 @@ def build_processor(
     image_processor.image_seq_length = (224 // PATCH) ** 2
     return PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
-# %% ../nbs/lib/20_model.ipynb #cell-013
+# %% ../nbs/lib/20_model.ipynb #cell-014
 def nano_processor() -> PaliGemmaProcessor:
     "The processor shipped with the package."
     return PaliGemmaProcessor.from_pretrained(NANO)
@@ -97,16 +98,17 @@ def load_base(
     """The profile's base model and its processor. Raises `OSError` with what to do where gated weights cannot be had."""
     source = NANO if P.base_model == 'paligemma-nano' else P.base_model
     try:
-        processor = PaliGemmaProcessor.from_pretrained(source)
+        processor = PaliGemmaProcessor.from_pretrained(source, local_files_only=not hub_reachable())
         model = PaliGemmaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, attn_implementation='sdpa', **kwargs)
+            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, attn_implementation='sdpa',
+            local_files_only=not hub_reachable(), **kwargs)
     except (OSError, ValueError) as error: # ValueError: not a name a hub could have
         raise OSError(f"base model '{P.base_model}' cannot be loaded: for PaliGemma accept its licence on the hub and run `hf auth login`; "
             f'paligemma-nano needs neither ({str(error).splitlines()[0]:.200})') from error
     if 'quantization_config' not in kwargs: model = model.to(pick_device())
     return model.eval(), processor
 
-# %% ../nbs/lib/20_model.ipynb #cell-017
+# %% ../nbs/lib/20_model.ipynb #cell-018
 PROJECTIONS = 'q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj' # the seeds' seven, of Gemma's layers
 DECODER = rf'.*language_model\.layers\.\d+\.(self_attn|mlp)\.({PROJECTIONS})'
 VISION = r'.*vision_tower\..*encoder\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))'

@@ -45,6 +45,7 @@ class Profile:
     lr_grid_adapter:tuple[float,...] # Learning rates tried for adapters
     lr_grid_full:tuple[float,...] # Learning rates tried for full fine-tuning
     sweep_epochs:int # Epochs of each run of the sweep
+    sweep_images:int # Training images of each run of the sweep; 0 takes all
     warmup:float # Share of the steps in which the learning rate rises, 0 to 1
     weight_decay:float # AdamW's decoupled weight decay
     clip:float # Largest gradient norm
@@ -129,7 +130,7 @@ def check_values(
         if values[key] not in allowed: raise _wrong(key, values[key], 'one of ' + ', '.join(allowed))
     for key in AT_LEAST_ONE:
         if values[key] < 1: raise _wrong(key, values[key], 'at least 1')
-    for key in ('train_images', 'val_images', 'test_images', 'weight_decay', 'split_seed'):
+    for key in ('train_images', 'val_images', 'test_images', 'sweep_images', 'weight_decay', 'split_seed'):
         if values[key] < 0: raise _wrong(key, values[key], 'zero or more')
     for key in ('warmup', 'lora_dropout'):
         if not 0 <= values[key] < 1: raise _wrong(key, values[key], 'at least 0 and below 1')

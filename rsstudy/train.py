@@ -6,7 +6,7 @@
 __all__ = ['CAUSES', 'TrainingPlan', 'CaptionRows', 'cache_features', 'sees_pixels', 'diagnose', 'Watch', 'CaptionTrainer', 'fit']
 
 # %% ../nbs/lib/40_train.ipynb #cell-002
-import dataclasses, tempfile
+import copy, dataclasses, tempfile
 from collections import Counter
 from dataclasses import dataclass
 import torch
@@ -60,6 +60,14 @@ class CaptionRows(torch.utils.data.Dataset):
     def __getitem__(self, i):
         picture = dict(image=self.images[i]) if self.features is None else dict(features=self.features[i])
         return dict(example=self.examples[i], **picture)
+
+    def first(self,
+        n:int, # Rows wanted; 0 or more than there are takes all
+    ):
+        "The first n rows."
+        part = copy.copy(self)
+        part.examples = self.examples[:n or None]
+        return part
 
     def collate(self, rows): # -> batch for `caption_loss`
         batch = pack([row['example'] for row in rows], self.processor.tokenizer.eos_token_id)

@@ -101,6 +101,7 @@ class StudyData:
     val:object # As train
     test:object # As train
     captions:list[list[str]] # The chosen training captions of each training image
+    digest:str='' # Of the data
     features:dict[str,torch.Tensor]|None=None # split -> (images, N, d), when the base's tower has been run
 
 def study_data(
@@ -108,15 +109,11 @@ def study_data(
     progress:bool=True, # Bars?
 ) -> StudyData:
     "Reads the profile's data and chooses its training captions."
-    from rsstudy.data import load_captions, subset
-    from rsstudy.captions import choose_captions
+    from rsstudy.captions import choose_all
+    from rsstudy.data import load_captions, profile_subset
     data = load_captions(P, progress=progress)
-    splits = {split: subset(data.dataset, split, getattr(P, f'{split}_images'), P.split_seed) for split in ('train', 'val', 'test')}
-    rng = np.random.default_rng(P.split_seed)
-    train = splits['train']
-    chosen = [choose_captions(captions, P.caption_choice, rng=rng, image=train[i]['image'] if P.caption_choice == 'clip' else None)
-        for i, captions in enumerate(train['captions'])]
-    return StudyData(**splits, captions=chosen)
+    splits = {split: profile_subset(data, P, split) for split in ('train', 'val', 'test')}
+    return StudyData(**splits, captions=choose_all(splits['train'], P.caption_choice, seed=P.split_seed, progress=progress), digest=data.digest)
 
 def add_features(
     data:StudyData, # Gets the features
@@ -154,8 +151,8 @@ def score_test(
     from rsstudy.metrics import score_captions
     options = dict(max_new_tokens=P.max_new_tokens, num_beams=P.num_beams, batch_size=P.generate_batch, progress=progress) | kwargs
     predictions = generate_captions(captioner, dataset['image'], **options)
-    scores = score_captions(predictions, dataset['captions'], progress=progress)
-    return dict(predictions=predictions, **scores.to_json())
+    scores = score_captions(predictions, list(dataset['captions']), progress=progress).to_json()
+    return dict(predictions=predictions, scores=scores.pop('corpus'), **scores)
 
 def sweep(
     P:Profile, # Settings
@@ -169,7 +166,9 @@ def sweep(
     tried = []
     for lr in grid:
         captioner = attach(P, method, P.seeds[0])
-        history = fit(captioner, *training_rows(captioner, data), TrainingPlan.of(P, lr=lr, epochs=P.sweep_epochs, seed=P.seeds[0]), progress=progress)
+        train_rows, val_rows = training_rows(captioner, data)
+        plan = TrainingPlan.of(P, lr=lr, epochs=P.sweep_epochs, seed=P.seeds[0])
+        history = fit(captioner, train_rows.first(P.sweep_images), val_rows, plan, progress=progress)
         tried.append(dict(lr=lr, val_loss=history['best_val_loss'], collapse=history['collapse']))
     sound = [t for t in tried if not t['collapse']]
     if not sound: raise ValueError(f"method '{method.name}' collapsed at every learning rate of {grid}: {tried[0]['collapse']}")

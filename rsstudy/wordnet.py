@@ -93,7 +93,7 @@ def ensure_wordnet(
     announce('meteor', "no WordNet and no way to fetch it: METEOR matches words and stems only, under another name")
     return None
 
-# %% ../nbs/lib/27_wordnet.ipynb #cell-017
+# %% ../nbs/lib/27_wordnet.ipynb #cell-018
 def _english_reader(
     path:Path, # Folder or zip, as `find_wordnet` gives it
 ): # nltk's WordNetCorpusReader for English
@@ -107,7 +107,7 @@ def _english_reader(
         warnings.filterwarnings('ignore', message='The multilingual functions are not available')
         return EnglishReader(root, None)
 
-# %% ../nbs/lib/27_wordnet.ipynb #cell-018
+# %% ../nbs/lib/27_wordnet.ipynb #cell-019
 @functools.cache
 def wordnet() -> tuple[object,str]|None: # nltk's WordNet reader, loaded, and its source in a few words; None if there is none
     "The WordNet that METEOR uses in this process. Never uses the network; `ensure_wordnet` does."

@@ -8,6 +8,8 @@ __all__ = ['STOP', 'METRICS', 'explained_words', 'explained_caption', 'all_attri
            'score_table']
 
 # %% ../nbs/06_xai.ipynb #cell-002
+from dataclasses import asdict
+
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -26,19 +28,21 @@ from .settings import Profile, load_profile, notebook_profile
 # %% ../nbs/06_xai.ipynb #cell-007
 STOP = frozenset("""a an the of in on at by to and or but with without is are was were be being has have had there here it its their this that these
 those some many several few lots lot plenty number near next beside besides between among around along over under from into through across which who
-where while as for very so can we see seen look looks like also other each both all one side sides part parts image picture photo""".split())
+where while as for very so can we see seen look looks like also other each both all one side sides part parts image picture photo
+clearly partly located parked surrounded placed built sits stands""".split())
 
 # %% ../nbs/06_xai.ipynb #cell-008
 def explained_words(
     target:CaptionTarget, # The caption
     masks:dict[str, np.ndarray], # Known masks, (H, W) bool, by every word that may name the object; empty where none are known
     n:int=2, # Words wanted
-) -> list[str]: # At most n different words, lower case: those with a mask first, then by position
-    "Content words to explain. A mask of more than half of the image is no object to find."
+    fill:bool=False, # Add content words without a mask when fewer than n have one?
+) -> list[str]: # At most n different words, lower case: those with a mask, else content words, in the caption's order
+    "Words to explain. A mask of more than a quarter of the image is no object to find."
     words = list(dict.fromkeys(w.text.lower() for w in target.words))
     content = [w for w in words if w.isalpha() and w not in STOP] or words
-    known = [w for w in content if w in masks and 0 < masks[w].mean() <= .5]
-    return (known + [w for w in content if w not in known])[:n]
+    known = [w for w in content if w in masks and 0 < masks[w].mean() <= .25]
+    return (known + [w for w in content if w not in known] if fill or not known else known)[:n]
 
 # %% ../nbs/06_xai.ipynb #cell-009
 def explained_caption(
@@ -46,7 +50,7 @@ def explained_caption(
     masks:dict[str, np.ndarray], # As for `explained_words`
 ) -> str: # The first that names an object with a known mask, else the first
     "The reference caption whose words are explained."
-    def names(c): return any(w.strip(".,") in masks and 0 < masks[w.strip(".,")].mean() <= .5 for w in c.lower().split())
+    def names(c): return any(w.strip(".,") in masks and 0 < masks[w.strip(".,")].mean() <= .25 for w in c.lower().split())
     return next((c for c in captions if names(c)), captions[0])
 
 # %% ../nbs/06_xai.ipynb #cell-012
@@ -117,7 +121,7 @@ def explain_images(
     "All maps and scores of one model. An image with an empty map (see `check_heat`) is left out for this model and listed in `records.failed`."
     for i, row in enumerate(images):
         target = caption_target(captioner.processor, row["image"], captioner.prompt, row["caption"])
-        names = explained_words(target, row["masks"], words if i else drawn_words)
+        names = explained_words(target, row["masks"], words if i else drawn_words, fill=i == 0)
         scorer = caption_scorer(captioner.model, target, [target.span(w) for w in names], P.generate_batch)
         try:
             found = all_attributions(scorer, P, target.image, seed=i)
@@ -147,8 +151,7 @@ def interval(
     resamples:int=1000, # Bootstrap resamples
 ) -> dict: # value, low, high, n
     "Mean with a 95 % bootstrap interval."
-    i = bootstrap_interval(values, resamples=resamples)
-    return dict(value=float(values.mean()), low=float(i.low), high=float(i.high), n=len(values))
+    return asdict(bootstrap_interval(values, resamples))
 
 # %% ../nbs/06_xai.ipynb #cell-024
 def moved(
@@ -180,8 +183,11 @@ def draw_curves(
         axes[int(c["curve"] == "insertion"), models.index(c["method"])].plot(c["fractions"], c["mean"], color="0.45" if control else style[c["attribution"]],
             ls={"random": "--", "blob": ":"}.get(c["attribution"], "-"), label=ATTRIBUTIONS[c["attribution"]].replace("\n", " "))
     for ax, m in zip(axes[0], models): ax.set_title(MODELS[m])
-    for ax, kind in zip(axes[:, 0], ("deletion", "insertion")): ax.set_ylabel(f"{kind}: word's log-\nprobability below whole (nats)")
-    fig.supxlabel("share of the image removed (deletion: lower is better) or shown (insertion: higher is better)", fontsize=10)
+    for ax, kind in zip(axes[:, 0], ("deletion", "insertion")): ax.set_ylabel(kind)
+    for ax in axes[0]: ax.set_xlabel("share removed")
+    for ax in axes[1]: ax.set_xlabel("share shown")
+    for ax in axes.flat: ax.tick_params(labelbottom=True)
+    fig.suptitle("log-probability of the word minus that on the whole image, in nats; lower is better above, higher below", fontsize=11)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return fig
@@ -239,9 +245,9 @@ def study(
     images:list[dict], # As from `study_images`
     methods:list[str]=None, # Tuning methods; None: `none` and every tuned one whose weights are there
 ) -> Records:
-    "Explain every image under every model."
-    from rsstudy.methods import load_tuned
-    methods, records = methods or list(MODELS), Records()
+    "Explain every image under every model, tuned with the first seed."
+    from rsstudy.methods import MAIN, load_tuned
+    methods, records = methods or MAIN, Records()
     with tqdm(total=len(methods) * len(images), desc="explained images", unit="image") as bar:
         for method in methods:
             bar.set_postfix_str(method)
@@ -271,7 +277,8 @@ def results(
     return dict(
         images=[dict(image_id=i["image_id"], caption=i["caption"]) for i in images],
         faithfulness=summarise(records.rows, metrics, resamples) + moved(records, resamples),
-        own_error=[dict(method=m, attribution=a, median=np.median(e), largest=np.max(e), n=len(e)) for (m, a), e in groups.items()],
+        own_error=[dict(method=m, attribution=a, median=np.median(e), largest=np.max(e),
+            share_under_5_percent=np.mean(np.array(e) < .05), n=len(e)) for (m, a), e in groups.items()],
         attribution_cost=[dict(attribution=a, seconds=np.median([s for s, _ in c.values()]), evaluations=np.median([n for _, n in c.values()])) for a, c in cost.items()],
         curves=[dict(method=m, attribution=a, curve=k, fractions=records.fractions, mean=np.mean(c, 0)) for (m, a, k), c in records.curves.items()],
         failed=records.failed, example=dict(image_id=images[0]["image_id"], caption=images[0]["caption"], maps=records.maps),

@@ -285,11 +285,12 @@ def test_choice_over_a_dataset(folder, tmp_path):
 # -- the whole of RISC(M), in numbers -----------------------------------------------------------------------------------------------------
 
 def resident_peak_while(work):
-    """Runs `work` and gives its result, its seconds and the most memory the process had meanwhile, bytes."""
+    """Runs `work` and gives its result, its seconds and the most memory it added to the process, bytes: other tests leave theirs behind."""
     import psutil
     process, peak, done = psutil.Process(), [0], threading.Event()
+    before = process.memory_info().rss
     def watch():
-        while not done.wait(.02): peak[0] = max(peak[0], process.memory_info().rss)
+        while not done.wait(.02): peak[0] = max(peak[0], process.memory_info().rss - before)
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     start = time.perf_counter()
@@ -315,7 +316,7 @@ def test_a_table_of_the_size_of_riscm(tmp_path):
     assert problems(data) == [(9, 'unreadable image')] and len(data) == n - 1
     print(f'{n:,} rows: {seconds:.1f} s, peak {peak[0]/1e6:.0f} MB')
     assert seconds < 10*max(1, os.getloadavg()[0]/(os.cpu_count() or 1)) # a busy machine is given its time
-    assert peak[0] < 1e9
+    assert peak[0] < .8e9
 
 
 @real
@@ -328,7 +329,7 @@ def test_real_data():
         ('UCM', 'train'): 1680, ('UCM', 'val'): 210, ('UCM', 'test'): 105}
     assert (data.sizes == 224).all()
     assert sum(n == 2 for n in Counter(data.hashes).values()) == 2
-    assert seconds*44_521/14_237 < 10*max(1, os.getloadavg()[0]/(os.cpu_count() or 1)) and peak[0] < 1e9
+    assert seconds*44_521/14_237 < 10*max(1, os.getloadavg()[0]/(os.cpu_count() or 1)) and peak[0] < .8e9
 
 
 @real

@@ -1,8 +1,9 @@
 """The runner: killed and resumed, one run at a time, failures told, copies fit to commit."""
-import os, signal, time
+import io, os, signal, time
 
 import nbformat
 import pytest
+from rsstudy import study
 from toys import alive, journal, project, rsstudy, start, wait_for
 
 ONE = 'journal("one"); write("01_one", 1)'
@@ -56,19 +57,41 @@ def test_second_run_refuses(tmp_path):
     assert rsstudy(tmp_path, 'run', '--only', '01_one').returncode == 0
 
 
-def test_done_before_and_stale(tmp_path):
-    """Nothing is run twice without reason; a changed setting, notebook or result is a reason."""
-    (tmp_path/'go').touch()
-    project(tmp_path, one=ONE, two=TWO.replace(':{os.getpid()}', ''), three=THREE)
-    ran = lambda *words: (rsstudy(tmp_path, 'run', *words).check_returncode(), journal(tmp_path))[1]
-    assert ran() == ['one', 'two', 'three']
-    assert ran() == ['one', 'two', 'three']
+def test_done_before_and_stale(tmp_path, monkeypatch):
+    """Nothing is run twice without reason; a changed setting, notebook, table, library or result is a reason."""
+    ran = []
+    def execute(path, partial, parameters, live, label): # in place of a kernel: writes the notebook's result and remembers that it ran
+        ran.append(path.stem)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        (tmp_path/'results/nano'/f'{path.stem}.json').write_text('1')
+        return nbformat.v4.new_notebook()
+    monkeypatch.setattr(study, 'execute', execute)
+    monkeypatch.setattr(study, 'code_digest', lambda: library)
+    def run(only=(), force=False, **settings):
+        ran.clear()
+        study.run_study('nano', dict(results=f'{tmp_path}/results', work=f'{tmp_path}/runs') | settings, only, force, tmp_path/'nbs', io.StringIO())
+        return [name[3:] for name in ran]
+    library = 'one version'
+    project(tmp_path, one=ONE, two=TWO, three=THREE)
+    assert run() == ['one', 'two', 'three']
+    assert run() == []
     (tmp_path/'results/nano/03_three.json').unlink()
-    assert ran()[3:] == ['three']
-    assert ran('--only', '02_two', '--force')[4:] == ['two']
-    assert ran('--set', 'rank=4')[5:] == ['one', 'two', 'three']
-    project(tmp_path, one=ONE, two=TWO.replace('"two:{os.getpid()}"', '"two"'), three=THREE + ' # changed')
-    assert ran('--set', 'rank=4')[8:] == ['two', 'three']
+    assert run() == ['three']
+    (tmp_path/'results/nano/02_two.json').write_text('2')
+    assert run() == ['two'] # 03 read what is there again now
+    assert run(['02_two'], force=True) == ['two']
+    assert run(rank=4) == ['one', 'two', 'three']
+    project(tmp_path, one=ONE, two=TWO + ' # changed', three=THREE)
+    assert run(rank=4) == ['two', 'three']
+    library = 'another version'
+    assert run(rank=4) == ['one', 'two', 'three']
+    (tmp_path/'data').mkdir()
+    (tmp_path/'data/captions.csv').write_text('a table')
+    data = dict(data=f'{tmp_path}/data')
+    assert run(**data) == ['one', 'two', 'three'] and run(**data) == []
+    (tmp_path/'data/captions.csv').write_text('another table')
+    assert run(**data) == ['one', 'two', 'three']
 
 
 def test_old_figures_go(tmp_path):

@@ -257,7 +257,7 @@ def _rgb(c): return tuple(int(v) for v in np.clip(c, 0, 255))
 ROUGH = {"tree":.2, "forest":.24, "meadow":.1, "lawn":.09, "water":.03, "sea":.035, "lake":.03, "river":.035, "road":.05, "building":.05, "house":.05, # Texture by name
          "desert":.06, "mountain":.12, "bare land":.12, "farmland":.1, "sand":.05, "beach":.05, "plane":.02, "storage tank":.03, "wetland":.15, "shrub":.2, "rock":.2}
 
-# %% ../../nbs/lib/02_canvas.ipynb #cell-021
+# %% ../../nbs/lib/02_canvas.ipynb #cell-022
 def contact_sheet(
     lands:dict, # Class name -> drawing function
     per_row:int, # Pictures in a row
