@@ -8,6 +8,7 @@ __all__ = ['PROMPTS', 'LENGTHS', 'compare_choices', 'prompt_grid', 'grid_winner'
 # %% ../nbs/02_baseline.ipynb #cell-003
 import numpy as np, pandas as pd
 from .runs import announce
+from .captions import choose_all
 from .generate import Captioner, decode, generate_ids
 from .metrics import find_metric, metric_label, score_captions
 

@@ -51,13 +51,6 @@ class QLora(Lora):
         return dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=pick_dtype(P.precision), llm_int8_skip_modules=['model.vision_tower', 'model.multi_modal_projector', 'lm_head']))
 
-    def attach(self, captioner:Captioner) -> Captioner:
-        # On a CPU with AVX512-BF16, bitsandbytes repacks a layer at its first forward in evaluation mode, for a kernel without gradients, and keeps using it
-        # when training goes on: gradients then silently stop at every quantised layer. One evaluation before the first step is enough.
-        for module in captioner.model.modules():
-            if hasattr(module, 'support_avx512bf16_for_cpu'): module.support_avx512bf16_for_cpu = False
-        return super().attach(captioner)
-
 # %% ../nbs/03_lora.ipynb #cell-017
 def lora_methods(
     P:Profile, # Rank, alpha, dropout

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNUSED', 'NANO', 'PATCH', 'PROJECTIONS', 'DECODER', 'VISION', 'PROJECTOR', 'build_tokenizer', 'nano_config',
-           'build_processor', 'nano_processor', 'nano_model', 'pick_device', 'pick_dtype', 'load_base', 'linear_layers']
+           'build_processor', 'keep_4bit_differentiable', 'nano_processor', 'nano_model', 'pick_device', 'pick_dtype',
+           'load_base', 'linear_layers']
 
 # %% ../nbs/lib/20_model.ipynb #cell-002
 from pathlib import Path
@@ -65,6 +66,21 @@ def build_processor(
     return PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 # %% ../nbs/lib/20_model.ipynb #cell-014
+def keep_4bit_differentiable(
+    model:torch.nn.Module, # Any model; one without 4-bit layers is left as it is
+) -> int: # Layers whose weights had been repacked
+    "Make gradients pass through bitsandbytes' 4-bit layers on a CPU."
+    undone = 0
+    for layer in model.modules():
+        if not hasattr(layer, "support_avx512bf16_for_cpu"): continue
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+            layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
+            undone += 1
+    return undone
+
+# %% ../nbs/lib/20_model.ipynb #cell-018
 def nano_processor() -> PaliGemmaProcessor:
     "The processor shipped with the package."
     return PaliGemmaProcessor.from_pretrained(NANO)
@@ -106,9 +122,10 @@ def load_base(
         raise OSError(f"base model '{P.base_model}' cannot be loaded: for PaliGemma accept its licence on the hub and run `hf auth login`; "
             f'paligemma-nano needs neither ({str(error).splitlines()[0]:.200})') from error
     if 'quantization_config' not in kwargs: model = model.to(pick_device())
+    keep_4bit_differentiable(model)
     return model.eval(), processor
 
-# %% ../nbs/lib/20_model.ipynb #cell-018
+# %% ../nbs/lib/20_model.ipynb #cell-022
 PROJECTIONS = 'q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj' # the seeds' seven, of Gemma's layers
 DECODER = rf'.*language_model\.layers\.\d+\.(self_attn|mlp)\.({PROJECTIONS})'
 VISION = r'.*vision_tower\..*encoder\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))'

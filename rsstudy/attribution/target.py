@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILLS', 'Span', 'word_spans', 'find_span', 'CaptionTarget', 'caption_target', 'token_log_probability', 'Scorer',
-           'keep_4bit_differentiable', 'caption_scorer', 'fill_image', 'grid_regions', 'masked_scores', 'check_heat',
-           'Attribution', 'Stopwatch', 'relative_gap', 'at_patch_scale', 'enlarge']
+           'caption_scorer', 'fill_image', 'grid_regions', 'masked_scores', 'check_heat', 'Attribution', 'Stopwatch',
+           'relative_gap', 'at_patch_scale', 'enlarge']
 
 # %% ../../nbs/lib/50_target.ipynb #cell-002
 import re
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..batch import core
+from ..model import keep_4bit_differentiable
 
 # %% ../../nbs/lib/50_target.ipynb #cell-005
 @dataclass(frozen=True)
@@ -151,22 +152,7 @@ class Scorer:
         "Scores (B, U) float64 of images (B, 3, H, W), in batches, without gradients."
         return np.concatenate([self(p).double().cpu().numpy() for p in pixels.split(self.batch)])
 
-# %% ../../nbs/lib/50_target.ipynb #cell-018
-def keep_4bit_differentiable(
-    model:torch.nn.Module, # Any model; one without 4-bit layers is left as it is
-) -> int: # Layers whose weights had been repacked
-    "Make gradients pass through bitsandbytes' 4-bit layers on a CPU."
-    undone = 0
-    for layer in model.modules():
-        if not hasattr(layer, "support_avx512bf16_for_cpu"): continue
-        layer.support_avx512bf16_for_cpu = False
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
-            layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
-            undone += 1
-    return undone
-
-# %% ../../nbs/lib/50_target.ipynb #cell-021
+# %% ../../nbs/lib/50_target.ipynb #cell-017
 def caption_scorer(
     model:torch.nn.Module, # PaliGemma, bare or wrapped
     target:CaptionTarget, # Image and caption
@@ -178,13 +164,13 @@ def caption_scorer(
     def function(pixels):
         tokens = token_log_probability(model, target, pixels)
         return torch.stack([tokens[:, list(s.tokens)].sum(1) for s in spans], 1)
-    keep_4bit_differentiable(model)
+    keep_4bit_differentiable(model) # the model may come from elsewhere than `load_base`
     base = core(model)
     device, vision = base.model.get_input_embeddings().weight.device, base.config.vision_config
     return Scorer(function, target.pixel_values.to(device), [s.text for s in spans], vision.image_size // vision.patch_size, batch,
                   target.black.to(device), np.array([len(s.tokens) for s in spans]), model)
 
-# %% ../../nbs/lib/50_target.ipynb #cell-025
+# %% ../../nbs/lib/50_target.ipynb #cell-021
 FILLS = "blur", "mean", "black"
 
 def fill_image(
@@ -200,7 +186,7 @@ def fill_image(
         return torch.from_numpy(gaussian_filter(p[0].cpu().numpy(), (0, p.shape[2] / 16, p.shape[3] / 16))[None]).to(p.device)
     raise ValueError(f"fill {how!r} is unknown; allowed: {', '.join(FILLS)}.")
 
-# %% ../../nbs/lib/50_target.ipynb #cell-027
+# %% ../../nbs/lib/50_target.ipynb #cell-023
 def grid_regions(
     shape:tuple[int, int], # Height and width in pixels
     grid:int, # Cells along each side
@@ -209,7 +195,7 @@ def grid_regions(
     rows, columns = (np.arange(n) * grid // n for n in shape)
     return rows[:, None] * grid + columns[None]
 
-# %% ../../nbs/lib/50_target.ipynb #cell-029
+# %% ../../nbs/lib/50_target.ipynb #cell-025
 def masked_scores(
     scorer:Scorer, # What is evaluated
     visible:np.ndarray, # Which regions are shown, (B, R) bool
@@ -222,7 +208,7 @@ def masked_scores(
         out.append(scorer.evaluate(torch.where(chunk[:, index][:, None], scorer.pixels, fill)))
     return np.concatenate(out)
 
-# %% ../../nbs/lib/50_target.ipynb #cell-032
+# %% ../../nbs/lib/50_target.ipynb #cell-028
 def check_heat(
     heat:np.ndarray, # Maps, (U, H, W)
     names:list[str], # U names
@@ -236,7 +222,7 @@ def check_heat(
             raise ValueError(f"{method} gave a map that is zero everywhere for {name!r}: likely the output does not depend on the image (cached "
                              "image features, detached gradients), the image equals its fill (a constant image), or a rectifier left nothing positive.")
 
-# %% ../../nbs/lib/50_target.ipynb #cell-033
+# %% ../../nbs/lib/50_target.ipynb #cell-029
 @dataclass
 class Attribution:
     "Maps of what made spans of a caption likely, and how far to trust them."
@@ -254,13 +240,13 @@ class Attribution:
         self.heat = np.asarray(self.heat, dtype=np.float32)
         check_heat(self.heat, self.names, self.method)
 
-# %% ../../nbs/lib/50_target.ipynb #cell-035
+# %% ../../nbs/lib/50_target.ipynb #cell-031
 class Stopwatch:
     "Seconds and evaluated images since it was made."
     def __init__(self, scorer:Scorer): self.scorer, self.calls, self.start = scorer, scorer.calls, time.perf_counter()
     def read(self) -> dict: return dict(seconds=time.perf_counter() - self.start, calls=self.scorer.calls - self.calls)
 
-# %% ../../nbs/lib/50_target.ipynb #cell-036
+# %% ../../nbs/lib/50_target.ipynb #cell-032
 def relative_gap(
     shared:np.ndarray, # What the map shares out, (U,): the sum of its values
     whole:np.ndarray, # What there is to share out, (U,): score of the image minus score of the fill
@@ -268,7 +254,7 @@ def relative_gap(
     "How far a map is from adding up: completeness (Sundararajan et al. 2017, sec. 3) or efficiency (Shapley 1953)."
     return np.abs(shared - whole) / np.maximum(np.abs(whole), 1e-9)
 
-# %% ../../nbs/lib/50_target.ipynb #cell-038
+# %% ../../nbs/lib/50_target.ipynb #cell-034
 def at_patch_scale(
     heat:np.ndarray, # Maps, (..., H, W)
     grid:int, # Cells along each side; H and W are at least that
@@ -280,7 +266,7 @@ def at_patch_scale(
     out = np.stack([np.bincount(regions, weights=f, minlength=grid * grid) / size for f in flat])
     return out.reshape(*heat.shape[:-2], grid, grid)
 
-# %% ../../nbs/lib/50_target.ipynb #cell-040
+# %% ../../nbs/lib/50_target.ipynb #cell-036
 def enlarge(
     cells:np.ndarray, # (U, h, w)
     shape:tuple[int, int], # Height and width wanted, in pixels
