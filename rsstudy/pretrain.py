@@ -6,8 +6,7 @@
 __all__ = ['GRAY', 'scene_tasks', 'read_images', 'pretraining_rows', 'evaluate_base']
 
 # %% ../nbs/lib/41_pretrain.ipynb #cell-002
-import csv, dataclasses
-import json
+import csv, dataclasses, json
 from pathlib import Path
 import numpy as np, torch
 from .settings import project_root
@@ -43,15 +42,20 @@ def pretraining_rows(
     captions:list[list[str]], # Five each
     tasks:list[list[tuple[str,str]]], # (prompt, answer) pairs each
     sentences:list[str], # Text without a picture, ten a row
-    rng:np.random.Generator, # Chooses the task of each scene
+    rng:np.random.Generator, # Chooses the tasks of each scene
+    per_scene:int=3, # Tasks of a scene; one with fewer gives all it has
 ) -> CaptionRows:
-    "A row of captions and a row of one other task for each scene, and the rows of text."
-    picked = [pairs[0] if i % 4 == 0 else pairs[rng.integers(1, len(pairs))] for i, pairs in enumerate(tasks)] # the description stands first
+    "A row of captions and the rows of other tasks for each scene, and the rows of text."
+    picked = []
+    for i, (description, *questions) in enumerate(tasks):
+        described = i % 4 == 0
+        chosen = rng.permutation(len(questions))[:per_scene - described]
+        picked += [(images[i], description)] * described + [(images[i], questions[k]) for k in chosen]
     text = [sentences[i:i + 10] for i in range(0, len(sentences), 10)]
-    return CaptionRows(captioner, images + images + [GRAY] * len(text), captions + [[answer] for _, answer in picked] + text,
-        ['caption en'] * len(images) + [prompt for prompt, _ in picked] + ['write en'] * len(text))
+    return CaptionRows(captioner, images + [image for image, _ in picked] + [GRAY] * len(text), captions + [[answer] for _, (_, answer) in picked] + text,
+        ['caption en'] * len(images) + [prompt for _, (prompt, _) in picked] + ['write en'] * len(text))
 
-# %% ../nbs/lib/41_pretrain.ipynb #cell-008
+# %% ../nbs/lib/41_pretrain.ipynb #cell-009
 def evaluate_base(
     captioner:Captioner, # The base
     images:list, # Held-out scenes
