@@ -333,6 +333,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'rsstudy.runs.atomic_path': ('lib/runs.html#atomic_path', 'rsstudy/runs.py'),
                               'rsstudy.runs.code_revision': ('lib/runs.html#code_revision', 'rsstudy/runs.py'),
                               'rsstudy.runs.device_name': ('lib/runs.html#device_name', 'rsstudy/runs.py'),
+                              'rsstudy.runs.figure_files': ('lib/runs.html#figure_files', 'rsstudy/runs.py'),
                               'rsstudy.runs.hub_reachable': ('lib/runs.html#hub_reachable', 'rsstudy/runs.py'),
                               'rsstudy.runs.measured': ('lib/runs.html#measured', 'rsstudy/runs.py'),
                               'rsstudy.runs.read_result': ('lib/runs.html#read_result', 'rsstudy/runs.py'),

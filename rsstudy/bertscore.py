@@ -61,7 +61,7 @@ def bertscore_name() -> str|None: # e.g. `bertscore_f1-minilm_l6.v1`; None if th
 # %% ../nbs/lib/29_bertscore.ipynb #cell-008
 def _embed(enc:Encoder, sentences:list[str], batch_size:int, progress:bool) -> None: # adds to enc.memory
     from bert_score.utils import get_bert_embedding
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     scorer = enc.scorer
     new = sorted((s for s in set(sentences) if s not in enc.memory), key=lambda s: (len(s.split()), s)) # short ones together: little padding
     for start in tqdm(range(0, len(new), batch_size), desc='BERTScore', disable=not progress, leave=False):

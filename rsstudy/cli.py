@@ -71,8 +71,8 @@ def results_text(
     "The final table and where the figures are. Raises `FileNotFoundError` naming the command that makes the table."
     import os
     from rsstudy.compare import table_text
-    from rsstudy.runs import read_result
-    figures = [os.path.relpath(f) for f in sorted(P.results_dir.glob('*.png'))]
+    from rsstudy.runs import figure_files, read_result
+    figures = [os.path.relpath(f) for f in figure_files(P.results_dir)]
     return '\n'.join([table_text(read_result(P, '07_comparison')), '', 'Figures:' if figures else 'No figures yet.', *(f'  {f}' for f in figures),
         f'The notebooks as they ran: {os.path.relpath(P.results_dir)}/*.ipynb'])
 

@@ -100,7 +100,7 @@ def score_captions(
     All n-gram metrics see the words of `rsstudy.tokens.tokenize`; BERTScore sees the text itself. A metric whose resources are missing is replaced or left out, announced, and named for what it is.
     Raises `ValueError` on an unknown metric and on lists that do not fit (see `check_captions`).
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if unknown := [m for m in metrics if m not in ALL]: raise ValueError(f'unknown metric {unknown[0]!r}: allowed are {", ".join(ALL)}')
     check_captions(predictions, references)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALLBACKS', 'PACKAGES', 'atomic_path', 'write_json', 'announce', 'hub_reachable', 'versions', 'code_revision',
-           'device_name', 'Cost', 'measured', 'Run', 'read_result']
+           'device_name', 'Cost', 'measured', 'Run', 'figure_files', 'read_result']
 
 # %% ../nbs/lib/01_runs.ipynb #cell-002
 import dataclasses, functools, importlib.metadata, json, os, platform, re, socket, subprocess, sys, threading, time, warnings
@@ -171,11 +171,24 @@ class Run:
     def figure(self,
         figure, # matplotlib Figure
         name:str, # What it shows, one word or two
-    ) -> Path: # results/<profile>/<notebook>_<name>.png
-        "Saves a figure beside the JSON."
-        path = self.profile.results_dir/f'{self.notebook}_{name}.png'
-        with atomic_path(path) as temporary: figure.savefig(temporary, dpi=110, bbox_inches='tight', metadata={'Software': None})
+        photos:bool=False, # Mostly photographs? Then it is a JPEG, a tenth of the bytes
+    ) -> Path: # results/<profile>/<notebook>_<name>.png, or .jpg
+        "Saves a figure beside the JSON, closes it, and shows the file in the notebook."
+        import matplotlib.pyplot as plt
+        from IPython.display import Image, display
+        path = self.profile.results_dir/f"{self.notebook}_{name}.{'jpg' if photos else 'png'}"
+        kind = dict(pil_kwargs=dict(quality=88)) if photos else dict(metadata={'Software': None})
+        with atomic_path(path) as temporary: figure.savefig(temporary, dpi=110, bbox_inches='tight', **kind)
+        plt.close(figure)
+        display(Image(path))
         return path
+
+def figure_files(
+    folder:Path, # Results folder of a profile
+    notebook:str='*', # One notebook's, such as "03_lora"; all by default
+) -> list[Path]: # In the order of their names
+    "The figures that notebooks have left."
+    return sorted(path for path in folder.glob(f'{notebook}_*') if path.suffix in ('.png', '.jpg'))
 
 # %% ../nbs/lib/01_runs.ipynb #cell-022
 def read_result(

@@ -10,7 +10,7 @@ __all__ = ['RUNNER', 'study_notebooks', 'check_data', 'needs', 'check_request', 
 import contextlib, dataclasses, hashlib, json, os, re, signal, threading, time
 from pathlib import Path
 from .execute import CellFailed, LiveStream, execute, slim
-from .runs import atomic_path, write_json
+from .runs import atomic_path, figure_files, write_json
 from .settings import Profile, load_profile, project_root
 
 # %% ../nbs/lib/60_study.ipynb #cell-005
@@ -94,7 +94,7 @@ def outputs(
     name:str, # Notebook, such as "03_lora"
 ) -> dict[str, str]: # File name -> SHA-256 of its content
     "What a notebook has left in the results folder: its JSON, its executed copy, its figures."
-    files = sorted(P.results_dir.glob(f'{name}_*.png')) + [f for suffix in ('json', 'ipynb') if (f := P.results_dir/f'{name}.{suffix}').is_file()]
+    files = figure_files(P.results_dir, name) + [f for suffix in ('json', 'ipynb') if (f := P.results_dir/f'{name}.{suffix}').is_file()]
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 def state_path(P, name) -> Path: return P.work_dir/'state'/f'{name}.json'
@@ -156,7 +156,7 @@ def run_notebook(
         raise
     P.results_dir.mkdir(parents=True, exist_ok=True)
     with atomic_path(P.results_dir/path.name) as temporary: nbformat.write(slim(nb, _folders(P)), temporary)
-    for figure in P.results_dir.glob(f'{name}_*.png'):
+    for figure in figure_files(P.results_dir, name):
         if figure.stat().st_mtime < began - 1: figure.unlink()
     partial.unlink(missing_ok=True)
     failed.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ __all__ = ['STOP', 'METRICS', 'explained_words', 'explained_caption', 'all_attri
 from dataclasses import asdict
 
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .attribution.controls import centred_blob, random_map
 from .attribution.gradcam import grad_cam

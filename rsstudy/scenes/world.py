@@ -141,7 +141,7 @@ def ensure_world(
     shutil.rmtree(tmp, ignore_errors=True); (tmp/"resized").mkdir(parents=True); (tmp/"masks").mkdir()
     jobs, make = list(_jobs(rec)), partial(_make, folder=tmp, domain=domain, size=size)
     try:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
         bar = partial(tqdm, total=len(jobs), desc=f"drawing the {domain} world", disable=not progress, mininterval=1)
         if workers > 1:
             from multiprocessing import get_context
