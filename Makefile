@@ -5,6 +5,8 @@
 #   make test                         nbdev_test on every notebook, then pytest
 #   make env                          only the environment
 #   make docs                         the site, in docs/_build/html
+#   make bench                        speed against the usual recipe, this machine, PROFILE's model and images
+#   make bench-gpu                    the same with PaliGemma-3B's architecture on a GPU; needs torch, transformers and peft, no environment
 #
 # PYTHON=python3.12   the interpreter that makes the environment (3.11, 3.12 or 3.13)
 # VENV=$VIRTUAL_ENV   an environment of your own instead of .venv; what is missing in it is installed
@@ -20,11 +22,11 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INPUT := pyproject.toml constraints.txt
 
-.PHONY: study test env docs help
+.PHONY: study test env docs bench bench-gpu help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,10s/^# \{0,1\}//p' Makefile
+	@sed -n '3,12s/^# \{0,1\}//p' Makefile
 
 study: $(STAMP)
 	@$(BIN)/rsstudy run --profile $(PROFILE) $(ARGS)
@@ -55,3 +57,11 @@ $(STAMP): $(INPUT)
 docs: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@$(BIN)/python docs/build.py
+
+bench: $(STAMP)
+	@$(BIN)/rsstudy bench train --profile $(PROFILE) $(ARGS)
+	@$(BIN)/rsstudy bench generate --profile $(PROFILE) $(ARGS)
+
+# Without an environment the interpreter that is there must do: setting one up takes longer than the benchmark.
+bench-gpu:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m rsstudy.bench gpu

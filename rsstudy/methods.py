@@ -11,7 +11,7 @@ from .settings import Profile, load_profile
 from .model import load_base
 from .generate import Captioner
 from .tuning import Method, attach, load_weights, tuned_folder
-from .lora import Lora, lora_methods
+from .lora import Lora, lora_methods, lora_options
 from .prompt_tuning import PromptTuning
 from .adapter import adapter_methods
 
@@ -22,8 +22,9 @@ def methods(
     P:Profile, # The methods' settings
 ) -> dict[str,Method]: # Name -> method
     "Every method there is, the untuned base (`none`) first."
-    dora = Lora(name='dora', label='DoRA', rank=P.rank, alpha=P.alpha, dropout=P.lora_dropout, dora=True)
-    return {'none': Method(), **lora_methods(P), 'dora': dora, 'prompt': PromptTuning(length=P.prompt_length), **adapter_methods(P)}
+    dora = Lora(name='dora', label='DoRA', dora=True, **lora_options(P))
+    prompt = PromptTuning(length=P.prompt_length, start=P.prompt_text)
+    return {'none': Method(), **lora_methods(P), 'dora': dora, 'prompt': prompt, **adapter_methods(P)}
 
 def load_tuned(
     P:Profile, # The settings under which it was tuned
@@ -34,4 +35,5 @@ def load_tuned(
     known = methods(P)
     if name not in known: raise ValueError(f"unknown method '{name}': the methods are {', '.join(known)}")
     if name == 'none': return Captioner(*load_base(P), P.prompt)
-    return load_weights(attach(P, known[name], seed), known[name], tuned_folder(P, name, seed))
+    method = known[name].loaded() if isinstance(known[name], Lora) else known[name]
+    return load_weights(attach(P, method, seed), method, tuned_folder(P, name, seed))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['UNUSED', 'NANO', 'PATCH', 'PROJECTIONS', 'DECODER', 'VISION', 'PROJECTOR', 'build_tokenizer', 'nano_config',
            'build_processor', 'keep_4bit_differentiable', 'nano_processor', 'nano_model', 'pick_device', 'pick_dtype',
-           'load_base', 'linear_layers']
+           'load_base', 'linear_layers', 'core', 'enable_checkpointing', 'compile_layers']
 
 # %% ../nbs/lib/20_model.ipynb #cell-002
 from pathlib import Path
 import torch
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
-from .runs import hub_reachable
+from .runs import announce, hub_reachable
 from .settings import Profile, load_profile
 
 # %% ../nbs/lib/20_model.ipynb #cell-005
@@ -45,14 +45,18 @@ PATCH = 28 # pixels; 224 / 28 = 8 patches a side
 
 def nano_config(
     vocab_size:int, # Rows of the embedding
+    gemma:int=1, # 1: PaliGemma's decoder; 2: PaliGemma 2's, its window and caps so small that random weights and short rows feel them
 ) -> PaliGemmaConfig:
-    "PaliGemma's configuration with 3.3 million parameters at a vocabulary of 3,200."
+    "PaliGemma's configuration with 3.3 million parameters at a vocabulary of 3,200. Raises `ValueError` where `gemma` is neither 1 nor 2."
+    if gemma not in (1, 2): raise ValueError(f'gemma must be 1 (PaliGemma) or 2 (PaliGemma 2), got {gemma!r}')
     tokens, width = (224 // PATCH) ** 2, 128
+    decoder = dict(model_type='gemma', num_key_value_heads=1) if gemma == 1 else dict(
+        model_type='gemma2', num_key_value_heads=2, sliding_window=24, attn_logit_softcapping=1., final_logit_softcapping=2., query_pre_attn_scalar=32)
     return PaliGemmaConfig(
         vision_config=dict(model_type='siglip_vision_model', hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=4,
             image_size=224, patch_size=PATCH, projection_dim=width, num_image_tokens=tokens, vision_use_head=False),
-        text_config=dict(model_type='gemma', hidden_size=width, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=1, head_dim=32, vocab_size=vocab_size, num_image_tokens=tokens, max_position_embeddings=512,
+        text_config=dict(**decoder, hidden_size=width, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+            head_dim=32, vocab_size=vocab_size, num_image_tokens=tokens, max_position_embeddings=512,
             pad_token_id=0, eos_token_id=1, bos_token_id=2, hidden_activation='gelu_pytorch_tanh'),
         image_token_index=4, projection_dim=width, hidden_size=width, pad_token_id=0, eos_token_id=1, bos_token_id=2, tie_word_embeddings=True)
 
@@ -88,11 +92,12 @@ def nano_processor() -> PaliGemmaProcessor:
 def nano_model(
     seed:int=0, # Seed of the random weights
     vocab_size:int|None=None, # Rows of the embedding; the shipped tokenizer's by default
+    gemma:int=1, # As for `nano_config`
 ) -> PaliGemmaForConditionalGeneration:
     "The nano architecture with random weights, in float32 and evaluation mode."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = PaliGemmaForConditionalGeneration(nano_config(vocab_size or len(nano_processor().tokenizer)))
+        model = PaliGemmaForConditionalGeneration(nano_config(vocab_size or len(nano_processor().tokenizer), gemma))
     return model.eval()
 
 def pick_device() -> torch.device: # cuda where there is one
@@ -116,16 +121,17 @@ def load_base(
     try:
         processor = PaliGemmaProcessor.from_pretrained(source, local_files_only=not hub_reachable())
         model = PaliGemmaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, attn_implementation='sdpa',
-            local_files_only=not hub_reachable(), **kwargs)
+            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, local_files_only=not hub_reachable(), **kwargs)
     except (OSError, ValueError) as error: # ValueError: not a name a hub could have
         raise OSError(f"base model '{P.base_model}' cannot be loaded: for PaliGemma accept its licence on the hub and run `hf auth login`; "
             f'paligemma-nano needs neither ({str(error).splitlines()[0]:.200})') from error
     if 'quantization_config' not in kwargs: model = model.to(pick_device())
     keep_4bit_differentiable(model)
+    if model.model.language_model.config._attn_implementation == 'eager':
+        announce('attention', 'the decoder caps its attention logits, which fused attention cannot: it runs the plain implementation, exact and hungrier for memory')
     return model.eval(), processor
 
-# %% ../nbs/lib/20_model.ipynb #cell-022
+# %% ../nbs/lib/20_model.ipynb #cell-025
 PROJECTIONS = 'q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj' # the seeds' seven, of Gemma's layers
 DECODER = rf'.*language_model\.layers\.\d+\.(self_attn|mlp)\.({PROJECTIONS})'
 VISION = r'.*vision_tower\..*encoder\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))'
@@ -140,3 +146,31 @@ def linear_layers(
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and re.fullmatch(pattern, name)]
     if not names: raise ValueError(f'no linear layer of the model matches {pattern!r}')
     return names
+
+# %% ../nbs/lib/20_model.ipynb #cell-028
+def core(
+    model, # PaliGemma, bare or wrapped by peft
+) -> PaliGemmaForConditionalGeneration:
+    "The PaliGemma inside a peft wrapper; peft changes its layers in place, so nothing is lost by calling it."
+    return model.get_base_model() if hasattr(model, 'get_base_model') else model
+
+def enable_checkpointing(
+    model, # PaliGemma, bare or wrapped by peft; changed in place
+):
+    "Gradient checkpointing of every layer of tower and decoder; in effect in training mode only. Source: Chen et al. 2016, sec. 3."
+    model = core(model)
+    enable = getattr(model, 'activation_checkpointing_enable', model.gradient_checkpointing_enable) # the newer name, where transformers has it
+    enable(dict(use_reentrant=False))
+
+def compile_layers(
+    model, # PaliGemma, bare or wrapped by peft, its method attached; changed in place
+    backend:str='inductor', # Of `torch.compile`; inductor needs a C++ compiler on a CPU
+):
+    "Compiles the decoder's layers, for batches of any shape. Parameters keep their names; what is compiled already stays as it is."
+    for layer in core(model).model.language_model.layers:
+        if 'forward' not in vars(layer): layer.forward = _compiled_without_cache(layer.forward, backend)
+
+def _compiled_without_cache(plain, backend):
+    compiled = torch.compile(plain, backend=backend, dynamic=True)
+    def forward(*args, **kwargs): return (compiled if kwargs.get('past_key_values') is None else plain)(*args, **kwargs)
+    return forward

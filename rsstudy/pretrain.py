@@ -6,14 +6,15 @@
 __all__ = ['GRAY', 'scene_tasks', 'read_images', 'pretraining_rows', 'evaluate_base']
 
 # %% ../nbs/lib/41_pretrain.ipynb #cell-002
-import csv, dataclasses, json
+import csv, dataclasses, json, shutil
 from pathlib import Path
 import numpy as np, torch
 from .settings import project_root
-from .runs import atomic_path, code_revision, device_name, measured, versions, write_json
+from .runs import atomic_path, code_revision, device_name, versions, write_json
 from .model import NANO, build_processor, build_tokenizer, nano_config
 from .generate import Captioner, generate_captions
-from .train import CaptionRows, TrainingPlan, fit
+from .rows import CaptionRows
+from .train import TrainingPlan, fit
 
 # %% ../nbs/lib/41_pretrain.ipynb #cell-006
 GRAY = np.full((224, 224, 3), 127, np.uint8) # the picture under text that belongs to no picture

@@ -21,7 +21,8 @@ class PromptTuning(Method):
     label:str='prompt tuning'
     trains:str=r'.*embed_tokens\.trainable_tokens_delta\.default'
     length:int=16 # Soft tokens
-    start:str='an aerial image of a place , seen from above : describe what is there' # Words whose embeddings the soft tokens start from; '': the reserved tokens' own
+    # Words whose embeddings the soft tokens start from, repeated as needed; '': the prompt's own; None: the reserved tokens' embeddings as they are
+    start:str|None='an aerial image of a place , seen from above : describe what is there'
 
     def soft_tokens(self, tokenizer) -> list[int]:
         "Ids of the reserved tokens. Raises `ValueError` where the vocabulary has too few."
@@ -36,8 +37,8 @@ class PromptTuning(Method):
         ids = self.soft_tokens(tokenizer)
         model = get_peft_model(captioner.model, TrainableTokensConfig(token_indices=ids, target_modules=['embed_tokens']))
         layer = model.get_base_model().model.language_model.embed_tokens
-        if self.start:
-            words = tokenizer(self.start, add_special_tokens=False).input_ids
+        if self.start is not None:
+            words = tokenizer(self.start or captioner.prompt, add_special_tokens=False).input_ids
             rows = torch.tensor([words[i % len(words)] for i in range(len(ids))], device=layer.weight.device)
             with torch.no_grad(): layer.trainable_tokens_delta['default'].copy_(layer.base_layer.weight[rows])
         prompt = ''.join(tokenizer.convert_ids_to_tokens(ids)) + captioner.prompt

@@ -40,19 +40,22 @@ def cost_table(
 def training_figure(
     methods:dict[str,dict], # name -> label, sweep, runs with history
 ):
-    "Left: validation loss at each learning rate tried. Right: training loss (thin) and validation loss (dots) of every seed."
+    "CIDEr of the validation captions at each learning rate tried; training loss (thin) and validation loss (dots) of every seed; CIDEr of the validation captions, the best ringed."
     import matplotlib.pyplot as plt, seaborn as sns
     sns.set_theme(style='whitegrid', palette='colorblind')
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 1.6))
+    figure, (left, right, scores) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=(1, 1.6, 1.2))
     for color, method in zip(sns.color_palette(), methods.values()):
-        tried = [t for t in method['sweep'] if t['val_loss'] is not None]
-        left.plot([t['lr'] for t in tried], [t['val_loss'] for t in tried], 'o-', color=color, label=method['label'])
+        tried = [t for t in method['sweep'] if t['val_cider'] is not None]
+        left.plot([t['lr'] for t in tried], [t['val_cider'] for t in tried], 'o-', color=color, label=method['label'])
         for i, run in enumerate(method['runs']):
             losses = pd.Series(run['history']['losses'], dtype=float).rolling(10, min_periods=1).mean()
             right.plot(range(1, len(losses) + 1), losses, color=color, lw=.8, alpha=.7)
             evaluations = run['history']['evaluations']
             right.plot([e['step'] for e in evaluations], [e['val_loss'] for e in evaluations], 'o', ms=5, color=color, label=method['label'] if i == 0 else None)
-    left.set(xscale='log', xlabel='learning rate', ylabel='validation loss, nats a token', title='Choice of the learning rate')
+            scores.plot([e['step'] for e in evaluations], [e['val_cider'] for e in evaluations], 'o-', ms=4, lw=.8, color=color)
+            scores.plot([e['step'] for e in evaluations if e['step'] == run['history']['best_step']], [run['history']['best_val_cider']], 'o', ms=10, mfc='none', color=color)
+    scores.set(xlabel='optimiser step', ylabel='CIDEr of validation captions', title='Choice of the state (ringed)')
+    left.set(xscale='log', xlabel='learning rate', ylabel='CIDEr of validation captions', title='Choice of the learning rate')
     right.set(xlabel='optimiser step', ylabel='loss, nats a token', title='Training: mean of 10 steps (lines), validation (dots)')
     right.legend(title='method')
     figure.tight_layout()

@@ -50,12 +50,24 @@ class Profile:
     weight_decay:float # AdamW's decoupled weight decay
     clip:float # Largest gradient norm
     patience:int # Evaluations without improvement before training stops
+    val_captions:int # Validation images captioned at each evaluation: their CIDEr chooses the best state; 0: validation loss does
+    micro_images:int # Images computed at once in a step; 0: all of them
+    checkpoint_every:int # Optimiser steps between checkpoints; 0: at each evaluation
+    gradient_checkpointing:bool # Compute activations again in the backward pass: less memory, more arithmetic?
+    compile:bool # Compile the decoder's layers?
+    loader_workers:int # Processes that decode images ahead
+    track:str # "none", "tensorboard", "wandb" or "trackio"
     # methods
     rank:int # LoRA's r
     alpha:int # LoRA's alpha: the update is scaled by alpha / rank
     lora_dropout:float # Dropout before LoRA's A, 0 to 1
+    rslora:bool # Scale LoRA's update by alpha / sqrt(rank)?
+    lora_init:str # Start of LoRA: "default" (B is zero), "pissa" or "olora"
+    lora_plus:float # LoRA+: learning rate of B over that of A; 1 is plain LoRA
     prompt_length:int # Soft tokens of prompt tuning
+    prompt_text:str # Words the soft tokens start from, repeated as needed; empty: those of the prompt
     adapter_width:int # Bottleneck width of an adapter
+    adapter_activation:str # "gelu", "relu" or "silu"
     # explanations
     xai_images:int # Test images explained
     ig_steps:int # Integrated Gradients: points of the path
@@ -85,7 +97,8 @@ def project_root() -> Path: # Folder that holds settings.ini
 
 # %% ../nbs/lib/00_settings.ipynb #cell-010
 ALLOWED = dict(
-    split=('file', 'seeded'), caption_choice=('all', 'longest', 'first', 'random', 'clip'), precision=('auto', 'float32', 'bfloat16'))
+    split=('file', 'seeded'), caption_choice=('all', 'longest', 'first', 'random', 'clip'), precision=('auto', 'float32', 'bfloat16'),
+    track=('none', 'tensorboard', 'wandb', 'trackio'), lora_init=('default', 'pissa', 'olora'), adapter_activation=('gelu', 'relu', 'silu'))
 AT_LEAST_ONE = ('max_new_tokens', 'num_beams', 'generate_batch', 'epochs', 'batch_images', 'sweep_epochs', 'patience', 'rank', 'alpha',
     'prompt_length', 'adapter_width', 'xai_images', 'ig_steps', 'shap_evaluations', 'segments', 'pixelshap_samples', 'resamples')
 TYPES = {f.name: f.type for f in dataclasses.fields(Profile)}
@@ -130,12 +143,12 @@ def check_values(
         if values[key] not in allowed: raise _wrong(key, values[key], 'one of ' + ', '.join(allowed))
     for key in AT_LEAST_ONE:
         if values[key] < 1: raise _wrong(key, values[key], 'at least 1')
-    for key in ('train_images', 'val_images', 'test_images', 'sweep_images', 'weight_decay', 'split_seed'):
+    for key in ('train_images', 'val_images', 'test_images', 'sweep_images', 'weight_decay', 'split_seed', 'val_captions', 'micro_images', 'checkpoint_every', 'loader_workers'):
         if values[key] < 0: raise _wrong(key, values[key], 'zero or more')
     for key in ('warmup', 'lora_dropout'):
         if not 0 <= values[key] < 1: raise _wrong(key, values[key], 'at least 0 and below 1')
     rates = {key: v if isinstance(v, tuple) else (v,) for key, v in values.items() if key.startswith('lr') and v is not None}
-    rates |= {'clip': (values['clip'],)}
+    rates |= {key: (values[key],) for key in ('clip', 'lora_plus')}
     for key, rate in rates.items():
         if not rate or not all(0 < r < float('inf') for r in rate): raise _wrong(key, values[key], 'above 0')
     seeds = values['seeds']

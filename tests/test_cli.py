@@ -31,6 +31,16 @@ def test_wrong_requests(tmp_path, words, sentence):
     assert journal(tmp_path) == [] and not (tmp_path/'results').exists()
 
 
+@pytest.mark.parametrize('words', [['--track', 'trackio'], ['--set', 'track=trackio']])
+def test_tracker_missing(tmp_path, words):
+    """A tracker that is not installed is said in one sentence, however it was asked for."""
+    project(tmp_path, one=ONE)
+    without = "import sys; sys.modules['trackio'] = None; from rsstudy.cli import main; sys.exit(main())"
+    run = subprocess.run([sys.executable, '-c', without, 'run', *words], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("rsstudy: setting 'track' asks for trackio, which is not installed") and run.stderr.count('\n') == 1, run.stderr
+    assert journal(tmp_path) == [] and not (tmp_path/'results').exists()
+
+
 def test_only_and_overrides(tmp_path):
     """`--only` runs just that; overrides of every type reach the notebook as the settings they name."""
     project(tmp_path, one='write("01_one", [P.rank, P.lr, list(P.seeds), P.strict, P.lr_grid_lora])', two=TWO)
@@ -46,8 +56,8 @@ def test_help_is_complete_and_fast(tmp_path):
     began = time.monotonic()
     run = rsstudy(tmp_path, 'run', '--help')
     assert run.returncode == 0 and time.monotonic() - began < 3 # under a second on an idle machine
-    for option in ('--profile', '--data', '--only', '--set', '--seeds', '--force'): assert option in run.stdout
-    loaded = 'import sys, rsstudy.cli; print([m for m in ("torch", "transformers", "pandas", "papermill") if m in sys.modules])'
+    for option in ('--profile', '--data', '--only', '--set', '--seeds', '--force', '--track', '--engine', '--address'): assert option in run.stdout
+    loaded = 'import sys, rsstudy.cli; print([m for m in ("torch", "transformers", "pandas", "papermill", "ray") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', loaded], capture_output=True, text=True).stdout == '[]\n'
 
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/lib/11_world.ipynb #cell-002
 from __future__ import annotations
-import csv, hashlib, json, os, shutil
+import csv, fcntl, hashlib, json, os, shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -133,12 +133,19 @@ def ensure_world(
     if domain not in DOMAINS: raise ValueError(f"domain {domain!r} is unknown, allowed: {', '.join(DOMAINS)}")
     if min(train, val, test) < 0: raise ValueError(f"train, val and test are {train}, {val} and {test} images, allowed: 0 or more")
     folder, rec = Path(folder), recipe(domain, dict(train=train, val=val, test=test), seed, size)
-    if (old := read_world(folder)) and {k:old.get(k) for k in rec} == rec: return folder
+    there = lambda: (old := read_world(folder)) and {k:old.get(k) for k in rec} == rec
+    if there(): return folder
     if folder.exists() and any(folder.iterdir()) and not (folder/"world.json").exists(): raise ValueError(f"{folder} is not empty and holds no world.json, give an empty or new folder")
-    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    for stale in folder.parent.glob(f".{folder.name}.*.part"): # left by a killed process
-        if not _alive(int(stale.name.split(".")[-2])): shutil.rmtree(stale, ignore_errors=True)
-    shutil.rmtree(tmp, ignore_errors=True); (tmp/"resized").mkdir(parents=True); (tmp/"masks").mkdir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX) # free again when its process ends, however it ends
+        if not there(): _draw_world(folder, rec, domain, size, progress, workers) # else another process drew it meanwhile
+    return folder
+
+def _draw_world(folder, rec, domain, size, progress, workers):
+    tmp, old = (folder.with_name(f".{folder.name}.{what}.part") for what in ("new", "old"))
+    for stale in folder.parent.glob(f".{folder.name}.*.part"): shutil.rmtree(stale, ignore_errors=True) # left by a killed process
+    (tmp/"resized").mkdir(parents=True); (tmp/"masks").mkdir()
     jobs, make = list(_jobs(rec)), partial(_make, folder=tmp, domain=domain, size=size)
     try:
         from tqdm import tqdm
@@ -148,18 +155,10 @@ def ensure_world(
             with get_context("spawn").Pool(workers) as pool: rows = list(bar(pool.imap(make, jobs, chunksize=16)))
         else: rows = [make(j) for j in bar(jobs)]
         _tables(tmp, rec, rows)
-        if (now := read_world(folder)) and {k:now.get(k) for k in rec} == rec: return folder # another process was faster
-        if folder.exists(): shutil.rmtree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists(): os.replace(folder, old) # in one step, too: nobody sees half a world
         os.replace(tmp, folder)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    return folder
-
-def _alive(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: pass
-    return True
+    finally:
+        for part in (tmp, old): shutil.rmtree(part, ignore_errors=True)
 
 def _tables(tmp, rec, rows):
     with open(tmp/"captions.csv", "w", newline="", encoding="utf-8") as f:

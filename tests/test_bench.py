@@ -1,0 +1,44 @@
+"""The benchmark: it runs on a machine with little more than torch, transformers and peft, and from a profile to its JSON."""
+import json, subprocess, sys
+
+from rsstudy.bench import bench_profile
+from rsstudy.scenes.world import ensure_world
+from rsstudy.settings import load_profile
+from toys import ROOT
+
+BARE = '''
+import importlib.abc, sys
+from pathlib import Path
+ABSENT = set("PIL pandas pyarrow datasets scipy sklearn skimage fastcore nbdev matplotlib seaborn nltk evaluate captum shap bert_score papermill IPython torchvision "
+    "bitsandbytes ray pycocoevalcap imagehash pynvml".split())
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT: raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
+sys.meta_path.insert(0, Absent())
+import importlib.util
+whole = importlib.util.find_spec
+def find_spec(name, package=None): return None if name.split(".")[0] in ABSENT else whole(name, package)
+importlib.util.find_spec = find_spec # how transformers and peft ask what is there
+from rsstudy.bench import bench_gpu
+bench_gpu(Path(sys.argv[1]), tiny=True, images=4, rounds=1, seconds=.01, backend="eager")
+assert not ABSENT & {name.split(".")[0] for name in sys.modules}
+'''
+
+
+def test_bare_machine(tmp_path):
+    """`bench gpu` imports nothing that a bare machine lacks; without bitsandbytes it leaves QLoRA out and says so."""
+    run = subprocess.run([sys.executable, '-c', BARE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob('*.json')}
+    assert sorted(found) == ['generate-paligemma-tiny', 'train-paligemma-tiny-lora']
+    assert found['train-paligemma-tiny-lora']['qlora_peer'] == 'left out: bitsandbytes is not installed'
+
+
+def test_profile(tmp_path):
+    """A profile's own model and images: the same captions as plain `generate`, the same gradient as the usual recipe, every lever in the JSON."""
+    P = load_profile('nano', data=str(ensure_world(tmp_path/'scenes', domain='target', seed=0, train=6, val=2, test=3, progress=False, workers=1)))
+    train, generate = (json.loads(bench_profile(what, P, rounds=1, seconds=.01, images=6, folder=tmp_path).read_text()) for what in ('train', 'generate'))
+    assert train['gradient_cosine'] > .9999 and train['weights'] == 'paligemma-nano' and train['unit'] == 'captions/s'
+    assert {'shared_prefix', 'suffix_logits', 'chunked_loss', 'cached_vision', 'bucketing', 'fused_optimizer', 'kept_activations'} == set(train['levers'])
+    assert train['step']['ratio'] > 0 and train['ours'] == train['details']['ours']['captions_per_second']
+    assert generate['same_captions'] == 1 and generate['mean_tokens'] > 1 and set(generate['levers']) == {'cached_vision', 'early_exit'}
