@@ -17,11 +17,11 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from .settings import Profile
 from .batch import caption_loss
-from .checkpoint import latest_checkpoint, load_checkpoint, locked, optimizer_tensors, put, random_tensors, restore_optimizer, restore_random, save_checkpoint, whole
+from .checkpoint import latest_checkpoint, load_checkpoint, optimizer_tensors, put, random_tensors, restore_optimizer, restore_random, save_checkpoint, whole
 from .generate import Captioner, generate_captions
 from .model import compile_layers, enable_checkpointing
 from .rows import CaptionRows, StepLoader, StepSampler, at_most
-from .runs import announce, main_process, measured
+from .runs import announce, locked, main_process, measured
 
 # %% ../nbs/lib/40_train.ipynb #cell-005
 @dataclass(frozen=True)
@@ -259,13 +259,14 @@ def training_arguments(
     plan:TrainingPlan, # How
     rows:int, # Training rows
     gpu:bool, # Does the model live on one?
-    folder:str, # For the library's own use
+    folder:str, # For the library's own use, and for a tracker's files
+    name:str, # Of the run, for trackers
     saves:bool, # Are there checkpoints?
     about:dict|None=None, # For trackers
 ) -> StudyArguments:
     "The plan in the library's words."
     every = -(-rows // plan.batch_images)
-    return StudyArguments(output_dir=folder, num_train_epochs=plan.epochs, learning_rate=plan.lr, lr_scheduler_type='cosine',
+    return StudyArguments(output_dir=folder, run_name=name, project='rsstudy', num_train_epochs=plan.epochs, learning_rate=plan.lr, lr_scheduler_type='cosine',
         warmup_steps=round(plan.warmup * every * plan.epochs), weight_decay=plan.weight_decay, max_grad_norm=plan.clip, adam_beta2=.999, seed=plan.seed,
         per_device_train_batch_size=max(1, plan.batch_images // int(os.environ.get('WORLD_SIZE', 1))), logging_steps=1,
         eval_strategy='steps', eval_steps=plan.evaluate_every or every, eval_on_start=True,
@@ -282,6 +283,7 @@ def fit(
     run_key:str='', # What the run is, beside its plan: method, data, base
     progress:bool=False, # A bar with the remaining time?
     about:dict|None=None, # More for trackers: the profile, the manifest
+    logs:str|Path|None=None, # Where a tracker keeps its files, if it keeps any; None loses them
 ) -> dict: # plan, losses of the steps, evaluations (step, val_loss, val_cider, samples), best_step, best_val_loss, best_val_cider, skipped_steps, micro_images, collapse, cost
     """Trains what requires a gradient. Raises `ValueError` when nothing does, `RuntimeError` when another process trains in the folder, `OSError` when a checkpoint cannot be written.
 
@@ -291,7 +293,7 @@ def fit(
     with locked(folder) if folder and main_process() else nullcontext(), measured() as cost:
         watch, last = Watch(captioner, val_rows, plan, progress), latest_checkpoint(folder, run_key := f'{run_key} {plan}') if folder else None
         ended = _resume(watch, last) if last else False
-        if not ended: _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, about)
+        if not ended: _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, about, logs)
         facts = watch.seen if ended else watch.facts()
         if folder and main_process() and not (last and last.name == 'finished'):
             save_checkpoint(folder, 'finished', {f'best/{n}': v for n, v in watch.best_state.items()}, dict(run_key=run_key, seen=facts))
@@ -307,7 +309,7 @@ def _resume(watch, last) -> bool: # Had the run already ended?
     if ended: watch.put_best()
     return ended
 
-def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, about):
+def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, about, logs):
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
     if plan.gradient_checkpointing: enable_checkpointing(captioner.model)
@@ -315,7 +317,9 @@ def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, 
     gpu = next(captioner.model.parameters()).device.type == 'cuda'
     if gpu: train_rows.multiple = 8 # what tensor cores take at once
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = training_arguments(plan, len(train_rows), gpu, scratch, folder is not None, about)
+        name = f'{captioner.method}-seed{plan.seed}-lr{plan.lr:g}'
+        output = scratch if logs is None or plan.track == 'none' else str(Path(logs)/name)
+        arguments = training_arguments(plan, len(train_rows), gpu, output, name, folder is not None, about)
         arguments.eval_on_start = last is None
         trainer = CaptionTrainer(captioner, watch, plan, folder, run_key, args=arguments, train_dataset=train_rows, eval_dataset=val_rows)
         trainer.remove_callback(PrinterCallback)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from .settings import Profile, load_profile
-from .runs import announce, atomic_path, code_digest, main_process, write_json
+from .runs import announce, atomic_path, code_digest, code_revision, device_name, main_process, versions, write_json
 from .model import load_base
 from .generate import Captioner, generate_captions
 from .checkpoint import whole
@@ -203,7 +203,7 @@ def sweep(
         captioner = attach(P, method, P.seeds[0])
         train_rows, val_rows = training_rows(captioner, data)
         train_rows = train_rows.first(P.sweep_images)
-        plan = TrainingPlan.of(P, lr=lr, epochs=P.sweep_epochs, seed=P.seeds[0], evaluate_every=P.sweep_epochs * -(-len(train_rows) // P.batch_images)) # at its end
+        plan = TrainingPlan.of(P, lr=lr, epochs=P.sweep_epochs, seed=P.seeds[0], track='none', evaluate_every=P.sweep_epochs * -(-len(train_rows) // P.batch_images)) # at its end
         history = fit(captioner, train_rows, val_rows, plan, checkpoint_folder(P, method.name, f'lr{lr:g}'), run_key(P, method, data), progress)
         tried.append(dict(lr=lr, val_loss=history['best_val_loss'], val_cider=history['best_val_cider'], collapse=history['collapse']))
     sound = [t for t in tried if not t['collapse']]
@@ -220,12 +220,12 @@ def run_method(
 ) -> dict: # label, config, lr, sweep, cost, runs: the method's part of a result
     "Chooses the learning rate, trains with every seed, saves the weights, scores the test split."
     lr, tried = sweep(P, method, data, grid, progress)
-    runs, costs = [], []
+    runs, costs, manifest = [], [], dict(code=code_revision(), versions=versions(), device=device_name(), data_digest=data.digest)
     for seed in seeds or P.seeds:
         captioner = attach(P, method, seed)
         rows = training_rows(captioner, data)
         history = fit(captioner, *rows, TrainingPlan.of(P, lr=lr, seed=seed), checkpoint_folder(P, method.name, f'seed{seed}'), run_key(P, method, data), progress,
-            about=dict(profile=dataclasses.asdict(P), method=method.name, settings=method.settings()))
+            about=dict(profile=dataclasses.asdict(P), method=method.name, settings=method.settings(), **manifest), logs=P.work_dir/'tracking')
         cost = history.pop('cost')
         if history['collapse']: announce(f'{method.name}, seed {seed}', f"the guard ended the run: {history['collapse']}")
         size = save_tuned(captioner, method, tuned_folder(P, method.name, seed), seed=seed, lr=lr, base=P.base_model)
