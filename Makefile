@@ -31,12 +31,12 @@ help:
 study: $(STAMP)
 	@$(BIN)/rsstudy run --profile $(PROFILE) $(ARGS)
 
-# Two notebooks at a time on two cores: one thread each, or they fight over the cores. pytest has both cores to itself.
+# One thread each: two notebooks at a time would fight over two cores, and toy models lose more to waiting threads than they gain.
 test: $(STAMP)
 	@echo "== 1/2 nbdev_test: every notebook"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/nbdev_test --n-workers $(WORKERS) --do-print --timing
 	@echo "== 2/2 pytest"
-	@TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests
 
 env: $(STAMP)
 

@@ -138,7 +138,7 @@ def target_hidden(
     places = inner.get_placeholder_mask(batch['input_ids'], embeddings, features)
     hidden = inner.language_model(inputs_embeds=embeddings.masked_scatter(places, features.to(embeddings)), position_ids=batch['position_ids'],
         attention_mask=attention_masks(model, batch), use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[batch['rows']]
+    return hidden.flatten(0, 1).index_select(0, batch['rows']) # its gradient is added up in order; that of an index in brackets is not, with several threads
 
 def head_logits(
     model, # PaliGemma

@@ -87,7 +87,8 @@ def cluster(
         return
     logging.getLogger('ray').setLevel(logging.ERROR)
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-    own = {} if address else dict(include_dashboard=False, object_store_memory=10**8) # nothing goes through its memory, and /dev/shm can be small
+    # nothing goes through Ray's own memory, and /dev/shm can be small; its workers would run at the lowest priority, unlike the local engine's kernels
+    own = {} if address else dict(include_dashboard=False, object_store_memory=10**8, _system_config=dict(worker_niceness=0))
     try:
         host, _, port = (address or '').removeprefix('ray://').rpartition(':')
         if host: socket.create_connection((host.strip('[]'), int(port)), 5).close() # Ray itself would ask for minutes

@@ -36,7 +36,6 @@ class Material:
     def pixel_values(self, rows): # -> (B, 3, 224, 224) float32
         "Pixels of the images `rows`, ready for the tower."
         return pixel_tensor(self.processor, [self.images[i] for i in rows]) if self.processor else self.pixels[[i % len(self.pixels) for i in rows]]
-
     def feature_values(self, rows): # -> (B, N, d)
         "Features of the images `rows`."
         return self.features[[i % len(self.features) for i in rows]]
@@ -159,7 +158,6 @@ class Peer(Contender):
     def __init__(self, layers, material):
         super().__init__(layers, material)
         self.rng = np.random.default_rng(0)
-
     def ready(self): return super().ready(checkpointing=True)
 
     def step(self) -> dict: # captions, tokens, targets, flops
@@ -179,9 +177,7 @@ class Ours(Contender):
     def __init__(self, layers, material, recipe=Recipe()):
         super().__init__(layers, material, recipe.fused_optimizer)
         self.recipe, self.steps = recipe, self.order()
-
     def ready(self): return super().ready(not self.recipe.kept_activations, self.recipe.compiled_layers, self.recipe.uncast_adapters)
-
     def order(self):
         lengths = np.array([len(e.prefix) + sum(map(len, e.captions)) for e in self.material.examples])
         sampler = StepSampler(lengths, min(self.recipe.images, len(lengths)), seed=0, bucket=self.recipe.bucketing)
@@ -195,7 +191,6 @@ class Ours(Contender):
         (total / count).backward()
         self.update()
         return self.work(rows)
-
     def work(self, rows):
         examples, recipe = [self.material.examples[i] for i in rows], self.recipe
         if not recipe.shared_prefix: examples = [Example(e.prefix, [e.captions[k]], [1]) for e in examples for k in every_caption(e)]

@@ -37,7 +37,7 @@ def machines():
     """A cluster of two machines; the second can be taken away."""
     from ray.cluster_utils import Cluster
     logging.getLogger('ray').setLevel(logging.ERROR)
-    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, object_store_memory=10**8))
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False, object_store_memory=10**8, _system_config=dict(worker_niceness=0)))
     cluster.lost = cluster.add_node(num_cpus=1, object_store_memory=10**8)
     cluster.wait_for_nodes()
     yield cluster
@@ -128,6 +128,7 @@ def test_machine_lost(tmp_path, machines):
     """One of two machines goes in mid-run: its notebook is started again on the other one."""
     run, first = in_the_middle(tmp_path, machines)
     machines.remove_node(machines.lost, allow_graceful=False)
+    wait_for(lambda: not all(alive(worker) for _, worker in first.values()))
     (tmp_path/'go').touch()
     _, said = run.communicate(timeout=120)
     assert run.returncode == 0 and said.count('started again') == 1, said
