@@ -22,6 +22,10 @@ class Example:
     captions:list[list[int]] # Different captions, without <eos>
     counts:list[int] # How often the image carries each of them
 
+    @property
+    def length(self) -> int: # Tokens that the decoder reads of the image
+        return len(self.prefix) + sum(map(len, self.captions))
+
 def encode_prompt(
     processor, # PaliGemma's
     prompt:str, # Such as "caption en"
@@ -81,8 +85,7 @@ def pack(
     T targets is predicted; `targets`: (T,) their ids; `weights`: (T,) how often the image carries the target's caption.
     """
     ids, blocks, positions, where, targets, weights = [], [], [], [], [], []
-    length = max(len(e.prefix) + sum(map(len, e.captions)) for e in examples)
-    length = -(-length // multiple) * multiple
+    length = -(-max(e.length for e in examples) // multiple) * multiple
     for row, e in enumerate(examples):
         start = len(e.prefix)
         row_ids, row_blocks, row_positions = list(e.prefix), [0] * start, list(range(1, start + 1))
@@ -217,6 +220,6 @@ def token_counts(
     examples:list[Example],
 ) -> dict[str,int]: # shared, separate
     "Tokens that the decoder reads with a shared prefix, and a sequence for each caption."
-    shared = sum(len(e.prefix) + sum(map(len, e.captions)) for e in examples)
+    shared = sum(e.length for e in examples)
     separate = sum(count * (len(e.prefix) + len(caption) + 1) for e in examples for caption, count in zip(e.captions, e.counts))
     return dict(shared=shared, separate=separate)

@@ -89,6 +89,8 @@ class Recipe:
         "This recipe with one switch turned over."
         return dataclasses.replace(self, **{switch: not getattr(self, switch)})
 
+def _apart(examples): return [Example(e.prefix, [e.captions[k]], [1]) for e in examples for k in every_caption(e)] # every caption with a prefix of its own
+
 def our_batch(
     material:Material, # Images and captions
     rows:list[int], # Numbers of images
@@ -99,7 +101,7 @@ def our_batch(
     at, examples = list(rows), [material.examples[i] for i in rows]
     if not recipe.shared_prefix:
         at = [i for i, e in zip(rows, examples) for _ in every_caption(e)]
-        examples = [Example(e.prefix, [e.captions[k]], [1]) for e in examples for k in every_caption(e)]
+        examples = _apart(examples)
     batch = pack(examples, material.eos, multiple=8 if device.type == 'cuda' else 1)
     if not recipe.suffix_logits:
         everywhere = torch.ones(batch['input_ids'].numel(), dtype=torch.bool).index_fill(0, batch['rows'], False).nonzero()[:, 0]
@@ -179,7 +181,7 @@ class Ours(Contender):
         self.recipe, self.steps = recipe, self.order()
     def ready(self): return super().ready(not self.recipe.kept_activations, self.recipe.compiled_layers, self.recipe.uncast_adapters)
     def order(self):
-        lengths = np.array([len(e.prefix) + sum(map(len, e.captions)) for e in self.material.examples])
+        lengths = np.array([e.length for e in self.material.examples])
         sampler = StepSampler(lengths, min(self.recipe.images, len(lengths)), seed=0, bucket=self.recipe.bucketing)
         for epoch in itertools.count():
             sampler.set_epoch(epoch)
@@ -193,8 +195,8 @@ class Ours(Contender):
         return self.work(rows)
     def work(self, rows):
         examples, recipe = [self.material.examples[i] for i in rows], self.recipe
-        if not recipe.shared_prefix: examples = [Example(e.prefix, [e.captions[k]], [1]) for e in examples for k in every_caption(e)]
-        lengths = [len(e.prefix) + sum(map(len, e.captions)) for e in examples]
+        if not recipe.shared_prefix: examples = _apart(examples)
+        lengths = [e.length for e in examples]
         targets = sum(len(c) + 1 for e in examples for c in e.captions)
         return dict(captions=sum(sum(e.counts) for e in examples), tokens=sum(lengths), targets=targets,
             flops=training_flops(core(self.model).config, lengths, targets if recipe.suffix_logits else sum(lengths), RANK, images=0 if recipe.cached_vision else len(examples)))

@@ -14,8 +14,6 @@ from .generate import Captioner
 # %% ../nbs/lib/37_rows.ipynb #cell-005
 class CaptionRows(torch.utils.data.Dataset):
     "Images and captions, ready to be packed."
-    multiple = 1 # a batch's length is rounded up to a multiple of this
-
     def __init__(self,
         captioner:Captioner, # Whose processor and prompt encode the rows
         images, # Sequence of PIL images or uint8 arrays, decoded when asked for
@@ -46,17 +44,17 @@ class CaptionRows(torch.utils.data.Dataset):
 
     def lengths(self) -> np.ndarray: # (rows,) tokens of each packed row
         "What the decoder reads of each image."
-        return np.array([len(e.prefix) + sum(map(len, e.captions)) for e in self.examples])
+        return np.array([e.length for e in self.examples])
 
-    def collate(self, rows): # -> batch for `caption_loss`
-        batch = pack([row['example'] for row in rows], self.processor.tokenizer.eos_token_id, multiple=self.multiple)
+    def collate(self, rows, multiple=1): # -> batch for `caption_loss`, its length rounded up to a multiple
+        batch = pack([row['example'] for row in rows], self.processor.tokenizer.eos_token_id, multiple=multiple)
         if self.features is None: return batch | dict(pixel_values=pixel_tensor(self.processor, [row['image'] for row in rows]))
         return batch | dict(features=torch.stack([row['features'] for row in rows]))
 
-    def collate_step(self, rows, micro_images=0): # -> batches of at most micro_images rows, long rows first; 0: one batch
+    def collate_step(self, rows, micro_images=0, multiple=1): # -> batches of at most micro_images rows, long rows first; 0: one batch
         size = micro_images or len(rows)
-        rows = sorted(rows, key=lambda row: -len(row['example'].prefix) - sum(map(len, row['example'].captions))) if size < len(rows) else rows
-        return [self.collate(rows[i:i + size]) for i in range(0, len(rows), size)]
+        rows = sorted(rows, key=lambda row: -row['example'].length) if size < len(rows) else rows
+        return [self.collate(rows[i:i + size], multiple) for i in range(0, len(rows), size)]
 
 # %% ../nbs/lib/37_rows.ipynb #cell-009
 def halves(

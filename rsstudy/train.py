@@ -96,15 +96,15 @@ class CaptionLoss(torch.nn.Module):
 
 class CaptionTrainer(Trainer):
     "The library's trainer with this study's step, evaluation and checkpoints."
-    def __init__(self, captioner, watch, plan, folder, run_key, **kwargs):
-        self.watch, self.plan, self.folder, self.run_key = watch, plan, folder, run_key
+    def __init__(self, captioner, watch, plan, folder, run_key, kept, **kwargs):
+        self.watch, self.plan, self.folder, self.run_key, self.kept = watch, plan, folder, run_key, kept # kept: what `load_checkpoint` gave, if anything
         super().__init__(model=CaptionLoss(captioner.model), callbacks=[watch], **kwargs)
 
     def get_train_dataloader(self):
-        rows, plan = self.train_dataset, self.plan
+        rows, plan, multiple = self.train_dataset, self.plan, 8 if self.args.device.type == 'cuda' else 1 # what tensor cores take at once
         sampler = StepSampler(rows.lengths(), plan.batch_images, plan.seed, plan.bucket, self.args.process_index, self.args.world_size)
         return StepLoader(rows, batch_sampler=sampler, num_workers=plan.loader_workers, pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=plan.loader_workers > 0, collate_fn=lambda part: dict(micro=rows.collate_step(part, self.watch.seen['micro_images'])))
+            persistent_workers=plan.loader_workers > 0, collate_fn=lambda part: dict(micro=rows.collate_step(part, self.watch.seen['micro_images'], multiple)))
 
     def create_optimizer(self, model=None):
         if self.plan.lora_plus == 1 or self.optimizer is not None: return super().create_optimizer(model)
@@ -178,20 +178,20 @@ class CaptionTrainer(Trainer):
         return {f'{k}/{rank}': v for k, values in stacked.items() for rank, v in enumerate(values)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.kept, facts = load_checkpoint(resume_from_checkpoint)
-        for name, parameter in self.watch.trainable().items(): put(parameter, self.kept[f'model/{name}'])
-        self.scheduler_state = facts['scheduler']
+        tensors, _ = self.kept
+        for name, parameter in self.watch.trainable().items(): put(parameter, tensors[f'model/{name}'])
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None: return
-        restore_optimizer(self.model_wrapped, self.optimizer, self.kept)
-        self.lr_scheduler.load_state_dict(self.scheduler_state)
+        tensors, facts = self.kept
+        restore_optimizer(self.model_wrapped, self.optimizer, tensors)
+        self.lr_scheduler.load_state_dict(facts['scheduler'])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()): group['lr'] = lr # the next step is made with it
 
     def _load_rng_state(self, checkpoint):
         if checkpoint is None: return
         mine = '' if self.args.world_size == 1 else f'/{self.args.process_index}'
-        restore_random({k.removesuffix(mine): v for k, v in self.kept.items() if k.startswith('random/') and k.endswith(mine)}, self.args.device)
+        restore_random({k.removesuffix(mine): v for k, v in self.kept[0].items() if k.startswith('random/') and k.endswith(mine)}, self.args.device)
 
 # %% ../nbs/lib/40_train.ipynb #cell-009
 def fit(
@@ -211,9 +211,11 @@ def fit(
     """
     if not any(p.requires_grad for p in captioner.model.parameters()): raise ValueError(f"method '{captioner.method}' left no parameter to train")
     with locked(folder) if folder and main_process() else nullcontext(), measured() as cost:
-        watch, last = Watch(captioner, val_rows, plan, progress), latest_checkpoint(folder, run_key := f'{run_key} {plan}') if folder else None
-        ended = _resume(watch, last) if last else False
-        if not ended: _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, about, logs)
+        watch, run_key = Watch(captioner, val_rows, plan, progress), f'{run_key} {plan}'
+        last = latest_checkpoint(folder, run_key) if folder else None
+        kept = load_checkpoint(last) if last else None
+        ended = _resume(watch, last, *kept) if last else False
+        if not ended: _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, kept, about, logs)
         facts = watch.seen if ended else watch.facts()
         if folder and main_process() and not (last and last.name == 'finished'):
             save_checkpoint(folder, 'finished', {f'best/{n}': v for n, v in watch.best_state.items()}, dict(run_key=run_key, seen=facts))
@@ -222,26 +224,24 @@ def fit(
     return dict(plan=dataclasses.asdict(plan), best_val_loss=best['val_loss'], best_val_cider=best['val_cider'], cost=dataclasses.replace(cost, seconds=facts['seconds']),
         **{k: facts[k] for k in ('losses', 'evaluations', 'best_step', 'skipped_steps', 'micro_images', 'collapse')})
 
-def _resume(watch, last) -> bool: # Had the run already ended?
-    tensors, facts = load_checkpoint(last)
+def _resume(watch, last, tensors, facts) -> bool: # Had the run already ended?
     watch.best_state, watch.seen = {k.removeprefix('best/'): v for k, v in tensors.items() if k.startswith('best/')}, facts['seen']
     ended = last.name == 'finished' or bool(watch.seen['collapse']) or watch.seen['worse'] >= watch.plan.patience
     if ended: watch.put_best()
     return ended
 
-def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, about, logs):
+def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, kept, about, logs):
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
     if plan.gradient_checkpointing: enable_checkpointing(captioner.model)
     if plan.compile: compile_layers(captioner.model)
     gpu = next(captioner.model.parameters()).device.type == 'cuda'
-    if gpu: train_rows.multiple = 8 # what tensor cores take at once
     with tempfile.TemporaryDirectory() as scratch:
         name = f'{captioner.method}-seed{plan.seed}-lr{plan.lr:g}'
         output = scratch if logs is None or plan.track == 'none' else str(Path(logs)/name)
         arguments = training_arguments(plan, len(train_rows), gpu, output, name, folder is not None, about)
         arguments.eval_on_start = last is None
-        trainer = CaptionTrainer(captioner, watch, plan, folder, run_key, args=arguments, train_dataset=train_rows, eval_dataset=val_rows)
+        trainer = CaptionTrainer(captioner, watch, plan, folder, run_key, kept, args=arguments, train_dataset=train_rows, eval_dataset=val_rows)
         trainer.remove_callback(PrinterCallback)
         # peft casts a LoRA's input to float32, and autocast casts it back: two copies of the activations for nothing
         with disable_input_dtype_casting(captioner.model) if gpu else nullcontext(): trainer.train(resume_from_checkpoint=str(last) if last else None)
