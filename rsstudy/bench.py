@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bench_folder', 'outcome', 'MaterialRows', 'step_overhead', 'switches', 'bench_training', 'bench_generation',
-           'profile_material', 'bench_profile', 'publish', 'memory_of_a_step', 'bench_gpu', 'main']
+           'profile_material', 'bench_profile', 'publish', 'bench_scoring', 'memory_of_a_step', 'bench_gpu', 'main']
 
 # %% ../nbs/lib/48_bench.ipynb #cell-002
 import argparse, dataclasses, gc, re, statistics, sys, time
@@ -186,6 +186,29 @@ def publish(
     return path
 
 # %% ../nbs/lib/48_bench.ipynb #cell-014
+def bench_scoring(
+    P:Profile, # Whose captions are scored, all splits
+    rounds:int=3, # Turns of each, the best counts
+    images:int=4_454, # At most
+    folder:Path|None=None, # `bench_folder()` by default
+) -> Path: # The JSON
+    "CPU seconds of the metrics, and the toolkit's. Raises `RuntimeError` where pycocoevalcap is missing."
+    from rsstudy.data import load_captions
+    from rsstudy.metrics import bench_metrics
+    rng = np.random.default_rng(0)
+    references = load_captions(P).dataset['captions'][:]
+    references = [references[i] for i in rng.permutation(len(references))[:images]]
+    said = [references[rng.integers(len(references)) if i % 2 else i][rng.integers(5)] for i in range(len(references))]
+    found = bench_metrics(said, references, rounds)
+    if not (peer := found.pop('toolkit')): raise RuntimeError('the benchmark of metrics compares with pycocoevalcap, which is not installed: pip install "rsstudy[java]"')
+    result = dict(name=f'metrics-{P.name}', device=device_name(), unit='CPU seconds for BLEU, ROUGE-L and CIDEr', ours=peer['seconds_ours'], peer=peer['seconds_theirs'], ratio=peer['times'],
+        largest_difference=peer['largest_difference'], levers={}, details=found, versions=versions())
+    path = (folder or bench_folder())/f"{result['name']}.json"
+    write_json(path, result)
+    print(f"{result['name']}: {found['references']:,} references, all metrics without an encoder {found['seconds_total']:.3g} s; BLEU, ROUGE-L and CIDEr {result['ratio']:.3g} times as fast as the toolkit\n  {path}")
+    return path
+
+# %% ../nbs/lib/48_bench.ipynb #cell-016
 def memory_of_a_step(
     model, # PaliGemma with LoRA
     material:Material, # With features
@@ -237,7 +260,7 @@ def bench_gpu(
     write_json(paths[0], whole | dict(seconds_in_all=time.perf_counter() - start))
     return paths
 
-# %% ../nbs/lib/48_bench.ipynb #cell-020
+# %% ../nbs/lib/48_bench.ipynb #cell-022
 def main(
     words:list[str]|None=None, # Command line without the program's name; the process's own by default
 ) -> int: # Exit status
@@ -251,5 +274,5 @@ def main(
     else: bench_profile(args.what, load_profile(args.profile), args.rounds)
     return 0
 
-# %% ../nbs/lib/48_bench.ipynb #cell-021
+# %% ../nbs/lib/48_bench.ipynb #cell-023
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # as a command, not in a notebook

@@ -53,7 +53,7 @@ class ClipScorer:
         self.name, self.device = model, device or ('cuda' if torch.cuda.is_available() else 'cpu')
         try:
             self.processor = AutoProcessor.from_pretrained(model, local_files_only=not hub_reachable())
-            self.model = AutoModel.from_pretrained(model, use_safetensors=True, local_files_only=not hub_reachable()).eval().to(self.device)
+            self.model = AutoModel.from_pretrained(model, use_safetensors=True, dtype=torch.float32, local_files_only=not hub_reachable()).eval().to(self.device)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().split('\n')[0]
             raise ValueError(f'cannot load {model!r} to compare captions with images: {reason}') from error
@@ -71,6 +71,37 @@ class ClipScorer:
         with torch.inference_mode(): logits = self.model(**inputs.to(self.device)).logits_per_image.float().cpu().numpy() # (n, captions)
         ends = np.cumsum([len(own) for own in captions])
         return [row[end - len(own):end] for row, own, end in zip(logits, captions, ends)]
+
+    def image_features(self,
+        images, # Sequence of PIL images or uint8 arrays (H, W, 3), n of them, read a batch at a time
+        batch_size:int=64, # Images of a forward pass
+        progress:bool=False, # Show a bar?
+    ) -> np.ndarray: # (n, d) float32, each of length 1: a product with `text_features` is a cosine
+        "Images in the space they share with texts."
+        from PIL import Image
+        def pictures(rows): return [i.convert('RGB') if hasattr(i, 'convert') else Image.fromarray(i) for i in (images[r] for r in rows)]
+        return self._unit(self.model.get_image_features, lambda rows: dict(images=pictures(rows)), range(len(images)), batch_size, progress)
+
+    def text_features(self,
+        texts:list[str], # n texts; what is longer than the model reads is cut
+        batch_size:int=64, # Texts of a forward pass
+        progress:bool=False, # Show a bar?
+    ) -> np.ndarray: # (n, d) float32, each of length 1
+        "Texts in the space they share with images."
+        padding = True if self.model.config.model_type == 'clip' else 'max_length' # CLIP reads up to the end token; SigLIP was trained on full rows, the last position counts
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i])) # short ones together: little padding
+        return self._unit(self.model.get_text_features, lambda rows: dict(text=[texts[i] for i in rows], padding=padding, truncation=True), order, batch_size, progress)
+
+    def _unit(self, encode, inputs, order, batch_size, progress): # Rows in the order of the input, whatever the order they were computed in
+        import torch
+        from tqdm import tqdm
+        found = [None] * len(order)
+        for start in tqdm(range(0, len(order), batch_size), desc=self.name, disable=not progress, leave=False):
+            rows = order[start:start + batch_size]
+            with torch.inference_mode(): out = encode(**self.processor(**inputs(rows), return_tensors='pt').to(self.device))
+            out = torch.nn.functional.normalize(getattr(out, 'pooler_output', out).float(), dim=-1).cpu().numpy()
+            for row, values in zip(rows, out): found[row] = values
+        return np.stack(found)
 
 # %% ../nbs/lib/16_captions.ipynb #cell-012
 def tiny_clip(
@@ -94,7 +125,7 @@ def tiny_clip(
     tf.CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
     return folder
 
-# %% ../nbs/lib/16_captions.ipynb #cell-015
+# %% ../nbs/lib/16_captions.ipynb #cell-017
 def choose_all(
     dataset, # A `datasets.Dataset` with `image` and `captions`
     how:str='all', # As for `choose_captions`

@@ -35,5 +35,5 @@ def load_tuned(
     known = methods(P)
     if name not in known: raise ValueError(f"unknown method '{name}': the methods are {', '.join(known)}")
     if name == 'none': return Captioner(*load_base(P), P.prompt)
-    method = known[name].loaded() if isinstance(known[name], Lora) else known[name]
+    method = known[name].loaded()
     return load_weights(attach(P, method, seed), method, tuned_folder(P, name, seed))

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['UNUSED', 'NANO', 'PATCH', 'PROJECTIONS', 'DECODER', 'VISION', 'PROJECTOR', 'build_tokenizer', 'nano_config',
            'build_processor', 'keep_4bit_differentiable', 'nano_processor', 'nano_model', 'pick_device', 'pick_dtype',
-           'load_base', 'linear_layers', 'core', 'enable_checkpointing', 'compile_layers']
+           'base_version', 'load_base', 'linear_layers', 'core', 'enable_checkpointing', 'compile_layers']
 
 # %% ../nbs/lib/20_model.ipynb #cell-002
+import functools, hashlib
 from pathlib import Path
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 from .runs import announce, hub_reachable
 from .settings import Profile, load_profile
@@ -110,6 +112,19 @@ def pick_dtype(
     "bfloat16 where a GPU has it and the profile allows it, else float32. Never float16: Gemma's activations overflow it."
     if precision == 'auto': precision = 'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float32'
     return dict(float32=torch.float32, bfloat16=torch.bfloat16)[precision]
+
+@functools.cache
+def base_version(
+    base_model:str, # As in the profile
+) -> str: # Commit of a hub model; digest of the weights in a folder; `unknown` for a hub model that is not there yet
+    "What tells apart two bases of the same name."
+    folder = NANO if base_model == 'paligemma-nano' else Path(base_model)
+    if folder.is_dir():
+        found = hashlib.sha256()
+        for path in sorted(folder.glob('*.safetensors')): found.update(path.read_bytes())
+        return found.hexdigest()[:16]
+    cached = try_to_load_from_cache(base_model, 'config.json') if len(Path(base_model).parts) == 2 else None
+    return Path(cached).parent.name if isinstance(cached, str) else 'unknown'
 
 def load_base(
     P:Profile, # `base_model` and `precision` are read

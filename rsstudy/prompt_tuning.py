@@ -36,7 +36,9 @@ class PromptTuning(Method):
         tokenizer = captioner.processor.tokenizer
         ids = self.soft_tokens(tokenizer)
         model = get_peft_model(captioner.model, TrainableTokensConfig(token_indices=ids, target_modules=['embed_tokens']))
-        layer = model.get_base_model().model.language_model.embed_tokens
+        base = model.get_base_model()
+        base.lm_head = getattr(base.lm_head, 'base_layer', base.lm_head) # peft ties it to the embeddings, soft vectors included: soft tokens could then be said
+        layer = base.model.language_model.embed_tokens
         if self.start is not None:
             words = tokenizer(self.start or captioner.prompt, add_special_tokens=False).input_ids
             rows = torch.tensor([words[i % len(words)] for i in range(len(ids))], device=layer.weight.device)

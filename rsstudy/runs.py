@@ -8,7 +8,7 @@ __all__ = ['FALLBACKS', 'RUNNER', 'PACKAGES', 'atomic_path', 'write_json', 'lock
            'read_result']
 
 # %% ../nbs/lib/01_runs.ipynb #cell-002
-import dataclasses, functools, hashlib, importlib.metadata, json, os, platform, re, socket, subprocess, sys, threading, time, warnings
+import ast, dataclasses, functools, hashlib, importlib.metadata, json, os, platform, re, socket, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
@@ -117,13 +117,26 @@ def code_revision() -> str: # Commit, with "+changes" where the tree differs fro
     except FileNotFoundError: return 'unknown'
     return 'unknown' if head.returncode else head.stdout.strip() + ('+changes' if dirty.stdout.strip() else '')
 
+def _imports(path, folder): # -> files of the package that a module imports at its top
+    for node in ast.parse(path.read_bytes()).body:
+        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or '').startswith('rsstudy.')): continue
+        start = folder if not node.level else path.parents[node.level - 1]
+        found = start.joinpath(*(node.module or '').removeprefix('rsstudy.').split('.'))
+        yield from (p for p in (found.with_suffix('.py'), found/'__init__.py') if p.is_file())
+
 @functools.cache
-def code_digest() -> str: # SHA-256, hex
+def code_digest(
+    *modules:str, # Such as `rsstudy.train`: only these and what they import at their top, settings and manifests left out; none: the whole library
+) -> str: # SHA-256, hex
     "Digest of the library's code, the modules that only run the study left out."
     import rsstudy
-    folder, digest = Path(rsstudy.__file__).parent, hashlib.sha256()
-    for path in sorted(folder.rglob('*.py')):
-        if path.name not in RUNNER: digest.update(str(path.relative_to(folder)).encode() + b'\0' + path.read_bytes())
+    folder, digest, found = Path(rsstudy.__file__).parent, hashlib.sha256(), set()
+    waiting = [folder.joinpath(*m.split('.')[1:]).with_suffix('.py') for m in modules] or list(folder.rglob('*.py'))
+    while waiting:
+        if (path := waiting.pop()) in found or path.name in RUNNER + (('settings.py', 'runs.py') if modules else ()): continue
+        found.add(path)
+        if modules: waiting += _imports(path, folder)
+    for path in sorted(found): digest.update(f'{path.relative_to(folder)}\0{ast.dump(ast.parse(path.read_bytes()))}'.encode()) # comments change no result
     return digest.hexdigest()
 
 def device_name() -> str: # Processor or GPU, with its count of cores
@@ -198,8 +211,9 @@ class Run:
         data:dict, # What the notebook found; see `write_json`
         **facts, # More lines of the manifest: digest of the data, revision of the base model
     ) -> dict: # The same as `read_result` gives
-        "Writes the notebook's JSON, manifest first, and reads it back: what is drawn from here on is what was written."
-        write_json(self.path, dict(manifest=self.manifest() | facts, **data))
+        "Writes the notebook's JSON, manifest first, and reads it back: what is drawn from here on is what was written. Raises `ValueError` where scores have not their form."
+        from rsstudy.captionfiles import check_result # the form of scores builds on this module
+        write_json(self.path, dict(manifest=self.manifest() | facts, **check_result(data, self.path.name)))
         return read_result(self.profile, self.notebook)
 
     def figure(self,
@@ -229,9 +243,10 @@ def read_result(
     profile:Profile, # The resolved settings
     notebook:str, # Such as "03_lora"
 ) -> dict: # The notebook's JSON
-    "What an earlier notebook wrote. Raises `FileNotFoundError` naming the command that makes it, `ValueError` where the file is not JSON."
+    "What an earlier notebook wrote. Raises `FileNotFoundError` naming the command that makes it, `ValueError` where the file is not JSON or scores have not their form."
+    from rsstudy.captionfiles import check_result
     path = profile.results_dir/f'{notebook}.json'
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing: make it with `rsstudy run --profile {profile.name} --only {notebook}`')
-    try: return json.loads(path.read_text(encoding='utf-8'))
+    try: return check_result(json.loads(path.read_text(encoding='utf-8')), str(path))
     except json.JSONDecodeError as error: raise ValueError(f'{path} is not JSON: {error}') from None

@@ -7,7 +7,7 @@ __all__ = ['ALLOWED', 'AT_LEAST_ONE', 'TYPES', 'Profile', 'project_root', 'parse
            'load_profile', 'notebook_profile']
 
 # %% ../nbs/lib/00_settings.ipynb #cell-002
-import configparser, dataclasses, types
+import configparser, dataclasses, re, types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_origin
@@ -19,7 +19,7 @@ class Profile:
     name:str # Section of settings.ini
     # data
     data:str # "scenes" (the built-in world), a folder in RISCM's layout, or "hub:<dataset id>"
-    split:str # "file": the table's own split; "seeded": 80/10/10 by image
+    split:str # "file": the table's own split; "seeded": 80/10/10 by image; "official": each source's published split; "leave_<source>_out": that source only tests
     split_seed:int # Seed of the seeded split and of the choice of a subset
     clean:bool # Lower-case captions, trim them and collapse spaces?
     strict:bool # Fail on a bad row? Otherwise it is dropped and recorded
@@ -76,6 +76,8 @@ class Profile:
     pixelshap_samples:int # PixelSHAP: coalitions an image
     # comparison
     resamples:int # Bootstrap resamples
+    tasks:tuple[str,...] # The base's own tasks that each method is asked before and after, see `rsstudy.tasks`; none asks nothing
+    task_images:int # Items of each task; 0 takes all
     # where
     results:str # Folder of the committed results
     work:str # Folder of what a run needs and nobody commits: worlds, weights, caches
@@ -97,7 +99,7 @@ def project_root() -> Path: # Folder that holds settings.ini
 
 # %% ../nbs/lib/00_settings.ipynb #cell-010
 ALLOWED = dict(
-    split=('file', 'seeded'), caption_choice=('all', 'longest', 'first', 'random', 'clip'), precision=('auto', 'float32', 'bfloat16'),
+    caption_choice=('all', 'longest', 'first', 'random', 'clip'), precision=('auto', 'float32', 'bfloat16'),
     track=('none', 'tensorboard', 'wandb', 'trackio'), lora_init=('default', 'pissa', 'olora'), adapter_activation=('gelu', 'relu', 'silu'))
 AT_LEAST_ONE = ('max_new_tokens', 'num_beams', 'generate_batch', 'epochs', 'batch_images', 'sweep_epochs', 'patience', 'rank', 'alpha',
     'prompt_length', 'adapter_width', 'xai_images', 'ig_steps', 'shap_evaluations', 'segments', 'pixelshap_samples', 'resamples')
@@ -121,6 +123,7 @@ def parse_value(
     if isinstance(kind, types.UnionType):
         return None if value is None or str(value).strip().lower() == 'none' else parse_value(key, value, get_args(kind)[0])
     if get_origin(kind) is tuple:
+        if value == 'none' and get_args(kind)[0] is str: return ()
         parts = value.split(',') if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
         try: return tuple(parse_value(key, p, get_args(kind)[0]) for p in parts)
         except ValueError: raise _wrong(key, value, _type_name(kind)) from None
@@ -143,7 +146,7 @@ def check_values(
         if values[key] not in allowed: raise _wrong(key, values[key], 'one of ' + ', '.join(allowed))
     for key in AT_LEAST_ONE:
         if values[key] < 1: raise _wrong(key, values[key], 'at least 1')
-    for key in ('train_images', 'val_images', 'test_images', 'sweep_images', 'weight_decay', 'split_seed', 'val_captions', 'micro_images', 'checkpoint_every', 'loader_workers'):
+    for key in ('train_images', 'val_images', 'test_images', 'sweep_images', 'weight_decay', 'split_seed', 'val_captions', 'micro_images', 'checkpoint_every', 'loader_workers', 'task_images'):
         if values[key] < 0: raise _wrong(key, values[key], 'zero or more')
     for key in ('warmup', 'lora_dropout'):
         if not 0 <= values[key] < 1: raise _wrong(key, values[key], 'at least 0 and below 1')
@@ -151,6 +154,8 @@ def check_values(
     rates |= {key: (values[key],) for key in ('clip', 'lora_plus')}
     for key, rate in rates.items():
         if not rate or not all(0 < r < float('inf') for r in rate): raise _wrong(key, values[key], 'above 0')
+    if values['split'] not in ('file', 'seeded', 'official') and not re.fullmatch(r'leave_\w+_out', values['split']):
+        raise _wrong('split', values['split'], 'one of file, seeded, official, or leave_SOURCE_out as in leave_NWPU_out')
     seeds = values['seeds']
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0: raise _wrong('seeds', seeds, 'different integers, zero or more')
 

@@ -55,7 +55,7 @@ class Watch(TrainerCallback):
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        from rsstudy.cider import cider
+        from rsstudy.cider import cider # known to a run's key by its version, not by its code
         seen, loss, count = self.seen, metrics['eval_loss'], min(self.plan.val_captions, len(self.val_rows))
         pictures = dict(images=[self.val_rows.images[i] for i in range(count)]) if self.val_rows.features is None else dict(images=None, features=self.val_rows.features[:count])
         samples = generate_captions(self.captioner, prompts=self.val_rows.prompts[:count], max_new_tokens=self.plan.max_new_tokens, **pictures) if count else []

@@ -3,6 +3,8 @@ import json
 
 import numpy as np
 import pytest
+from rsstudy.intervals import paired_difference
+from rsstudy.tidy import METHODS, compare_results, turned
 from toys import ROOT, rsstudy
 
 LEVELS = dict(none=.2, lora=.9, lora_vision=1., qlora=.88, prompt=.6, adapter=.95, adapter_pfeiffer=.9, full=1.1)
@@ -52,7 +54,7 @@ def test_comparison(tmp_path):
     assert [r['method'] for r in result['cost']] == methods
     assert {(r['method'], r['source']) for r in result['scores']} == {(m, s) for m in methods for s in groups}
     for row in result['scores']:
-        assert set(row) == {'method', 'source', 'metric', 'value', 'low', 'high', 'n', 'seed'}
+        assert set(row) == {'kind', 'method', 'source', 'metric', 'value', 'low', 'high', 'n', 'seed'}
         if row['low'] is not None: assert row['low'] <= row['value'] <= row['high'], row
     full = [r for r in result['scores'] if (r['method'], r['source'], r['metric']) == ('full', 'all', 'cider-coco.v1')]
     assert [r['seed'] for r in full] == [0, 1, 2, None]
@@ -62,6 +64,9 @@ def test_comparison(tmp_path):
     paired = [r for r in result['differences'] if r['metric'] == 'cider-coco.v1' and r['source'] == 'all']
     assert {(r['method'], r['against']): r['verdict'] for r in paired}['full', 'none'] == 'better'
     assert {(r['method'], r['against']): r['verdict'] for r in paired}['qlora', 'lora'] == 'tie'
+    for row in result['differences']:
+        assert row['p'] <= row['p_holm'] <= 1 and 0 <= row['wins'] <= 1
+        assert row['verdict'] == ('tie' if row['low'] <= 0 <= row['high'] or row['p_holm'] >= .05 else 'better' if row['value'] > 0 else 'worse'), row
     assert {r['method'] for r in result['variants']['scores']} == {'lora_vision', 'adapter_pfeiffer'}
     figures = sorted(f.name for f in (tmp_path/'results/nano').glob('*.png'))
     assert figures == [f'07_comparison_{name}.png' for name in ('faithfulness', 'quality_cost', 'sources')]
@@ -84,3 +89,69 @@ def test_missing_chapter_is_named(tmp_path):
     (tmp_path/'results/nano/05_adapter.json').unlink()
     run = run_comparison(tmp_path)
     assert run.returncode == 2 and 'run 05_adapter first' in run.stderr and run.stderr.count('\n') == 1
+
+
+def test_more_than_scores(tmp_path):
+    """Floors, subsets, failures and forgetting: rows where the chapters bring them, and none where they do not."""
+    write_chapters(tmp_path)
+    results = {f.stem: json.loads(f.read_text()) for f in tmp_path.glob('*.json')}
+    plain = compare_results(results, 100, 500)
+    assert plain['forgetting'] == [] and {r['kind'] for r in plain['scores']} == {'method'} and not any(r['source'].startswith('subset') for r in plain['scores'])
+
+    n, base = 120, results['02_baseline']['methods']['none']['runs'][0]
+    results['02_baseline']['floors'] = {name: dict(label=name, scores=base['scores'], per_image=base['per_image']) for name in ('frequent', 'human')}
+    results['01_eda'] = dict(leakage=dict(clean=[f'{i}.jpg' for i in range(0, n, 2)], caption_unseen=[f'{i}.jpg' for i in range(30)] + ['not scored.jpg']))
+    for name, entry in ((m, e) for r in results.values() for m, e in r.get('methods', {}).items()):
+        for run in entry['runs']:
+            rng = np.random.default_rng([run['seed'] or 0, list(LEVELS).index(name)])
+            run['per_image']['count_error.v1'] = np.stack([rng.binomial(3, .8 if name == 'none' else .3, n), np.full(n, 3)], 1).tolist() # wrong, claims
+            right = (rng.random(60) < (.9 if name in ('none', 'lora') else .2)).astype(float)
+            run['transfer'] = dict(questions=dict(metric='accuracy-exact.v1', value=right.mean(), per_item=right.tolist()), far=dict(task='far', missing='the hub does not answer'))
+    result = json.loads(json.dumps(compare_results(results, 200, 2000)))
+
+    floors = [r for r in result['scores'] if r['kind'] == 'floor']
+    assert {r['method'] for r in floors} == {'frequent', 'human'} and {r['seed'] for r in floors} == {None} and result['labels']['human'] == 'human'
+    of = lambda method: {(r['source'], r['metric'], k): r[k] for r in result['scores'] if r['method'] == method and r['seed'] is None and r['low'] is not None for k in ('value', 'low', 'high')}
+    assert of('human') == pytest.approx(of('none'), rel=1e-9) # the same captions have the same rows, interval included
+    assert {r['source']: r['n'] for r in result['scores']} == dict(all=120, NWPU=40, RSICD=40, UCM=40) | {'subset:clean': 60, 'subset:caption_unseen': 30}
+    assert not {r['method'] for r in result['differences']} & {'frequent', 'human'} # floors are shown, not tested
+
+    errors = [r for r in result['scores'] if (r['method'], r['source'], r['metric'], r['seed']) == ('lora', 'all', 'count_error.v1', 1)]
+    counts = np.array(next(r for r in results['03_lora']['methods']['lora']['runs'] if r['seed'] == 1)['per_image']['count_error.v1']).sum(0)
+    assert errors[0]['value'] == pytest.approx(counts[0]/counts[1])
+    error = {(r['method'], r['against']): r for r in result['differences'] if (r['source'], r['metric']) == ('all', 'count_error.v1')}
+    assert error['lora', 'none']['value'] < 0 and error['lora', 'none']['verdict'] == 'better' and turned(error['lora', 'none'])['verdict'] == 'worse' # fewer errors are better
+    assert len(error) == 28 # all pairs of eight
+
+    forgotten = {r['method']: r for r in result['forgetting']}
+    assert set(forgotten) == set(LEVELS) - {'none'} and {r['task'] for r in result['forgetting']} == {'questions'} # what was not asked has no row
+    assert forgotten['full']['verdict'] == 'worse' and forgotten['lora']['verdict'] == 'tie' and forgotten['full']['n'] == 60
+    for r in result['forgetting']:
+        assert r['value'] == pytest.approx(r['after'] - r['before']) and r['low'] <= r['value'] <= r['high'] and r['p'] <= r['p_holm']
+
+
+def test_three_lucky_seeds_are_a_tie(tmp_path):
+    """A method whose seeds fall far apart is not better than one that they overlap, however sure the images are; five agreeing seeds are."""
+    rng, n = np.random.default_rng(0), 400
+    hard = rng.normal(1, .4, n)
+    make = lambda levels: [dict(seed=s, scores={'cider-coco.v1': 0.}, per_image={'cider-coco.v1': (hard + level + rng.normal(0, .2, n)).tolist()}) for s, level in enumerate(levels)]
+    def compared(levels):
+        methods = dict(none=make([0.]), lora=make([.0, .01, -.01]), full=make(levels))
+        chapter = dict(image_ids=list(map(str, range(n))), sources=['unknown']*n, methods={name: dict(runs=runs) for name, runs in methods.items()})
+        rows = compare_results({'02_baseline': chapter}, 400, 2000)['differences']
+        return next(r for r in rows if (r['method'], r['against']) == ('full', 'lora')), methods
+    lucky, methods = compared([.05, .1, .6])
+    steady, _ = compared([.23, .24, .25, .26, .27])
+    assert lucky['value'] == pytest.approx(.25, abs=.03) and lucky['verdict'] == 'tie'
+    assert steady['value'] == pytest.approx(.25, abs=.03) and steady['verdict'] == 'better'
+    values = [np.array([run['per_image']['cider-coco.v1'] for run in methods[m]]) for m in ('full', 'lora')]
+    kept = paired_difference(*values, seeds='kept')
+    assert kept.low > 0 and lucky['high'] - lucky['low'] > 3*(kept.high - kept.low) # the images alone would have called it
+
+
+def test_methods_come_in_their_order(tmp_path):
+    """Rows name the later method first, whatever order the files are in."""
+    write_chapters(tmp_path)
+    results = {f.stem: json.loads(f.read_text()) for f in sorted(tmp_path.glob('*.json'), reverse=True)}
+    order, rows = [*METHODS, 'lora_vision', 'adapter_pfeiffer'], compare_results(results, 50, 50)['differences']
+    assert all(order.index(r['against']) < order.index(r['method']) for r in rows if {r['method'], r['against']} <= set(METHODS))

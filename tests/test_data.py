@@ -13,6 +13,7 @@ from PIL import Image
 from rsstudy.badrows import KINDS, BadRows
 from rsstudy.captions import ClipScorer, choose_all, tiny_clip
 from rsstudy.data import HUB, load_captions, profile_subset, seeded_split, subset
+from rsstudy.duplicates import group_digests, leakage, near_duplicates, thumbnails
 from rsstudy.runs import FALLBACKS
 from rsstudy.settings import load_profile
 from rsstudy.tables import CAPTION_COLUMNS, draw_folder
@@ -22,7 +23,7 @@ RISCM = Path(os.environ.get('RSSTUDY_RISCM') or ROOT/'..'/'shared'/'data'/'riscm
 real = pytest.mark.skipif(not (RISCM/'captions.csv').is_file(),
     reason=f'needs the real images: set RSSTUDY_RISCM to a folder with captions.csv and resized/ (none at {RISCM})')
 FIVE = 'one .,two .,three .,four .,five .'
-pytestmark = pytest.mark.filterwarnings('ignore:bad rows', 'ignore:source', 'ignore:split', 'ignore:.* images')
+pytestmark = pytest.mark.filterwarnings('ignore:bad rows', 'ignore:source', 'ignore:split', 'ignore:official', 'ignore:left out', 'ignore:.* images')
 
 
 @pytest.fixture
@@ -208,6 +209,87 @@ def test_subsets_are_nested_and_seeded(tmp_path):
     with pytest.warns(UserWarning, match='9 wanted, the data has 4'): assert len(subset(data, 'test', 9)) == 4
 
 
+# -- protocols --------------------------------------------------------------------------------------------------------------------------
+
+def under(data, split, **settings): # the protocols' names are checked by the loader too
+    return load_captions(dataclasses.replace(profile(data, **settings), split=split), progress=False)
+def split_counts(data): return Counter(zip(data.dataset['source'][:], data.dataset['split'][:]))
+
+
+@pytest.fixture
+def three(tmp_path):
+    """30 images, ten each of UCM, RSICD and NWPU: 8 train, 1 val, 1 test."""
+    folder = draw_folder(tmp_path/'three', 30)
+    lines = (folder/'captions.csv').read_text().splitlines()
+    named = [line.replace('UCM', ('UCM', 'RSICD', 'NWPU')[i//10], 1) for i, line in enumerate(lines[1:])]
+    (folder/'captions.csv').write_text('\n'.join([lines[0], *named]) + '\n')
+    return folder
+
+
+def test_official_exchanges_val_and_test_of_rsicd(three):
+    for topic in ('official split', 'official images'): FALLBACKS.pop(topic, None)
+    with pytest.warns(UserWarning) as said: data, file = under(three, 'official'), under(three, 'file')
+    assert any("what RISCM calls val is RSICD's test" in str(w.message) for w in said) and any('UCM 1 of 210 test' in str(w.message) for w in said)
+    assert 'RSICD' in FALLBACKS['official split'] # every manifest from here on says so
+    changed = {a: (b, c) for a, b, c in zip(data.dataset['image_id'][:], file.dataset['split'][:], data.dataset['split'][:]) if b != c}
+    assert changed == {'UCM_18.jpg': ('val', 'test'), 'UCM_19.jpg': ('test', 'val')} # the images of RSICD, whatever their names
+    assert data.split == data.facts()['split'] == 'official' and data.digest != file.digest and len(data) == len(file)
+
+
+def test_leave_one_source_out(three):
+    data = under(three, 'leave_NWPU_out')
+    assert split_counts(data) == {('UCM', 'train'): 8, ('UCM', 'val'): 1, ('RSICD', 'train'): 8, ('RSICD', 'val'): 1, ('NWPU', 'test'): 1}
+    assert len(data.hashes) == len(data.sizes) == len(data) == 19 and data.left_out == 11 and data.report.dropped == 0
+    assert len({under(three, f'leave_{s}_out').digest for s in ('NWPU', 'UCM', 'RSICD')}) == 3
+    assert 'leave_NWPU_out' in under(three, 'leave_NWPU_out').split and 'NWPU' in FALLBACKS['left out']
+    assert set(subset(data, 'test')['source'][:]) == {'NWPU'}
+
+
+@pytest.mark.parametrize('split,message', [('leave_WHU_out', 'has no source WHU, only NWPU, RSICD, UCM'), ('leave__out', 'must be file, seeded, official or leave_<SOURCE>_out')])
+def test_protocols_that_cannot_be(three, split, message):
+    with pytest.raises(ValueError, match=message): under(three, split)
+
+
+def test_protocols_need_sources_and_official_needs_splits(three, folder, cache):
+    table = (three/'captions.csv').read_text()
+    rows = list(csv.reader(table.splitlines()))
+    for kept, split, message in ((1, 'official', "'official' needs the source of every image.*names none for 30 of 30"),
+            (1, 'leave_UCM_out', 'needs the source of every image'), (None, 'official', "starts from the table's own splits")):
+        with open(three/'captions.csv', 'w', newline='') as f: csv.writer(f).writerows(row[1:] if kept else row[:1] + row[2:] for row in rows)
+        with pytest.raises(ValueError, match=message): under(three, split)
+    data = under(three, 'leave_UCM_out') # without the table's splits, drawn ones serve
+    assert set(subset(data, 'test')['source'][:]) == {'UCM'} and 'UCM' not in subset(data, 'train')['source'][:]
+    (three/'captions.csv').write_text(table.replace('UCM,train,UCM_0.jpg', ',train,UCM_0.jpg')) # one nameless row
+    with pytest.raises(ValueError, match='names none for 1 of 30'): under(three, 'leave_NWPU_out')
+    hub = parquet(cache/'hub', folder)
+    for split in ('official', 'leave_UCM_out'):
+        with pytest.raises(ValueError, match='needs the source of every image'): under(hub, split)
+    with pytest.raises(ValueError, match='known for NWPU, RSICD, UCM, and .* has nature'):
+        (three/'captions.csv').write_text(table.replace('UCM,train,UCM_0.jpg', 'nature,train,UCM_0.jpg'))
+        under(three, 'official')
+
+
+def test_leaks_and_a_split_without_them(tmp_path):
+    folder = draw_folder(tmp_path/'data', 60, side=64)
+    for i in range(12): # brighter, compressed again, turned: in test
+        image = Image.open(folder/'resized'/f'UCM_{i}.jpg').point(lambda v: min(255, v*1.1))
+        (image if i < 6 else image.transpose(Image.Transpose.ROTATE_90)).save(folder/'resized'/f'copy_{i}.jpg', quality=60)
+        add(folder, f'NWPU,test,copy_{i}.jpg,' + (f'Caption 0 of image {i} .,two .,three .,four .,five .' if i < 3 else FIVE))
+    data = load(folder)
+    pairs = near_duplicates(data.hashes, thumbnails(data.dataset, progress=False))
+    found = leakage(data.dataset, pairs)
+    trained = [i for i in range(12) if i not in (8, 9)]
+    assert found['pairs']['near'] == {'train-test': {'NWPU-UCM': 6}}
+    assert found['pairs']['turned'] == {'train-test': {'NWPU-UCM': 4}, 'val-test': {'NWPU-UCM': 1}, 'test': {'NWPU-UCM': 1}}
+    test = [i for i, s in zip(data.dataset['image_id'][:], data.dataset['split'][:]) if s == 'test']
+    assert found['clean'] == [i for i in test if i not in {f'copy_{k}.jpg' for k in trained}]
+    assert found['caption_unseen'] == [i for i in test if i not in ('copy_0.jpg', 'copy_1.jpg', 'copy_2.jpg')]
+    assert found['captions_seen']['NWPU']['captions'] == pytest.approx(3/60)
+    loose, tight = seeded_split(data.hashes, 0), seeded_split(group_digests(data.hashes, pairs), 0)
+    torn = lambda split: sum(split[a] != split[b] for a, b in zip(pairs['a'], pairs['b']))
+    assert torn(tight) == 0 < torn(loose) and abs(Counter(tight)['test'] - 7) <= 1
+
+
 # -- the hub ----------------------------------------------------------------------------------------------------------------------------
 
 def parquet(folder, source, name='train', cells=lambda path: dict(bytes=path.read_bytes(), path=None), **columns):
@@ -333,6 +415,14 @@ def test_real_data():
 
 
 @real
+def test_real_protocols():
+    official, left = split_counts(under(RISCM, 'official')), split_counts(under(RISCM, 'leave_NWPU_out'))
+    assert [official['RSICD', s] for s in ('train', 'val', 'test')] == [8734, 547, 1093] # 1,093: the published test, whole
+    assert [official[s, 'test'] for s in ('UCM', 'NWPU')] == [105, 586]
+    assert left == {('RSICD', 'train'): 8734, ('UCM', 'train'): 1680, ('RSICD', 'val'): 1093, ('UCM', 'val'): 210, ('NWPU', 'test'): 586}
+
+
+@real
 def test_real_captions():
     from rsstudy.eda import caption_lengths, distinct_captions, shared_captions
     dataset = load(RISCM).dataset
@@ -346,7 +436,7 @@ def test_real_captions():
 
 @real
 def test_real_near_duplicates():
-    from rsstudy.eda import duplicate_images, thumbnails
+    from rsstudy.duplicates import duplicate_images, thumbnails
     data = load(RISCM)
     names = ['UCM_101.jpg', 'UCM_102.jpg', 'RSICD_6753.jpg', 'RSICD_6825.jpg', 'NWPU_1365.jpg', 'NWPU_1272.jpg', 'RSICD_45.jpg', 'NWPU_30697.jpg']
     ids = data.dataset['image_id'][:]

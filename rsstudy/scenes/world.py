@@ -5,13 +5,13 @@
 # %% ../../nbs/lib/11_world.ipynb #cell-002
 from __future__ import annotations
 import csv, fcntl, hashlib, json, os, shutil
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 import numpy as np
 from PIL import Image
 from .built import BUILT
-from .canvas import Canvas, make_style
+from .canvas import Canvas, Fact, make_style
 from .nature import NATURE
 from .phrases import target_captions
 from .text import NOUNS, describe, plural, questions, source_captions
@@ -19,7 +19,7 @@ from .transport import TRANSPORT
 
 # %% auto #0
 __all__ = ['GROUPS', 'DRAW', 'LANDS', 'GROUP_OF', 'DOMAINS', 'RECIPE', 'WHOLE', 'SPLITS', 'Scene', 'label_masks', 'draw_scene',
-           'recipe', 'ensure_world', 'read_world', 'scene_masks']
+           'recipe', 'ensure_world', 'read_world', 'scene_masks', 'layout', 'truth', 'is_world', 'scene_facts']
 
 # %% ../../nbs/lib/11_world.ipynb #cell-005
 GROUPS = {"nature":NATURE, "urban":BUILT, "transport":TRANSPORT}
@@ -113,7 +113,7 @@ def _make(job, folder, domain, size):
     Image.fromarray(s.image).save(folder/"resized"/f"{name}.jpg", quality=90)
     used = sorted(set(np.unique(s.labels).tolist()))
     Image.fromarray(np.searchsorted(used, s.labels).astype(np.uint8)).save(folder/"masks"/f"{name}.png")
-    return name, split, land, s.captions, s.description, s.questions, [s.names[i] for i in used]
+    return name, split, land, s.captions, s.description, s.questions, [s.names[i] for i in used], [astuple(f) for f in s.facts]
 
 def ensure_world(
     folder, # Where the world is to be
@@ -127,7 +127,8 @@ def ensure_world(
     """Write a world in RISCM's layout, or leave it alone if it is there with the same recipe.
 
     `captions.csv` (source, split, image, caption_1 .. caption_5), `resized/*.jpg`, `masks/*.png` with `masks.json` (label names per image), `questions.csv`
-    (image, split, kind, question, answer; kinds `describe` and `answer`) and `world.json` (recipe, digest of the tables, counts). Anything stale or partial
+    (image, split, kind, question, answer; kinds `describe` and `answer`), `lands.json` (class per image), `facts.json` (noun, count, colour and role of what was noted while
+    drawing, per image) and `world.json` (recipe, digest of the tables, counts). Anything stale or partial
     at `folder` is replaced. Raises `ValueError` for an unknown domain, a count below 0, or a folder that holds something else.
     """
     if domain not in DOMAINS: raise ValueError(f"domain {domain!r} is unknown, allowed: {', '.join(DOMAINS)}")
@@ -148,12 +149,10 @@ def _draw_world(folder, rec, domain, size, progress, workers):
     (tmp/"resized").mkdir(parents=True); (tmp/"masks").mkdir()
     jobs, make = list(_jobs(rec)), partial(_make, folder=tmp, domain=domain, size=size)
     try:
+        from joblib import Parallel, delayed
         from tqdm import tqdm
         bar = partial(tqdm, total=len(jobs), desc=f"drawing the {domain} world", disable=not progress, mininterval=1)
-        if workers > 1:
-            from multiprocessing import get_context
-            with get_context("spawn").Pool(workers) as pool: rows = list(bar(pool.imap(make, jobs, chunksize=16)))
-        else: rows = [make(j) for j in bar(jobs)]
+        rows = list(bar(Parallel(workers, return_as='generator', batch_size=16)(delayed(make)(j) for j in jobs))) # joblib: its processes do not run the caller's script again
         _tables(tmp, rec, rows)
         if folder.exists(): os.replace(folder, old) # in one step, too: nobody sees half a world
         os.replace(tmp, folder)
@@ -166,11 +165,12 @@ def _tables(tmp, rec, rows):
         for n, split, land, caps, *_ in rows: w.writerow([GROUP_OF[land], split, n+".jpg", *caps])
     with open(tmp/"questions.csv", "w", newline="", encoding="utf-8") as f:
         w = csv.writer(f); w.writerow(["image", "split", "kind", "question", "answer"])
-        for n, split, land, _, text, qa, _ in rows:
+        for n, split, land, _, text, qa, *_ in rows:
             w.writerow([n+".jpg", split, "describe", "", text])
             for q, a in qa: w.writerow([n+".jpg", split, "answer", q, a])
     (tmp/"masks.json").write_text(json.dumps({r[0]:r[6] for r in rows}))
     (tmp/"lands.json").write_text(json.dumps({r[0]:r[2] for r in rows}))
+    (tmp/"facts.json").write_text(json.dumps({r[0]:r[7] for r in rows}))
     digest = hashlib.sha256(b"".join((tmp/n).read_bytes() for n in ("captions.csv", "questions.csv", "masks.json"))).hexdigest()[:16]
     (tmp/"world.json").write_text(json.dumps({**rec, "digest":digest, "images":len(rows)}, indent=1))
 
@@ -181,7 +181,7 @@ def read_world(
     folder = Path(folder)
     try: info = json.loads((folder/"world.json").read_text())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError): return None
-    if not all((folder/n).exists() for n in ("captions.csv", "questions.csv", "masks.json", "lands.json")): return None
+    if not all((folder/n).exists() for n in ("captions.csv", "questions.csv", "masks.json", "lands.json", "facts.json")): return None # a world of an earlier version is drawn again
     count = lambda d, ext: sum(e.name.endswith(ext) for e in os.scandir(folder/d)) if (folder/d).is_dir() else 0
     return info if count("resized", ".jpg") == count("masks", ".png") == info.get("images") else None
 
@@ -197,7 +197,7 @@ def scene_masks(
     folder, name = Path(folder), str(image_id).removesuffix(".jpg")
     path = folder/"masks"/f"{name}.png"
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: {folder} is no world with an image {name!r}, write one with rsstudy.scenes.world.ensure_world")
-    names = _names(str(folder), (folder/"masks.json").stat().st_mtime_ns)[name]
+    names = _read(folder/"masks.json")[name]
     out = {}
     for noun, mask in label_masks(np.asarray(Image.open(path)), names).items():
         more, others = NOUNS[noun]
@@ -206,6 +206,53 @@ def scene_masks(
     return out
 
 from functools import lru_cache
-@lru_cache(4)
-def _names(folder, stamp): return json.loads((Path(folder)/"masks.json").read_text())
+@lru_cache(8)
+def _parsed(path, stamp): return json.loads(Path(path).read_text())
+def _read(path): return _parsed(str(path), path.stat().st_mtime_ns) # again only if the file has changed
 _VAGUE = ("ground", "open", "round", "mobile", "circular", "rectangular", "swimming", "train", "bare", "flower", "sand", "mountain", "ice", "snow")
+
+# %% ../../nbs/lib/11_world.ipynb #cell-012
+def layout(
+    masks:dict, # Noun -> bool (H, W)
+) -> tuple: # ({A: {B: 0 to 1}}: how far B lies around A, {A: {B: pixels}}: the gap between them); measured at half the size
+    "How the objects of a picture lie to each other."
+    from scipy.ndimage import distance_transform_edt
+    small = {n: m[::2, ::2] for n, m in masks.items() if m[::2, ::2].any()}
+    if not small: return {}, {}
+    met = {n: np.mean([a for flip in (slice(None), slice(None, None, -1)) for a in (np.maximum.accumulate(m[flip], 0)[flip], np.maximum.accumulate(m[:, flip], 1)[:, flip])], 0) for n, m in small.items()}
+    far = {n: 2*distance_transform_edt(~m) for n, m in small.items()}
+    table = lambda f: {a: {b: round(float(f(small[a], b)), 3) for b in small if b != a} for a in small}
+    return table(lambda m, b: met[b][m].mean()), table(lambda m, b: far[b][m].min())
+
+def truth(
+    land:str, # Class of the scene
+    facts:list, # Its `Fact`s
+    masks:dict, # Noun -> bool (H, W)
+) -> dict: # `land`, `facts`, `seen` (noun -> share of the picture, 0 to 1), `around` and `gap` (see `layout`)
+    "All that is known of a scene, in one dict; of a `Scene` s it is `truth(s.land, s.facts, s.masks)`."
+    around, gap = layout(masks)
+    return dict(land=land, facts=list(facts), seen={n: float(m.mean()) for n, m in masks.items()}, around=around, gap=gap)
+
+def is_world(
+    folder, # A folder, or None
+) -> bool: # Was it written whole by `ensure_world`, facts included?
+    "Is the truth of these images known?"
+    return folder is not None and read_world(folder) is not None
+
+def scene_facts(
+    world, # A world's folder, or what was loaded from it (with an attribute `folder`, such as `rsstudy.data.CaptionData`)
+    image_ids, # Names of images, with or without ".jpg"
+) -> list: # A dict an image, see `truth`
+    """What is true of scenes, in the order asked for.
+
+    Raises `ValueError` where the folder is no world, `KeyError` for an image that it does not hold.
+    """
+    folder = getattr(world, "folder", world)
+    if not is_world(folder): raise ValueError(f"{folder} holds no whole built-in world: facts are known only of what rsstudy.scenes.world.ensure_world has written")
+    folder, out = Path(folder), []
+    facts, lands, names = (_read(folder/f"{n}.json") for n in ("facts", "lands", "masks"))
+    for name in (str(i).removesuffix(".jpg") for i in image_ids):
+        if name not in facts: raise KeyError(f"{folder} has no image {name!r}")
+        labels = np.asarray(Image.open(folder/"masks"/f"{name}.png"))
+        out.append(truth(lands[name], [Fact(*f) for f in facts[name]], label_masks(labels, names[name])))
+    return out
