@@ -161,8 +161,7 @@ def run_key(
 ) -> str: # Hexadecimal
     "Stands for all that decides a run's outcome."
     from rsstudy.metrics import CIDER # its version rises where its values could change
-    code = code_digest('rsstudy.tuning', type(method).__module__ if type(method).__module__.startswith('rsstudy.') else 'rsstudy.train')
-    facts = [P.base_model, base_version(P.base_model), P.precision, P.prompt, dataclasses.asdict(plan) | dict(track=None), method.name, method.settings(), data.material, CIDER, code, versions()]
+    facts = [P.base_model, base_version(P.base_model), P.precision, P.prompt, dataclasses.asdict(plan) | dict(track=None), method.name, method.settings(), data.material, CIDER, code_digest('rsstudy.methods'), versions()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 def finished_run(

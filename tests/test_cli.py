@@ -202,9 +202,9 @@ def test_score_real_captions(tmp_path, capsys):
 def test_table_for_a_paper(tmp_path):
     """`rsstudy table --style` prints the comparison's rows, ties and floors."""
     project(tmp_path)
-    rows = [dict(method=m, source='all', metric='cider-coco.v1', seed=seed, value=v, low=v - .1, high=v + .1, n=96) for m, v in (('none', .2), ('lora', .5), ('full', .55), ('constant', .1)) for seed in (0, None)]
-    result = dict(scores=rows[:6], floors=rows[6:], variants=dict(scores=[]), labels=dict(none='untuned base', full='full & frank'),
-        differences=[dict(method='full', against='lora', source='all', metric='cider-coco.v1', value=.05, low=-.1, high=.2, n=96)])
+    rows = [dict(kind='floor' if m == 'constant' else 'method', method=m, source='all', metric='cider-coco.v2', seed=seed, value=v, low=v - .1, high=v + .1, n=96) for m, v in (('none', .2), ('lora', .5), ('full', .55), ('constant', .1)) for seed in (0, None)]
+    result = dict(scores=rows, variants=dict(scores=[]), labels=dict(none='untuned base', full='full & frank'),
+        differences=[dict(method='full', against='lora', source='all', metric='cider-coco.v2', value=.05, low=-.1, high=.2, n=96, verdict='tie')])
     (tmp_path/'results/nano').mkdir(parents=True)
     (tmp_path/'results/nano/07_comparison.json').write_text(json.dumps(result))
     markdown = rsstudy(tmp_path, 'table', '--style', 'markdown').stdout
