@@ -190,10 +190,12 @@ def bench_scoring(
     P:Profile, # Whose captions are scored, all splits
     rounds:int=3, # Turns of each, the best counts
     images:int=4_454, # At most
+    resamples:int=10_000, # Of the intervals of six systems on 5,000 images with three seeds, and exchanges of their tests
     folder:Path|None=None, # `bench_folder()` by default
 ) -> Path: # The JSON
-    "CPU seconds of the metrics, and the toolkit's. Raises `RuntimeError` where pycocoevalcap is missing."
+    "CPU seconds of the metrics, and the toolkit's; and of comparing six systems. Raises `RuntimeError` where pycocoevalcap is missing."
     from rsstudy.data import load_captions
+    from rsstudy.intervals import compare_systems
     from rsstudy.metrics import bench_metrics
     rng = np.random.default_rng(0)
     references = load_captions(P).dataset['captions'][:]
@@ -201,11 +203,14 @@ def bench_scoring(
     said = [references[rng.integers(len(references)) if i % 2 else i][rng.integers(5)] for i in range(len(references))]
     found = bench_metrics(said, references, rounds)
     if not (peer := found.pop('toolkit')): raise RuntimeError('the benchmark of metrics compares with pycocoevalcap, which is not installed: pip install "rsstudy[java]"')
+    systems, start = {f'system {k}': rng.normal(size=(3, 5_000)) for k in range(6)}, time.process_time()
+    compare_systems(systems, resamples, resamples)
+    found['intervals'] = dict(images=5_000, systems=6, seeds=3, resamples=resamples, seconds=time.process_time() - start)
     result = dict(name=f'metrics-{P.name}', device=device_name(), unit='CPU seconds for BLEU, ROUGE-L and CIDEr', ours=peer['seconds_ours'], peer=peer['seconds_theirs'], ratio=peer['times'],
         largest_difference=peer['largest_difference'], levers={}, details=found, versions=versions())
     path = (folder or bench_folder())/f"{result['name']}.json"
     write_json(path, result)
-    print(f"{result['name']}: {found['references']:,} references, all metrics without an encoder {found['seconds_total']:.3g} s; BLEU, ROUGE-L and CIDEr {result['ratio']:.3g} times as fast as the toolkit\n  {path}")
+    print(f"{result['name']}: {found['references']:,} references, all metrics without an encoder {found['seconds_total']:.3g} s; BLEU, ROUGE-L and CIDEr {result['ratio']:.3g} times as fast as the toolkit; six systems compared in {found['intervals']['seconds']:.3g} s\n  {path}")
     return path
 
 # %% ../nbs/lib/48_bench.ipynb #cell-016

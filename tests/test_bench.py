@@ -1,7 +1,7 @@
 """The benchmark: it runs on a machine with little more than torch, transformers and peft, and from a profile to its JSON."""
 import json, subprocess, sys
 
-from rsstudy.bench import bench_profile
+from rsstudy.bench import bench_profile, bench_scoring
 from rsstudy.scenes.world import ensure_world
 from rsstudy.settings import load_profile
 from toys import ROOT
@@ -42,3 +42,5 @@ def test_profile(tmp_path):
     assert {'shared_prefix', 'suffix_logits', 'chunked_loss', 'cached_vision', 'bucketing', 'fused_optimizer', 'kept_activations'} == set(train['levers'])
     assert train['step']['ratio'] > 0 and train['ours'] == train['details']['ours']['captions_per_second']
     assert generate['same_captions'] == 1 and generate['mean_tokens'] > 1 and set(generate['levers']) == {'cached_vision', 'early_exit'}
+    metrics = json.loads(bench_scoring(P, rounds=1, resamples=50, folder=tmp_path).read_text())
+    assert metrics['details']['references'] == 55 and metrics['largest_difference'] < 1e-9 and metrics['ratio'] > 0 and metrics['details']['intervals']['seconds'] > 0
