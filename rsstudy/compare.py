@@ -9,6 +9,7 @@ __all__ = ['FAITHFULNESS', 'CONTROLS', 'SUBSETS', 'MARKS', 'short_number', 'whol
            'source_figure']
 
 # %% ../nbs/07_comparison.ipynb #cell-002
+from .captions import CHOICES
 from .metrics import family
 from .tidy import FAILURES, METHODS, QUALITY, metric_named, turned
 
@@ -95,6 +96,8 @@ def quality_findings(
     tied = [r['method'] for r in rows if r['verdict'] == 'tie']
     said.append(f'**Best**: {label(best)} with {scores[best]["value"]:.3f}' + (', a tie with ' + ', '.join(map(label, tied)) if tied else
         ', ahead of all others by more than the interval' if rows else '') + '.')
+    rows = [r for r in result['differences'] if r['method'] not in METHODS and r['metric'] == metric and r['source'] == 'all']
+    if rows: said.append('Variants against their method: ' + '; '.join(f'{label(r["method"])} {span(r)} ({r["verdict"]})' for r in rows) + '.')
     for source in sorted({r['source'] for r in result['differences']} - {'all'}):
         rows = [r for name in tuned if (r := _difference(result, name, 'none', metric, source))]
         where = source if source not in SUBSETS else f'{SUBSETS[source]} ({rows[0]["n"]} images)' if rows else ''
@@ -233,7 +236,7 @@ def cost_figure(
             ax.axhspan(base['low'], base['high'], color='0.85', label=result['labels'].get('none', METHODS['none']))
         for name, score in scores.items():
             x = costs.get(name, {}).get(key)
-            if name == 'none' or not x: continue
+            if name == 'none' or not x or name.rsplit('_', 1)[-1] in CHOICES: continue # a choice of captions costs what its method does
             kin = next((m for m in MARKS if name == m or name.startswith(m + '_')), 'full') # a variant looks like its method, but hollow
             ax.errorbar(x, score['value'], [[score['value'] - score['low']], [score['high'] - score['value']]], fmt=MARKS[kin], ms=8, capsize=3,
                 color=colors[kin], mfc=colors[kin] if name in METHODS else 'white', label=result['labels'].get(name, name))

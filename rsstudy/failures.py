@@ -183,6 +183,6 @@ def failure_pages(
         claims = [check_scene(c, facts[i]) if facts else check_references(c, dataset[i]['captions']) for i, c in zip(places, said)]
         nearest = [nearest_reference(c, dataset[i]['captions']) for i, c in zip(places, said)]
         return failure_page([dataset[i]['image'] for i in places], [dataset[i]['image_id'] for i in places], {'said': said, 'nearest reference': nearest}, values[places], claims,
-            f'the {len(places)} {name} by CIDEr', drawn=facts is not None)
+            f'the {len(places)} {name} by CIDEr', drawn=facts is not None, columns=4 if len(places) > 6 else 3)
     sides = best_and_worst(values, k or (20 if facts is not None else 6))
     return {name: page(name, [int(i) for i in places]) for name, places in zip(('best', 'worst'), sides)}

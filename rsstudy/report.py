@@ -85,7 +85,7 @@ def training_figure(
     left.set_xticks(rates, [f'{rate:g}' for rate in rates])
     left.minorticks_off()
     right.set(xlabel='optimiser step', ylabel='loss, nats a token', title='Training: mean of 10 steps (lines), validation (dots)')
-    right.legend(title='method')
+    figure.legend(*right.get_legend_handles_labels(), loc='lower center', ncols=6, bbox_to_anchor=(.5, -.07), frameon=False)
     figure.tight_layout()
     return figure
 
