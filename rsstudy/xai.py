@@ -284,7 +284,7 @@ def results(
         failed=records.failed, example=dict(image_id=images[0]["image_id"], caption=images[0]["caption"], maps=records.maps),
         records=dict(columns=columns, rows=[[r[c] for c in columns] for r in records.rows]))
 
-# %% ../nbs/06_xai.ipynb #cell-042
+# %% ../nbs/06_xai.ipynb #cell-043
 def score_table(
     result:dict, # Of this notebook
     metric:str, # Metric, with its version

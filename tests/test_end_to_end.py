@@ -1,6 +1,7 @@
 """The seven notebooks, one after the other through the command line, on the smallest study there is."""
 import json, subprocess, sys
 import pytest
+from rsstudy.floors import FLOORS
 
 TINY = dict(train_images=8, val_images=4, test_images=8, epochs=1, batch_images=4, lr=1e-3, xai_images=1, ig_steps=4, shap_evaluations=12, segments=4,
     pixelshap_samples=8, resamples=20, rank=2, prompt_length=4, adapter_width=4, max_new_tokens=12, task_images=4)
@@ -34,9 +35,10 @@ def test_every_notebook_leaves_its_result(study):
 
 def test_the_comparison_is_tidy(study):
     found = result(study, '07_comparison')
-    assert {row['method'] for row in found['scores']} == METHODS == {row['method'] for row in found['cost']}
+    assert {row['method'] for row in found['scores'] if row['kind'] == 'method'} == METHODS == {row['method'] for row in found['cost']}
+    assert {row['method'] for row in found['scores'] if row['kind'] == 'floor'} == set(FLOORS)
     assert {row['method'] for row in found['faithfulness']} == METHODS
-    for row in found['scores']: assert set(row) == {'method', 'source', 'metric', 'value', 'low', 'high', 'n', 'seed'}
+    for row in found['scores']: assert set(row) == {'kind', 'method', 'source', 'metric', 'value', 'low', 'high', 'n', 'seed'}
     for row in found['cost']: assert set(row) == {'method', 'trainable_parameters', 'seconds', 'peak_memory_bytes', 'adapter_bytes'}
     for row in found['faithfulness']: assert set(row) == {'method', 'attribution', 'metric', 'value', 'low', 'high', 'n'}
     assert 'all' in {row['source'] for row in found['scores']}

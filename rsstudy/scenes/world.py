@@ -6,7 +6,7 @@
 from __future__ import annotations
 import csv, fcntl, hashlib, json, os, shutil
 from dataclasses import astuple, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -205,7 +205,6 @@ def scene_masks(
             out[word] = out[word] | mask if word in out else mask
     return out
 
-from functools import lru_cache
 @lru_cache(8)
 def _parsed(path, stamp): return json.loads(Path(path).read_text())
 def _read(path): return _parsed(str(path), path.stat().st_mtime_ns) # again only if the file has changed
