@@ -144,7 +144,7 @@ def bertscore(
     facts = dict(encoder=enc.version, bert_score=version('bert-score'), baseline=enc.baseline, baseline_from=enc.baseline_name)
     return dict(zip(bertscore_names(), (scores, rescaled(scores, enc.baseline)))), facts
 
-# %% ../nbs/lib/29_bertscore.ipynb #cell-022
+# %% ../nbs/lib/29_bertscore.ipynb #cell-023
 def own_baseline(
     pairs:int=10_000, # Random pairs of sentences
     seed:int=0, # Of their generator; a smaller number of pairs takes the first ones
