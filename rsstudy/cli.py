@@ -114,8 +114,7 @@ def study_table(
     from rsstudy.report import paper_table
     from rsstudy.runs import read_result
     result = read_result(P, '07_comparison')
-    return paper_table(result['scores'] + result['variants']['scores'], style, differences=result['differences'], below=tuple(dict.fromkeys(r['method'] for r in result['scores'] if r['kind'] == 'floor')),
-        labels=result['labels'], title=f'The study, profile {P.name}')
+    return paper_table(result['scores'] + result['variants']['scores'], style, differences=result['differences'], labels=result['labels'], title=f'The study, profile {P.name}')
 
 # %% ../nbs/lib/62_cli.ipynb #cell-016
 def _system_names(paths):

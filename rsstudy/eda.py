@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_LENGTHS', 'FEATURE_IMAGES', 'source_rows', 'count_images', 'caption_lengths', 'describe', 'count_words',
-           'stop_words', 'top_words', 'distinct_captions', 'shared_captions', 'tower_features', 'profile_leakage',
-           'sample_rows', 'explore', 'draw_lengths', 'draw_bars', 'pair_rows', 'draw_pairs', 'draw_samples', 'findings',
+           'stop_words', 'top_words', 'distinct_captions', 'shared_captions', 'profile_leakage', 'sample_rows',
+           'explore', 'draw_lengths', 'draw_bars', 'pair_rows', 'draw_pairs', 'draw_samples', 'findings',
            'leak_findings']
 
 # %% ../nbs/01_eda.ipynb #cell-003
@@ -98,25 +98,6 @@ def shared_captions(
         for split in ('val', 'test')}
 
 # %% ../nbs/01_eda.ipynb #cell-024
-def tower_features(
-    P:Profile, # Its device-independent settings; the base is the shipped one
-    dataset, # With `image`
-    progress:bool=True, # Show a bar?
-    batch:int=64, # Images a forward pass
-) -> np.ndarray: # (n, 192) float32
-    "Mean over patches of the nano base's vision tower."
-    import torch # heavy, and only this function needs it
-    from tqdm import tqdm
-    from rsstudy.batch import pixel_tensor
-    from rsstudy.model import core, load_base
-    model, processor = load_base(dataclasses.replace(P, base_model='paligemma-nano'), dtype=torch.float32)
-    tower, images, found = core(model).model.vision_tower, dataset.select_columns('image'), []
-    with torch.inference_mode():
-        for at in tqdm(range(0, len(images), batch), desc='features', unit='batch', disable=not progress, mininterval=1):
-            pixels = pixel_tensor(processor, images[at:at + batch]['image'])
-            found.append(tower(pixel_values=pixels.to(tower.device)).last_hidden_state.mean(dim=1).cpu().numpy())
-    return np.concatenate(found)
-
 FEATURE_IMAGES = 200 # below this, too few to know the features' spread: they are left out
 
 def profile_leakage(
@@ -130,7 +111,12 @@ def profile_leakage(
     there = set(data.dataset['split'][:])
     rows = [row[name] for split in SPLITS if split in there for name in profile_subset(data, P, split)['image_id'][:]]
     part, features = data.dataset.select(rows), None
-    if len(rows) >= FEATURE_IMAGES: features = whiten(tower_features(P, part, progress))
+    if len(rows) >= FEATURE_IMAGES:
+        from rsstudy.floors import tower_features # heavy: small data does without
+        from rsstudy.generate import Captioner
+        from rsstudy.model import load_base
+        base = Captioner(*load_base(dataclasses.replace(P, base_model='paligemma-nano', precision='float32')))
+        features = whiten(tower_features(base, part['image'], progress=progress))
     else: announce('features', f'{len(rows)} images are too few to compare by features ({FEATURE_IMAGES} are needed): leaks are looked for by hashes alone')
     pairs = near_duplicates([data.hashes[i] for i in rows], small[rows], features)
     return leakage(part, pairs) | dict(thresholds=THRESHOLDS, features='paligemma-nano, mean over patches, whitened' if features is not None else None,

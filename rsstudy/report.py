@@ -237,7 +237,7 @@ def paper_table(
     metrics:tuple[str,...]|None=None, # Families (`cider`) or full names; by default those of `COLUMNS` that are there
     intervals:bool=True, # Intervals beside (LaTeX: below) the values?
     differences:list[dict]|None=None, # Paired differences that tell ties, as in the comparison; computed where `systems` are scores
-    below:tuple[str,...]=(), # Systems that stand below a rule: floors and ceilings
+    below:tuple[str,...]=(), # Systems that stand below a rule, beside rows of kind `floor`
     labels:dict[str,str]|None=None, # System -> its name in the table
     source:str='all', # Rows of this source
     title:str|None=None, # First sentence of the caption
@@ -250,6 +250,7 @@ def paper_table(
     if not whole: raise ValueError(f'no rows for all seeds together of source {source!r}: the sources are {", ".join(sorted({r["source"] for r in rows})) or "none"}')
     columns, names = _columns(whole, metrics), list(dict.fromkeys(r['method'] for r in whole))
     if not columns: raise ValueError(f'none of the metrics {", ".join(COLUMNS)} is there: name some of {", ".join(dict.fromkeys(r["metric"] for r in whole))}')
+    below = {*below, *(r['method'] for r in whole if r.get('kind') == 'floor')}
     if unknown := [n for n in below if n not in names]: raise ValueError(f'no system {unknown[0]!r}: the rows have {", ".join(names)}')
     if len(sizes := {r['n'] for r in whole if r['metric'] in columns}) > 1: raise ValueError(f'rows of one table must be about the same images: they are about {", ".join(map(str, sorted(sizes)))}')
     if differences is None: differences = system_differences(systems, columns, resamples) if isinstance(systems, dict) else []
