@@ -191,7 +191,7 @@ def thermal_power_station(c:Canvas):
         y = -34
         c.discs((x, y), s, c.tone("concrete", "white"), "cooling tower", height=26); c.discs((x, y), s*.72, c.tone("concrete", "gray")*.55, "cooling tower"); c.discs((x+2, y+2), s*.5, (70, 72, 76), "cooling tower")
         if chance(c, .75):
-            for q in np.linspace(0, 1, 9): c.polygon(oval(s*(1+q), s*(.9+q*.7), 20)+(x+q*26, y-q*46), (250, 250, 252), None, int(120*(1-q)+28))
+            for q in np.linspace(0, 1, 9): c.polygon(oval(s*(1+q), s*(.9+q*.7), 20)+(x+q*26, y-q*46), (250, 250, 252), None, int(120*(1-q)+28), of="cooling tower")
     building(c, -18, 40, 0, 120, 38, c.tone("roof", "blue"), 14, 9); building(c, 62, 34, 0, 30, 26, c.tone("roof", "gray"), 12)
     c.discs((62, 66), 6, c.tone("roof", "red"), "chimney", height=40); c.discs((62, 66), 3, (60, 60, 60)); c.polygon(place(blob(r, 20, .2), -40, 86), c.tone("dark"), "coal")
     c.facts.insert(0, Fact("cooling tower", n, "white", "main")); c.fact("also", "building", 2, None); c.fact("also", "chimney", 1, "red")

@@ -172,8 +172,8 @@ class Canvas:
 
     def fill(self, rgb, name:str): self.polygon(box(400, 400), rgb, name)
 
-    def polygon(self, points, rgb, name:str|None=None, alpha:int=255, height:float=0.):
-        "Fill an outline; with `height` it throws a shadow first; without a name the label map stays as it is."
+    def polygon(self, points, rgb, name:str|None=None, alpha:int=255, height:float=0., of:str|None=None):
+        "Fill an outline; with `height` it throws a shadow first; without a name the label map stays as it is. `of`: what it is a part of, where the picture cannot tell."
         p = np.asarray(points, float) @ self.turn + 112
         if p.max(0).min() < -25 or p.min(0).max() > 249: return
         if height and self.style.shadow:

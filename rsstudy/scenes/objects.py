@@ -154,7 +154,7 @@ def pool(
     w:float=14., h:float=8., # Size, world units
 ):
     "A swimming pool with a pale rim."
-    c.polygon(place(oval(w+3, h+3, 24, .5), x, y, angle), c.tone("concrete", "white"))
+    c.polygon(place(oval(w+3, h+3, 24, .5), x, y, angle), c.tone("concrete", "white"), of="swimming pool")
     c.polygon(place(oval(w, h, 24, .5), x, y, angle), c.tone("pool"), "swimming pool")
 
 # %% ../../nbs/lib/03_objects.ipynb #cell-011

@@ -108,7 +108,7 @@ def ship_scene(c:Canvas):
     if dock: c.polygon(box(400, 60)+(0, 140), c.tone("concrete", "gray"), "wharf")
     for x, y in at:
         t = a+r.normal(0, .2)
-        if chance(c, .6): c.polygon(place([(-3, 18), (3, 18), (9, 46), (-9, 46)], x, y, t, s), (255, 255, 255), None, 90)
+        if chance(c, .6): c.polygon(place([(-3, 18), (3, 18), (9, 46), (-9, 46)], x, y, t, s), (255, 255, 255), None, 90, of="ship")
         ship(c, x, y, t, s, hull)
     c.fact("main", "ship", len(at), color); c.fact("base", "sea", 1, word)
     if dock: c.fact("also", "wharf", 1, "gray")
