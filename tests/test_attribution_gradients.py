@@ -1,0 +1,89 @@
+"""Gradient and attention methods under every tuning method: hooks and switches leave no trace, prompts are words like any other, sums are what they promise."""
+import numpy as np
+import pytest
+import torch
+
+from rsstudy.attribution.attention import attention_rollout, gradient_attention
+from rsstudy.attribution.caption import caption_target
+from rsstudy.attribution.gradcam import layer_cam
+from rsstudy.attribution.gradients import gradient_x_input, integrate_path, integrated_gradients, prompt_words, smooth_grad
+from rsstudy.attribution.target import at_patch_scale, caption_scorer
+from rsstudy.batch import core
+from rsstudy.methods import MAIN, methods
+from rsstudy.settings import load_profile
+from rsstudy.tuning import attach
+
+CAPTION, WORDS = "several planes are parked near the terminal .", ["planes", "terminal"]
+
+
+@pytest.fixture(scope="module")
+def image():
+    "Coloured blocks under a little noise, (224, 224, 3) uint8."
+    rng = np.random.default_rng(0)
+    blocks = np.kron(rng.integers(0, 200, (7, 7, 3)), np.ones((32, 32, 1), int))
+    return (blocks + rng.integers(0, 40, (224, 224, 3))).astype(np.uint8)
+
+
+@pytest.fixture(scope="module", params=MAIN)
+def captioner(request):
+    "Every method of the study, freshly attached to the shipped base."
+    P = load_profile("nano")
+    return attach(P, methods(P)[request.param])
+
+
+def state(model):
+    "What a method could leave behind: hooks, attention implementations, replaced functions."
+    inner = core(model).model
+    return ([name for name, m in model.named_modules() if m._forward_hooks], "get_image_features" in vars(inner),
+            [m.config._attn_implementation for m in (core(model), inner, inner.vision_tower, inner.language_model)])
+
+
+def test_every_new_method_works_under_every_tuning_method(captioner, image):
+    target, model = caption_target(captioner.processor, image, captioner.prompt, CAPTION), captioner.model
+    before, scorer, prompt = state(model), caption_scorer(model, target, WORDS), prompt_words(model, captioner.processor, target, WORDS)
+    score = scorer.evaluate(scorer.pixels)[0]
+    found = [gradient_x_input(scorer, prompt=prompt), smooth_grad(scorer, 2), layer_cam(scorer), attention_rollout(model, target, WORDS), gradient_attention(model, target, WORDS),
+             *(integrated_gradients(scorer, 2, at=at, most=2) for at in ("patches", "tokens"))]
+    for a in found:
+        assert a.heat.shape == (2, 224, 224) and a.calls >= 1, a.method
+        assert np.allclose(a.log_probability, score, atol=1e-3), a.method
+    text = found[0].text
+    assert text.shape == (2, len(found[0].prompt_words)) and np.isfinite(text).all() and text.any()
+    assert "".join(captioner.prompt.split()).replace("<", "").replace(">", "") == "".join(found[0].prompt_words) # soft tokens are words as well
+    assert np.allclose(prompt.scorer.evaluate(prompt.scorer.pixels)[0], score, atol=1e-3)
+    assert state(model) == before
+
+
+@pytest.fixture(scope="module")
+def base():
+    P = load_profile("nano")
+    return attach(P, methods(P)["none"])
+
+
+def test_patches_are_sums_of_their_pixels(base, image):
+    "The patch embedding is linear and patches do not overlap: one path seen at two scales."
+    target = caption_target(base.processor, image, base.prompt, CAPTION)
+    scorer = caption_scorer(base.model, target, WORDS)
+    pixels, patches = (integrated_gradients(scorer, 4, at=at, most=4) for at in ("pixels", "patches"))
+    fine, coarse = at_patch_scale(pixels.heat, scorer.grid), at_patch_scale(patches.heat, scorer.grid)
+    assert np.abs(fine - coarse).max() < 1e-3 * np.abs(coarse).max()
+    assert np.allclose(pixels.error, patches.error, rtol=1e-2, atol=1e-3)
+
+
+def test_the_first_order_answer_is_the_slope(base, image):
+    "Gradient x input adds up to the score's slope towards the baseline, measured in float64 by a small step."
+    target = caption_target(base.processor, image, base.prompt, CAPTION)
+    scorer = caption_scorer(base.model, target, WORDS)
+    from rsstudy.attribution.target import fill_image
+    change = scorer.pixels - fill_image(scorer)
+    up, down = scorer.evaluate(torch.cat([scorer.pixels + s * 2e-3 * change for s in (1, -1)]))
+    assert np.allclose(gradient_x_input(scorer).heat.sum((1, 2)), (up - down) / 4e-3, rtol=.05, atol=.05)
+
+
+def test_no_gradients_are_named(base, image):
+    target = caption_target(base.processor, image, base.prompt, CAPTION)
+    with torch.inference_mode():
+        scorer = caption_scorer(base.model, target, WORDS)
+        for explain in (gradient_x_input, integrated_gradients, layer_cam, lambda s: gradient_attention(base.model, target, WORDS)):
+            with pytest.raises(ValueError, match="no gradient"): explain(scorer)
+        assert attention_rollout(base.model, target, WORDS).heat.any() # needs none
