@@ -5,7 +5,7 @@
 #   make test                         nbdev_test on every notebook, then pytest
 #   make env                          only the environment
 #   make docs                         the site, in docs/_build/html
-#   make bench                        speed against the usual recipe, this machine, PROFILE's model and images
+#   make bench                        speed against the usual recipe and the usual explanations, this machine, PROFILE's model and images
 #   make bench-gpu                    the same with PaliGemma-3B's architecture on a GPU; needs torch, transformers and peft, no environment
 #
 # PYTHON=python3.12   the interpreter that makes the environment (3.11, 3.12 or 3.13)
@@ -61,7 +61,9 @@ docs: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/rsstudy bench train --profile $(PROFILE) $(ARGS)
 	@$(BIN)/rsstudy bench generate --profile $(PROFILE) $(ARGS)
+	@$(BIN)/rsstudy bench xai --profile $(PROFILE) $(ARGS)
 
 # Without an environment the interpreter that is there must do: setting one up takes longer than the benchmark.
 bench-gpu:
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m rsstudy.bench gpu
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m rsstudy.attribution.bench gpu

@@ -48,9 +48,9 @@ def parser() -> argparse.ArgumentParser:
     show = commands.add_parser('profiles', help='print the profiles, or one resolved profile', description='Prints every setting of every profile of '
         'settings.ini, or with --profile of one, as a run with the same options would use it.')
     bench = commands.add_parser('bench', help='measure speed and memory against the usual recipe', description='Runs the usual recipe and this study\'s in turns on the '
-        'same machine, model and images, and writes the ratios to results/bench/DEVICE/. train and generate take a profile\'s model and images; metrics its captions, beside pycocoevalcap; gpu takes PaliGemma-3B\'s '
+        'same machine, model and images, and writes the ratios to results/bench/DEVICE/. train and generate take a profile\'s model and images; metrics its captions, beside pycocoevalcap; xai its explanations, beside captum, shap and a plain loop; gpu takes PaliGemma-3B\'s '
         'architecture with random weights and needs a CUDA GPU.')
-    bench.add_argument('what', choices=('train', 'generate', 'metrics', 'gpu'), help='what to measure')
+    bench.add_argument('what', choices=('train', 'generate', 'metrics', 'xai', 'gpu'), help='what to measure')
     bench.add_argument('--rounds', type=int, default=3, metavar='N', help='turns of each contender (default: 3)')
     tune = commands.add_parser('tune', help='tune one method, on several devices with accelerate launch', description='Chooses the learning rate of a method, trains '
         'with every seed, scores the test split and leaves the weights in runs/PROFILE/weights and the scores in results/PROFILE/tune_METHOD.json.',
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         'of a caption where in the image it came from, after several methods, with the numbers that say how far to believe it.', epilog='example: rsstudy explain airport.jpg --model lora --words plane,runway')
     explain.add_argument('image', metavar='IMAGE', help='image file, 8 bits a channel')
     explain.add_argument('--words', metavar='W,W,...', help='words or phrases of the caption (default: every word)')
-    explain.add_argument('--method', metavar='M,M,...', help='attribution methods (default: integrated_gradients,grad_cam,shap,pixelshap)')
+    explain.add_argument('--method', metavar='M,M,...', help='attribution methods (default: integrated_gradients,grad_cam,shap,pixelshap); also ig_tokens, smooth_grad, gradient_x_input, layer_cam, attention_rollout, gradient_attention, occlusion, kernel_shap, rise, random, blob, edges')
     explain.add_argument('--caption', metavar='TEXT', help='caption that is explained (default: what the model writes)')
     explain.add_argument('--model', default='none', metavar='NAME', help='none for the untuned base (default), or a tuning method that has been run, such as lora')
     explain.add_argument('--seed', type=int, default=0, metavar='N', help='which run of the tuning method (default: 0)')
@@ -224,7 +224,11 @@ def _run(args) -> int:
 def _bench(args) -> int:
     from rsstudy.bench import bench_gpu, bench_profile, bench_scoring
     if args.rounds < 1: raise ValueError(f'--rounds must be at least 1, got {args.rounds}')
-    if args.what == 'gpu': bench_gpu(rounds=args.rounds)
+    if args.what in ('xai', 'gpu'): from rsstudy.attribution.bench import bench_explanations, bench_gpu_explanations
+    if args.what == 'gpu':
+        bench_gpu(rounds=args.rounds)
+        bench_gpu_explanations(rounds=args.rounds)
+    elif args.what == 'xai': bench_explanations(load_profile(args.profile, **overrides(args)), args.rounds)
     elif args.what == 'metrics': bench_scoring(load_profile(args.profile, **overrides(args)), args.rounds)
     else: bench_profile(args.what, load_profile(args.profile, **overrides(args)), args.rounds)
     return 0

@@ -91,30 +91,30 @@ def randomisation_test(
     grid:int, # Patches along one side
     groups:int|None=None, # Stages at most, see `stages`
     seed:int=0, # Seed of the shuffling
+    intact:dict[str, Attribution]=None, # Maps of the intact model where they are known; None: made here
 ) -> list[dict]: # stage (from 1), name, method, word, spearman, spearman_abs, ssim with the maps of the intact model
-    """Maps after each stage of a cascade of randomised parameters, compared with the intact model's.
+    """Maps after each stage of a cascade of randomised parameters, compared with the intact model's. A cascade takes longer than a map: give the maps of many images as methods of one.
 
     Where a randomised model has no map (zero everywhere or not finite), the values are nan and it is said once. Raises what a method raises on the intact model.
     Source: Adebayo et al. 2018 (see `map_similarity`), sec. 3.1; values are permuted instead of drawn again"""
-    intact, rows = {name: explain() for name, explain in methods.items()}, []
+    intact, rows, missing = intact or {name: explain() for name, explain in methods.items()}, [], []
     with randomised(model, groups, seed) as cascade:
         for i, stage in enumerate(cascade, 1):
             for name, explain in methods.items():
                 try: heats = explain().heat
                 except ValueError as e:
-                    announce(f"{name} has no map under randomised parameters ({stage}): {e}")
+                    missing.append(f"{name} ({stage}): {e}")
                     heats = np.zeros_like(intact[name].heat)
                 for u, word in enumerate(intact[name].names):
                     rows.append(dict(stage=i, name=stage, method=name, word=word, **map_similarity(heats[u], intact[name].heat[u], grid)))
+    if missing: announce("randomised parameters", f"{len(missing)} maps under randomised parameters do not exist; first: {missing[0]}")
     return rows
 
 def randomisation_scores(
-    rows:list[dict], # Of one image, as `randomisation_test` gives them
-    method:str, # Method
-    word:str, # Word
-) -> dict[str, float]: # Metric, with its version, to a value of at most 1, lower is better; nan where no stage has a map
+    rows:list[dict], # As `randomisation_test` gives them
+) -> dict[tuple, dict[str, float]]: # (method, word) to metric, with its version, to a value of at most 1, lower is better; nan where no stage has a map
     "`randomised_spearman.v1`, `randomised_spearman_abs.v1` and `randomised_ssim.v1`: means over the stages."
-    mine = [r for r in rows if (r["method"], r["word"]) == (method, word)]
-    if not mine: raise ValueError(f"there are no rows of method {method!r} and word {word!r}.")
+    groups, keys = {}, ("spearman", "spearman_abs", "ssim")
+    for r in rows: groups.setdefault((r["method"], r["word"]), []).append([r[k] for k in keys])
     def mean(values): return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-    return {f"randomised_{k}.v1": mean(np.array([r[k] for r in mine], float)) for k in ("spearman", "spearman_abs", "ssim")}
+    return {pair: {f"randomised_{k}.v1": mean(column) for k, column in zip(keys, np.array(values, float).T)} for pair, values in groups.items()}

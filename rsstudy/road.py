@@ -72,7 +72,7 @@ def road_scores(
     heats:np.ndarray, # Maps of M methods, (M, U, H, W)
     control:int, # Which of the M maps is the random one
     shares:tuple[float, ...]=SHARES, # Shares of the patches removed, above 0 and below 1
-    block:int=2, # As for `impute_blocks`
+    block:int=None, # As for `impute_blocks`; None: the largest of 7, 4, 2 and 1 that divides the patch's side
     seed:int=0, # Seed of the noise
 ) -> tuple[dict[str, np.ndarray], np.ndarray]: # Metric, with its version, to (M, U); log-probability at each share, (M, U, K)
     """Remove the most supporting patches first and fill them from their surroundings.
@@ -80,6 +80,7 @@ def road_scores(
     `road_auc.v1`: the word's probability (geometric mean over tokens), averaged over the shares, lower is better. `road_gain.v1`: how many nats lower the log-probability
     is than for the random map, higher is better. Costs M U K images, those that occur twice once. Source: Rong et al. 2022 (see `impute`), on log-probability and in patches"""
     grid, (m, u), (h, w) = scorer.grid, heats.shape[:2], heats.shape[-2:]
+    block = block or next(b for b in (7, 4, 2, 1) if h // grid % b == 0)
     counts = (np.array(shares) * grid ** 2).round().astype(int)
     if not ((0 < counts) & (counts < grid ** 2)).all(): raise ValueError(f"shares {shares} must each remove from 1 to {grid ** 2 - 1} of {grid ** 2} patches.")
     top = removal_order(heats, grid).argsort(-1)[..., None, :] < counts[:, None] # (M, U, K, R)

@@ -61,13 +61,14 @@ def max_sensitivity(
     radius:float=.02, # Largest change of a pixel, in units of the scorer's pixels
     samples:int=10, # Noisy images explained
     seed:int=0, # Seed of the noise
+    heat:np.ndarray=None, # Maps of the image itself where they are known, (U, H, W); None: made here
 ) -> np.ndarray: # (U,), 0 or more, lower is better
     """Largest relative change of a map under noise too weak to see: max over noisy images of |map' - map| / |map| (Euclidean norms).
 
-    Costs 1 + `samples` explanations. Source: Yeh et al. 2019 (see `infidelity`), def. 3.1, estimated by sampling as there; captum.metrics.sensitivity_max"""
+    Costs `samples` explanations, and one of the image itself. Source: Yeh et al. 2019 (see `infidelity`), def. 3.1, estimated by sampling as there; captum.metrics.sensitivity_max"""
     rng, pixels = np.random.default_rng(seed), scorer.pixels
     norm = lambda maps: np.linalg.norm(np.asarray(maps, dtype=np.float64).reshape(len(maps), -1), axis=1)
-    heat, worst = np.asarray(explain(scorer), dtype=np.float64), np.zeros(len(scorer.names))
+    heat, worst = np.asarray(explain(scorer) if heat is None else heat, dtype=np.float64), np.zeros(len(scorer.names))
     for _ in range(samples):
         noise = torch.from_numpy(rng.uniform(-radius, radius, tuple(pixels.shape))).to(pixels)
         noisy = replace(scorer, pixels=pixels + noise, calls=0)

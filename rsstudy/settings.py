@@ -74,6 +74,9 @@ class Profile:
     shap_evaluations:int # SHAP: model evaluations an image
     segments:int # PixelSHAP: segments an image
     pixelshap_samples:int # PixelSHAP: coalitions an image
+    rise_masks:int # RISE: masks an image
+    noise_samples:int # SmoothGrad: noisy copies of an image
+    xai_checks:int # Images explained again under noise, other seeds and shuffled parameters for each tuned model; all of `xai_images` for the untuned one
     # comparison
     resamples:int # Bootstrap resamples
     tasks:tuple[str,...] # The base's own tasks that each method is asked before and after, see `rsstudy.tasks`; none asks nothing
@@ -102,7 +105,8 @@ ALLOWED = dict(
     caption_choice=('all', 'longest', 'first', 'random', 'clip'), precision=('auto', 'float32', 'bfloat16'),
     track=('none', 'tensorboard', 'wandb', 'trackio'), lora_init=('default', 'pissa', 'olora'), adapter_activation=('gelu', 'relu', 'silu'))
 AT_LEAST_ONE = ('max_new_tokens', 'num_beams', 'generate_batch', 'epochs', 'batch_images', 'sweep_epochs', 'patience', 'rank', 'alpha',
-    'prompt_length', 'adapter_width', 'xai_images', 'ig_steps', 'shap_evaluations', 'segments', 'pixelshap_samples', 'resamples')
+    'prompt_length', 'adapter_width', 'xai_images', 'ig_steps', 'shap_evaluations', 'segments', 'pixelshap_samples', 'rise_masks',
+    'noise_samples', 'resamples')
 TYPES = {f.name: f.type for f in dataclasses.fields(Profile)}
 
 # %% ../nbs/lib/00_settings.ipynb #cell-011

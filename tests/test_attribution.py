@@ -17,7 +17,7 @@ from rsstudy.settings import load_profile
 from rsstudy.tuning import attach
 
 CAPTION = "several planes are parked near the terminal ."
-METHODS = dict(integrated_gradients=lambda s: integrated_gradients(s, 4), grad_cam=lambda s: grad_cam(s, rectify=False), shap=lambda s: partition_shap(s, 12),
+METHODS = dict(integrated_gradients=lambda s: integrated_gradients(s, 4, most=4), grad_cam=lambda s: grad_cam(s, rectify=False), shap=lambda s: partition_shap(s, 12),
     pixelshap=lambda s: pixel_shap(s, grid_regions((224, 224), 2), 16), random=random_map, blob=centred_blob)
 
 
@@ -88,14 +88,14 @@ def test_a_phrase_is_the_sum_of_its_tokens(captioners, image):
 
 def test_batches_change_nothing(captioners, image):
     target = prepare(captioners["none"], image)
-    maps = [integrated_gradients(caption_scorer(captioners["none"].model, target, [target.span("planes")], batch=b), 6) for b in (2, 32)]
+    maps = [integrated_gradients(caption_scorer(captioners["none"].model, target, [target.span("planes")], batch=b), 6, most=6) for b in (2, 32)]
     assert np.allclose(maps[0].heat, maps[1].heat, atol=1e-6 + 1e-4 * np.abs(maps[0].heat).max())
 
 
 def test_more_steps_are_more_complete(captioners, image):
     target = prepare(captioners["none"], image)
     scorer = caption_scorer(captioners["none"].model, target, [target.span()])
-    gaps = [integrated_gradients(scorer, n).error[0] for n in (2, 32)]
+    gaps = [integrated_gradients(scorer, n, most=n).error[0] for n in (2, 32)]
     assert gaps[1] < .05 and gaps[1] <= gaps[0]
 
 

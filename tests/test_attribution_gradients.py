@@ -42,7 +42,7 @@ def test_every_new_method_works_under_every_tuning_method(captioner, image):
     target, model = caption_target(captioner.processor, image, captioner.prompt, CAPTION), captioner.model
     before, scorer, prompt = state(model), caption_scorer(model, target, WORDS), prompt_words(model, captioner.processor, target, WORDS)
     score = scorer.evaluate(scorer.pixels)[0]
-    found = [gradient_x_input(scorer, prompt=prompt), smooth_grad(scorer, 2), layer_cam(scorer), attention_rollout(model, target, WORDS), gradient_attention(model, target, WORDS),
+    found = [gradient_x_input(scorer, prompt=prompt), smooth_grad(scorer, 2), layer_cam(scorer), attention_rollout(scorer), gradient_attention(scorer),
              *(integrated_gradients(scorer, 2, at=at, most=2) for at in ("patches", "tokens"))]
     for a in found:
         assert a.heat.shape == (2, 224, 224) and a.calls >= 1, a.method
@@ -84,6 +84,6 @@ def test_no_gradients_are_named(base, image):
     target = caption_target(base.processor, image, base.prompt, CAPTION)
     with torch.inference_mode():
         scorer = caption_scorer(base.model, target, WORDS)
-        for explain in (gradient_x_input, integrated_gradients, layer_cam, lambda s: gradient_attention(base.model, target, WORDS)):
+        for explain in (gradient_x_input, integrated_gradients, layer_cam, gradient_attention):
             with pytest.raises(ValueError, match="no gradient"): explain(scorer)
-        assert attention_rollout(base.model, target, WORDS).heat.any() # needs none
+        assert attention_rollout(scorer).heat.any() # needs none

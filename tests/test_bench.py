@@ -1,6 +1,7 @@
 """The benchmark: it runs on a machine with little more than torch, transformers and peft, and from a profile to its JSON."""
 import json, subprocess, sys
 
+from rsstudy.attribution.bench import METHODS, SAME, SWITCHES, Budget, bench_explanations
 from rsstudy.bench import bench_profile, bench_scoring
 from rsstudy.scenes.world import ensure_world
 from rsstudy.settings import load_profile
@@ -21,17 +22,21 @@ def find_spec(name, package=None): return None if name.split(".")[0] in ABSENT e
 importlib.util.find_spec = find_spec # how transformers and peft ask what is there
 from rsstudy.bench import bench_gpu
 bench_gpu(Path(sys.argv[1]), tiny=True, images=4, rounds=1, seconds=.01, backend="eager")
+from rsstudy.attribution.bench import bench_gpu_explanations
+bench_gpu_explanations(Path(sys.argv[1]), tiny=True, rounds=1)
 assert not ABSENT & {name.split(".")[0] for name in sys.modules}
 '''
 
 
 def test_bare_machine(tmp_path):
-    """`bench gpu` imports nothing that a bare machine lacks; without bitsandbytes it leaves QLoRA out and says so."""
+    """`bench gpu` imports nothing that a bare machine lacks; without bitsandbytes it leaves QLoRA out, without shap it scores masks, and says so."""
     run = subprocess.run([sys.executable, '-c', BARE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob('*.json')}
-    assert sorted(found) == ['generate-paligemma-tiny', 'train-paligemma-tiny-lora']
+    assert sorted(found) == ['explanations-paligemma-tiny', 'generate-paligemma-tiny', 'train-paligemma-tiny-lora']
     assert found['train-paligemma-tiny-lora']['qlora_peer'] == 'left out: bitsandbytes is not installed'
+    assert found['explanations-paligemma-tiny']['shap'] == 'random masks on 16 x 16 cells: shap is not installed'
+    assert 0 < found['explanations-paligemma-tiny']['precision']['log_probability'] < .05
 
 
 def test_profile(tmp_path):
@@ -44,3 +49,17 @@ def test_profile(tmp_path):
     assert generate['same_captions'] == 1 and generate['mean_tokens'] > 1 and set(generate['levers']) == {'cached_vision', 'early_exit'}
     metrics = json.loads(bench_scoring(P, rounds=1, resamples=50, folder=tmp_path).read_text())
     assert metrics['details']['references'] == 55 and metrics['largest_difference'] < 1e-9 and metrics['ratio'] > 0 and metrics['details']['intervals']['seconds'] > 0
+
+
+def test_explanations(tmp_path):
+    """Ours and the usual explanations of a profile's own image: the same maps from as many evaluations, every lever in the JSON."""
+    P = load_profile('nano', data=str(ensure_world(tmp_path/'scenes', domain='target', seed=0, train=2, val=1, test=1, progress=False, workers=1)))
+    found = json.loads(bench_explanations(P, rounds=1, images=1, budget=Budget(points=3, evaluations=8, segments=4), folder=tmp_path).read_text())
+    assert found['name'] == 'explanations-nano' and set(found['methods']) == set(METHODS) == set(found['reached'])
+    for name, m in found['methods'].items():
+        assert m['maps']['same'] and m['maps']['same_settings'] <= SAME and set(m['levers']) == set(SWITCHES), name
+        ours, peer = m['details']['ours'], m['details']['peer']
+        assert abs(ours['evaluations_behind_a_map'] - peer['evaluations_behind_a_map']) <= 3, name # ours scores the two ends of SHAP once more, the peer keeps one of them from word to word
+        assert ours['evaluations_a_word'] < peer['evaluations_a_word'] and abs(m['ratio'] * m['peer'] / m['ours'] - 1) < 1e-4, name # the file rounds
+        assert found['reached'][name] == dict(all_words=m['ratio'] >= 4, one_word=m['ratio_one_word'] >= 4), name
+    assert found['ratio'] == min(m['ratio'] for m in found['methods'].values())

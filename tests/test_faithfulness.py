@@ -45,7 +45,7 @@ def test_deletion_is_pixel_flipping(toy):
     gray = scorer.pixels[:, :1] - scorer.pixels[:, :1].min() # the black of Quantus is the darkest pixel
     theirs = q.PixelFlipping(features_in_step=32, perturb_baseline="black", abs=False, normalise=False, disable_warnings=True, display_progressbar=False)(
         model=Gray().eval(), x_batch=gray.numpy(), y_batch=np.array([1]), a_batch=heat[:, None], device="cpu", softmax=False)
-    ours = removal_curves(replace(scorer, pixels=gray.expand(-1, 3, -1, -1).contiguous()), heat[None], steps=8, fill="black").deletion[0, 0]
+    ours = removal_curves(replace(scorer, pixels=gray.expand(-1, 3, -1, -1).contiguous()), heat[None], shares=np.linspace(0, 1, 9), fill="black").deletion[0, 0]
     assert np.allclose(np.ravel(theirs[0]), ours[1:], atol=1e-5)
     assert np.isclose(area(ours, np.linspace(0, 1, 9)), np.trapezoid(ours, dx=1 / 8))
 
@@ -114,13 +114,13 @@ def explained(tmp_path_factory):
     model, processor = load_base(load_profile("nano"))[:2]
     target = caption_target(processor, pairs[0].image, "caption en", "some ships are on the sea .")
     scorer = caption_scorer(model.eval(), target, [target.span("ships")])
-    found = [integrated_gradients(scorer, 8), random_map(scorer), centred_blob(scorer)]
+    found = [integrated_gradients(scorer, 8, most=8), random_map(scorer), centred_blob(scorer)]
     return scorer, target, processor, np.stack([a.heat for a in found]), pairs
 
 
 def test_scores_on_the_model(explained):
     scorer, _, _, heats, _ = explained
-    scores, curves = removal_scores(scorer, heats, control=1, steps=4)
+    scores, curves = removal_scores(scorer, heats, control=1, shares=(0, .25, .5, .75, 1))
     scores |= road_scores(scorer, heats, 1, shares=(.1, .5))[0] | infidelity_scores(scorer, heats, 16)
     assert all(v.shape == (3, 1) and np.isfinite(v).all() for v in scores.values()) and len(scores) == 16
     for gain in ("deletion_gain.v1", "insertion_gain.v1", "deletion_gain.mean.v1", "road_gain.v1"): assert scores[gain][1, 0] == 0
@@ -139,10 +139,10 @@ def test_blocks_hardly_change_the_imputation(explained):
 def test_randomising_the_model_changes_its_maps_and_not_the_controls(explained):
     scorer, _, _, _, _ = explained
     before = [p.clone() for p in scorer.model.parameters()]
-    rows = randomisation_test(scorer.model, dict(ig=lambda: integrated_gradients(scorer, 4), blob=lambda: centred_blob(scorer)), scorer.grid, groups=3)
+    rows = randomisation_test(scorer.model, dict(ig=lambda: integrated_gradients(scorer, 4, most=4), blob=lambda: centred_blob(scorer)), scorer.grid, groups=3)
     assert len(rows) == 6 and all(torch.equal(a, b) for a, b in zip(before, scorer.model.parameters()))
-    assert np.allclose(list(randomisation_scores(rows, "blob", "ships").values()), 1)
-    assert randomisation_scores(rows, "ig", "ships")["randomised_spearman.v1"] < .9
+    assert np.allclose(list(randomisation_scores(rows)["blob", "ships"].values()), 1)
+    assert randomisation_scores(rows)["ig", "ships"]["randomised_spearman.v1"] < .9
 
 
 def test_without_its_ships_a_picture_has_no_ships(explained):

@@ -12,10 +12,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from .caption import CaptionTarget, Span
 from .gradcam import as_square
-from .gradients import as_spans
-from .target import Attribution, Scorer, Stopwatch, caption_scorer, enlarge
+from .target import Attribution, Scorer, Stopwatch, enlarge
 from ..batch import core
 
 # %% ../../nbs/lib/52_attention.ipynb #cell-005
@@ -59,13 +57,13 @@ def follow_back(
     return rows
 
 def predicting_rows(
-    target:CaptionTarget, # Prompt and caption
-    spans:list[Span], # U spans
+    scorer:Scorer, # Of U spans of a caption
     length:int, # Positions that the decoder read, L
 ) -> torch.Tensor: # (U, L): shares of the positions that predict the span's tokens, they add up to 1
-    "Where the words are written: the position before each token."
-    first, rows = int((target.token_type_ids[0] == 0).sum()), torch.zeros(len(spans), length)
-    for u, s in enumerate(spans): rows[u, [first - 1 + t for t in s.tokens]] = 1 / len(s.tokens)
+    "Where the words are written: the position before each token. Raises `ValueError` for a scorer that knows no caption."
+    if scorer.target is None: raise ValueError("Attention needs a caption's tokens: make the scorer with caption_scorer.")
+    first, rows = int((scorer.target.token_type_ids[0] == 0).sum()), torch.zeros(len(scorer.spans), length)
+    for u, s in enumerate(scorer.spans): rows[u, [first - 1 + t for t in s.tokens]] = 1 / len(s.tokens)
     return rows
 
 # %% ../../nbs/lib/52_attention.ipynb #cell-009
@@ -80,18 +78,15 @@ def rollout_layer(
     return .5 * weights.detach().float().mean(0) + .5 * torch.eye(weights.shape[-1], device=weights.device)
 
 def attention_rollout(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped
-    target:CaptionTarget, # Image and caption
-    spans:list[Span|str]|Span|str|None=None, # What is explained, as for `caption_scorer`
+    scorer:Scorer, # What is explained, from `caption_scorer`
     vision:bool=False, # Follow the vision tower's layers too?
 ) -> Attribution: # Shares of attention, not negative; `error` is nan
     """Attention rollout from the positions that predict each span to the image tokens. One forward pass, no gradients needed.
 
     Source: Abnar and Zuidema 2020, Quantifying attention flow in transformers, eq. 1, https://arxiv.org/abs/2005.00928"""
-    spans, scorer = as_spans(target, spans), caption_scorer(model, target, spans)
     watch, n = Stopwatch(scorer), scorer.grid ** 2
     scores, decoder, tower = attention_weights(scorer)
-    rows = predicting_rows(target, spans, decoder[0].shape[-1]).to(decoder[0].device)
+    rows = predicting_rows(scorer, decoder[0].shape[-1]).to(decoder[0].device)
     cells = follow_back(rows, [rollout_layer(w[0]) for w in decoder])[:, :n]
     if vision: cells = follow_back(cells, [rollout_layer(w[0]) for w in tower])
     return _as_attribution("attention_rollout", scorer, scores, cells, watch)
@@ -105,20 +100,17 @@ def relevance_layer(
     return (gradient[0].float() * weights[0].detach().float()).relu().mean(0) + torch.eye(weights.shape[-1], device=weights.device)
 
 def gradient_attention(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped
-    target:CaptionTarget, # Image and caption
-    spans:list[Span|str]|Span|str|None=None, # What is explained, as for `caption_scorer`
+    scorer:Scorer, # What is explained, from `caption_scorer`
     vision:bool=False, # Follow the vision tower's layers too?
 ) -> Attribution: # Relevance, not negative, no unit; `error` is nan
     """Gradient-weighted attention from the positions that predict each span to the image tokens: one forward pass, one backward pass a span.
 
     Raises `ValueError` where no attention has a gradient, and for a map that the rectifier leaves empty.
     Source: Chefer, Gur and Wolf 2021, Generic attention-model explainability, eq. 5 and 6, https://arxiv.org/abs/2103.15679"""
-    spans, scorer = as_spans(target, spans), caption_scorer(model, target, spans)
     watch, n = Stopwatch(scorer), scorer.grid ** 2
     scores, decoder, tower = attention_weights(scorer)
     if not scores.requires_grad: raise ValueError("The score has no gradient at the attention weights: the model ran without gradients (inference mode).")
-    rows, cells = predicting_rows(target, spans, decoder[0].shape[-1]).to(decoder[0].device), []
+    rows, cells = predicting_rows(scorer, decoder[0].shape[-1]).to(decoder[0].device), []
     for u, score in enumerate(scores):
         grads = torch.autograd.grad(score, decoder + (tower if vision else []), retain_graph=u < len(scores) - 1)
         layers = [relevance_layer(w, g) for w, g in zip(decoder + tower, grads)]

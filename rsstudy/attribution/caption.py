@@ -46,7 +46,8 @@ def find_span(
     wanted, have = re.findall(r"\w+(?:['\-]\w+)*", phrase.lower()), [w.text.lower() for w in words]
     hits = [i for i in range(len(have) - len(wanted) + 1) if wanted and have[i:i+len(wanted)] == wanted]
     if occurrence >= len(hits):
-        raise ValueError(f"{phrase!r} (occurrence {occurrence}) is not in the caption; its words are: {', '.join(have)}.")
+        which = f" (occurrence {occurrence})" if occurrence else ""
+        raise ValueError(f"{phrase!r}{which} is not in the caption; its words are: {', '.join(have)}.")
     found = words[hits[occurrence]:hits[occurrence] + len(wanted)]
     return Span(phrase, tuple(sorted({t for w in found for t in w.tokens})))
 
@@ -120,7 +121,7 @@ def read_caption(
     batch = {k: v.to(device) for k,v in batch.items()}
     rows, wanted = (batch[k].view(len(features), -1)[:, tokens] for k in ("rows", "targets")) # (B, K): the row before a token predicts it
     logits = head_logits(model, target_hidden(model, batch | dict(rows=rows.flatten(), features=features))) # (B K, V)
-    return (logits.gather(-1, wanted.flatten()[:, None])[:, 0] - logits.logsumexp(-1)).view(len(features), -1)
+    return logits.log_softmax(-1).gather(-1, wanted.flatten()[:, None])[:, 0].view(len(features), -1) # not logit - logsumexp: near probability 1 that loses digits
 
 # %% ../../nbs/lib/50_caption.ipynb #cell-015
 def token_log_probability(

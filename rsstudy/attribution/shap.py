@@ -101,7 +101,7 @@ def prompt_parts(
     prompt:str, # As the captioner's
 ) -> list[tuple[str, str]]: # Name and text of each part; the texts in a row are the prompt
     "Words of a prompt; special tokens in a row, such as a soft prompt, are one part."
-    return [("soft prompt" if m[1].startswith("<") else m[1], m[0]) for m in re.finditer(r"((?:<[^<>\s]+>)+|[^\s<]+|<)\s*", prompt)]
+    return [("soft prompt" if m[1].startswith("<") and len(m[1]) > 1 else m[1], m[0]) for m in re.finditer(r"((?:<[^<>\s]+>)+|[^\s<]+|<)\s*", prompt)]
 
 # %% ../../nbs/lib/53_shap.ipynb #cell-025
 def prompt_shap(

@@ -36,7 +36,10 @@ class Scorer:
     black:torch.Tensor=field(default_factory=lambda: torch.zeros(1, 3, 1, 1)) # A black pixel, (1, 3, 1, 1)
     lengths:np.ndarray=None # Tokens in each span, (U,); None: one each
     model:torch.nn.Module=None # The model behind `function`, for methods that look inside
+    target:CaptionTarget=None # Image and caption behind `function`, for methods that look at tokens
+    spans:list[Span]=None # What each output is the log-probability of, U
     calls:int=0 # Images evaluated so far
+    fills:dict=field(default_factory=dict) # Fill's name to the image it was made of and the fill, so that it is made once
 
     def __post_init__(self):
         if self.lengths is None: self.lengths = np.ones(len(self.names), dtype=int)
@@ -92,7 +95,7 @@ def caption_scorer(
     tokens, sums = span_sums(spans)
     def function(pixels): return token_log_probability(model, target, pixels, tokens) @ sums.to(device)
     return Scorer(function, target.pixel_values.to(device), [s.text for s in spans], vision.image_size // vision.patch_size, batch,
-                  target.black.to(device), np.array([len(s.tokens) for s in spans]), model)
+                  target.black.to(device), np.array([len(s.tokens) for s in spans]), model, target, spans)
 
 # %% ../../nbs/lib/50_target.ipynb #cell-014
 FILLS = "blur", "mean", "black"
@@ -102,14 +105,17 @@ def fill_image(
     how:str="blur", # One of `FILLS`; blur is Gaussian, its standard deviation one sixteenth of the side
 ) -> torch.Tensor: # The image with everything removed, (1, 3, H, W)
     "What stands in for removed pixels. Raises `ValueError` for an unknown name, and where the image equals its fill: nothing could be removed."
-    from scipy.ndimage import gaussian_filter
     if how not in FILLS: raise ValueError(f"fill {how!r} is unknown; allowed: {', '.join(FILLS)}.")
     p = scorer.pixels
+    if scorer.fills.get(how, (None,))[0] is p: return scorer.fills[how][1]
     if how == "black": filled = scorer.black.expand_as(p).contiguous()
     elif how == "mean": filled = p.mean((2, 3), keepdim=True).expand_as(p).contiguous()
-    else: filled = torch.from_numpy(gaussian_filter(p[0].cpu().numpy(), (0, p.shape[2] / 16, p.shape[3] / 16))[None]).to(p.device)
+    else:
+        from scipy.ndimage import gaussian_filter
+        filled = torch.from_numpy(gaussian_filter(p[0].cpu().numpy(), (0, p.shape[2] / 16, p.shape[3] / 16))[None]).to(p.device)
     if (filled - p).abs().max() < 1e-4: # a grey level is 8e-3
         raise ValueError(f"The image equals its fill {how!r}: in a constant image nothing can be removed. A fill of another colour may do (black), or a gradient without a baseline.")
+    scorer.fills[how] = p, filled
     return filled
 
 # %% ../../nbs/lib/50_target.ipynb #cell-016
