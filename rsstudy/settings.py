@@ -150,7 +150,7 @@ def check_values(
         if values[key] not in allowed: raise _wrong(key, values[key], 'one of ' + ', '.join(allowed))
     for key in AT_LEAST_ONE:
         if values[key] < 1: raise _wrong(key, values[key], 'at least 1')
-    for key in ('train_images', 'val_images', 'test_images', 'sweep_images', 'weight_decay', 'split_seed', 'val_captions', 'micro_images', 'checkpoint_every', 'loader_workers', 'task_images'):
+    for key in ('train_images', 'val_images', 'test_images', 'sweep_images', 'weight_decay', 'split_seed', 'val_captions', 'micro_images', 'checkpoint_every', 'loader_workers', 'task_images', 'xai_checks'):
         if values[key] < 0: raise _wrong(key, values[key], 'zero or more')
     for key in ('warmup', 'lora_dropout'):
         if not 0 <= values[key] < 1: raise _wrong(key, values[key], 'at least 0 and below 1')

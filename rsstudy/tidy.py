@@ -202,7 +202,7 @@ def compare_results(
     results:dict[str, dict], # Notebook -> its JSON; 02 to 05, 06 if it ran, and 01 for its `leakage`
     resamples:int=1000, # Bootstrap resamples
     rounds:int=10_000, # Exchanges of the randomisation test
-) -> dict: # scores (kind `method` and `floor`), cost, faithfulness, differences, forgetting, variants {scores, cost}, settings_that_differ: lists of rows; labels
+) -> dict: # scores (kind `method` and `floor`), cost, faithfulness, explanations (each method's against the base's), differences, forgetting, variants {scores, cost}, settings_that_differ: lists of rows; labels
     "Everything 07 writes, from the JSON alone. Raises `ValueError` as `gather` and `forgetting_rows`, and when the untuned base is missing."
     found, sources = gather(results)
     if 'none' not in found: raise ValueError("no scores of the untuned base ('none'): run 02_baseline first")
@@ -213,7 +213,7 @@ def compare_results(
     leakage = next((result['leakage'] for result in results.values() if 'leakage' in result), {})
     takes = groups(sources, ids, {name: leakage[name] for name in ('clean', 'caption_unseen') if leakage.get(name)})
     faithfulness = [row for result in results.values() for row in result.get('faithfulness', [])]
-    return dict(scores=score_rows(methods, takes, resamples) + score_rows(floors, takes, resamples, 'floor'), cost=cost_rows(methods), faithfulness=faithfulness,
+    return dict(scores=score_rows(methods, takes, resamples) + score_rows(floors, takes, resamples, 'floor'), cost=cost_rows(methods), faithfulness=faithfulness, explanations=results.get('06_xai', {}).get('tuning', []),
         differences=difference_rows(methods | variants, takes, resamples, rounds), forgetting=forgetting_rows(methods, resamples, rounds),
         variants=dict(scores=score_rows(variants, takes, resamples), cost=cost_rows(variants)), settings_that_differ=settings_that_differ(results),
         labels={name: entry.get('label', name) for name, entry in (found | floors).items()})

@@ -7,7 +7,7 @@ __all__ = ['STOP', 'explained_words', 'named', 'study_images', 'all_maps', 'Reco
            'study_run', 'study_part', 'study']
 
 # %% ../nbs/06_xai.ipynb #cell-002
-import re
+import functools, re
 
 import numpy as np
 from tqdm import tqdm
@@ -177,6 +177,11 @@ def study_run(
     scores = randomised_scores(captioner.model, [s for _, (s, _), _ in kept], [f for _, (_, f), _ in kept], P, [n for _, _, n in kept])
     add_randomised(records, captioner.method, scores, kept)
 
+@functools.lru_cache(maxsize=1)
+def _loaded(P, method, seed): # the parts of a run follow each other
+    from rsstudy.methods import load_tuned
+    return load_tuned(P, method, seed)
+
 def study_part(
     P:Profile, # Everything
     method:str, # Tuning method
@@ -184,18 +189,17 @@ def study_part(
     images:list[tuple[int, dict]], # Number and row of the images
 ) -> tuple[Records, dict[str, str]]: # What was collected, and what was announced on the way
     "A few images under one run, in a process of its own."
-    from rsstudy.methods import load_tuned
     from rsstudy.runs import FALLBACKS
     records, before = Records(), set(FALLBACKS)
     checks = 10**9 if method == "none" else P.xai_checks
-    study_run(records, load_tuned(P, method, seed), seed, images, P, checks)
+    study_run(records, _loaded(P, method, seed), seed, images, P, checks)
     return records, {k: v for k, v in FALLBACKS.items() if k not in before}
 
 def study(
     P:Profile, # Everything
     images:list[dict], # As from `study_images`
     methods:list[str]=tuple(MODELS), # Tuning methods; those without weights are left out
-    chunk:int=8, # Images of a part
+    chunk:int=4, # Images of a part: what the bar moves by
 ) -> Records:
     "Explain every image under every model; images take turns among a method's seeds. A small model on a CPU is explained in several processes of one thread each."
     from joblib import Parallel, cpu_count, delayed

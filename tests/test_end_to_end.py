@@ -4,7 +4,7 @@ import pytest
 from rsstudy.floors import FLOORS
 
 TINY = dict(train_images=8, val_images=4, test_images=8, epochs=1, batch_images=4, lr=1e-3, xai_images=1, ig_steps=4, shap_evaluations=12, segments=4,
-    pixelshap_samples=8, resamples=20, rank=2, prompt_length=4, adapter_width=4, max_new_tokens=12, task_images=4)
+    pixelshap_samples=8, rise_masks=8, noise_samples=2, xai_checks=0, resamples=20, rank=2, prompt_length=4, adapter_width=4, max_new_tokens=12, task_images=4)
 NOTEBOOKS = ['01_eda', '02_baseline', '03_lora', '04_prompt_tuning', '05_adapter', '06_xai', '07_comparison']
 METHODS = {'none', 'lora', 'qlora', 'prompt', 'adapter', 'full'}
 

@@ -34,7 +34,7 @@ def toy():
 
 def quantus():
     pytest.importorskip("cv2", exc_type=ImportError) # Quantus imports it
-    return pytest.importorskip("quantus")
+    return pytest.importorskip("quantus", exc_type=ImportError, reason="the reference needs quantus: pip install 'rsstudy[dev]'")
 
 
 def test_deletion_is_pixel_flipping(toy):

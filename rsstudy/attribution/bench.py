@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'SWITCHES', 'SAME', 'TARGET', 'Budget', 'Case', 'PlainModel', 'captum_words', 'channels_last', 'shap_words',
            'one_by_one_words', 'our_gradients', 'our_shap', 'our_pixelshap', 'Ours', 'Contender', 'map_difference',
-           'same_maps', 'bench_method', 'profile_cases', 'bench_explanations', 'say_method', 'main']
+           'same_maps', 'bench_method', 'profile_cases', 'plant_tree', 'bench_explanations', 'say_method', 'main']
 
 # %% ../../nbs/lib/57_bench_xai.ipynb #cell-003
 import argparse, sys
@@ -230,25 +230,30 @@ def profile_cases(
     images:int, # Of the test split, each with its first caption
     budget:Budget, # Of each word
 ) -> list[Case]:
-    "The profile's base and some of its images, with one tree of shap's for all of them."
-    import shap
+    "The profile's base and some of its images."
     model, material = profile_material(P, "test", images)
-    cases = [Case(model, caption_target(material.processor, image, P.prompt, captions[0]), budget) for image, captions in zip(material.images, material.captions)]
+    return [Case(model, caption_target(material.processor, image, P.prompt, captions[0]), budget) for image, captions in zip(material.images, material.captions)]
+
+def plant_tree(
+    cases:list[Case], # Images of one size
+):
+    "Give the cases shap's tree of the pixels, which takes a while."
+    import shap
     tree = shap.maskers.Image(channels_last(cases[0].fill))
     for case in cases: case.tree = tree
-    return cases
 
 def bench_explanations(
     P:Profile, # The resolved settings
     rounds:int=3, # Turns of each contender
     images:int=3, # A turn explains one of them
     budget:Budget=Budget(), # Of each word, on both sides
+    names:list[str]=tuple(METHODS), # Which methods
     folder:Path|None=None, # `bench_folder()` by default
 ) -> Path: # The JSON
     "Measures our explanations against the usual ones on a profile's own model and images."
-    cases = profile_cases(P, images, budget)
-    methods = {}
-    for name in METHODS:
+    cases, methods = profile_cases(P, images, budget), {}
+    if "shap" in names: plant_tree(cases)
+    for name in names:
         methods[name] = bench_method(name, cases, rounds)
         say_method(name, methods[name])
     result = dict(name=f"explanations-{P.name}", device=device_name(), unit="words/s", threads=torch.get_num_threads(), dtype=str(cases[0].model.dtype).removeprefix("torch."), weights=P.base_model,
