@@ -213,7 +213,7 @@ def study(
             parts += [(method, seed, mine[i:i + chunk]) for i in range(0, len(mine), chunk)]
     workers = min(4, cpu_count(), len(parts)) if P.base_model == "paligemma-nano" and pick_device().type == "cpu" else 1
     with tqdm(total=sum(len(p) for *_, p in parts), desc="explained images", unit="image") as bar:
-        for (method, seed, mine), (found, said) in zip(parts, Parallel(workers, return_as="generator")(delayed(study_part)(P, *part) for part in parts)):
+        for (method, seed, mine), (found, said) in zip(parts, Parallel(workers, batch_size=1, return_as="generator")(delayed(study_part)(P, *part) for part in parts)):
             records.merge(found)
             for key, message in said.items(): announce(key, message)
             bar.set_postfix_str(f"{method}, seed {seed}")
