@@ -68,7 +68,8 @@ def draw_grid(
     from matplotlib.colors import Normalize
     fig, axes = plt.subplots(len(rows), len(columns) + 1, figsize=(1.75 * (len(columns) + 1) + .6, 1.75 * len(rows) + .7), squeeze=False, layout="constrained")
     for i, row in enumerate(rows):
-        scale = max(np.abs(maps[row, c]).max() for c in columns if (row, c) in maps)
+        cells = np.abs(np.stack([maps[row, c] for c in columns if (row, c) in maps]))
+        scale = float(np.quantile(cells, .98) or cells.max())
         axes[i, 0].imshow(image)
         axes[i, 0].set(xticks=[], yticks=[])
         axes[i, 0].set_ylabel(ATTRIBUTIONS.get(row, row))
