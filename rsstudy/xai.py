@@ -54,18 +54,18 @@ def named(
 # %% ../nbs/06_xai.ipynb #cell-012
 def study_images(
     P:Profile, # Its data, split_seed and xai_images count
-) -> list[dict]: # image_id, image (PIL), caption, masks by word and pairs (empty where none are known)
+) -> list[dict]: # image_id, image (an array, which any process can be sent), caption, masks by word and pairs (empty where none are known)
     "The test images that are explained, with the caption whose words are explained."
     from rsstudy.data import load_captions, subset
     data, found = load_captions(P), []
     if P.data != "scenes":
-        return [dict(image_id=r["image_id"], image=r["image"], caption=r["captions"][0], masks={}, pairs=[]) for r in subset(data, "test", P.xai_images, P.split_seed)]
+        return [dict(image_id=r["image_id"], image=np.asarray(r["image"].convert("RGB")), caption=r["captions"][0], masks={}, pairs=[]) for r in subset(data, "test", P.xai_images, P.split_seed)]
     from rsstudy.scenes.without import scene_pairs
     from rsstudy.scenes.world import scene_masks
     for r in subset(data, "test", 0, P.split_seed):
         masks = scene_masks(data.folder, r["image_id"])
         if known := [c for c in r["captions"] if named(c, masks)]:
-            found.append(dict(image_id=r["image_id"], image=r["image"], caption=known[0], masks=masks, pairs=scene_pairs(data.folder, [r["image_id"]]).popitem()[1]))
+            found.append(dict(image_id=r["image_id"], image=np.asarray(r["image"].convert("RGB")), caption=known[0], masks=masks, pairs=scene_pairs(data.folder, [r["image_id"]]).popitem()[1]))
         if len(found) == P.xai_images: break
     if len(found) < P.xai_images: announce("xai images", f"{P.xai_images} wanted, {len(found)} test images name an object whose mask is known: all are taken")
     return found
