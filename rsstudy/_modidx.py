@@ -1289,7 +1289,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'rsstudy.xai.Records.__init__': ('xai.html#records.__init__', 'rsstudy/xai.py'),
                              'rsstudy.xai.Records.add': ('xai.html#records.add', 'rsstudy/xai.py'),
                              'rsstudy.xai.Records.merge': ('xai.html#records.merge', 'rsstudy/xai.py'),
-                             'rsstudy.xai._loaded': ('xai.html#_loaded', 'rsstudy/xai.py'),
                              'rsstudy.xai.add_randomised': ('xai.html#add_randomised', 'rsstudy/xai.py'),
                              'rsstudy.xai.all_maps': ('xai.html#all_maps', 'rsstudy/xai.py'),
                              'rsstudy.xai.explain_image': ('xai.html#explain_image', 'rsstudy/xai.py'),

@@ -7,7 +7,7 @@ __all__ = ['STOP', 'explained_words', 'named', 'study_images', 'all_maps', 'Reco
            'study_run', 'study_part', 'study']
 
 # %% ../nbs/06_xai.ipynb #cell-002
-import functools, re
+import re
 
 import numpy as np
 from tqdm import tqdm
@@ -177,11 +177,6 @@ def study_run(
     scores = randomised_scores(captioner.model, [s for _, (s, _), _ in kept], [f for _, (_, f), _ in kept], P, [n for _, _, n in kept])
     add_randomised(records, captioner.method, scores, kept)
 
-@functools.lru_cache(maxsize=1)
-def _loaded(P, method, seed): # the parts of a run follow each other
-    from rsstudy.methods import load_tuned
-    return load_tuned(P, method, seed)
-
 def study_part(
     P:Profile, # Everything
     method:str, # Tuning method
@@ -189,10 +184,11 @@ def study_part(
     images:list[tuple[int, dict]], # Number and row of the images
 ) -> tuple[Records, dict[str, str]]: # What was collected, and what was announced on the way
     "A few images under one run, in a process of its own."
+    from rsstudy.methods import load_tuned
     from rsstudy.runs import FALLBACKS
     records, before = Records(), set(FALLBACKS)
     checks = 10**9 if method == "none" else P.xai_checks
-    study_run(records, _loaded(P, method, seed), seed, images, P, checks)
+    study_run(records, load_tuned(P, method, seed), seed, images, P, checks)
     return records, {k: v for k, v in FALLBACKS.items() if k not in before}
 
 def study(
