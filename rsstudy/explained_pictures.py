@@ -211,6 +211,7 @@ def score_table(
         rows = [r for r in result["faithfulness"] if r["metric"] == what]
         if not rows: raise ValueError(f"metric {what!r} is not in the results; there are: {', '.join(dict.fromkeys(r['metric'] for r in result['faithfulness']))}.")
         table, title = pd.DataFrame([dict(attribution=label(r["attribution"]), model=MODELS[r["method"]], cell=say(r)) for r in rows]), MEASURES[what][0].replace("\n", " ")
+    if table.empty: return f"{title}: nothing, as too few images were explained."
     order = list(dict.fromkeys(table["attribution"]))
     wide = table.pivot(index="attribution", columns="model", values="cell").reindex(index=order, columns=[m for m in MODELS.values() if m in set(table["model"])]).fillna("")
     return f"{title}:\n\n{wide.to_markdown()}"
