@@ -9,7 +9,7 @@ __all__ = ['SHARES', 'impute', 'impute_blocks', 'road_scores']
 import numpy as np
 import torch
 
-from .attribution.target import Scorer, grid_regions
+from .attribution.target import Scorer, grid_regions, in_batches
 from .faithfulness import removal_order
 
 # %% ../nbs/lib/57_road.ipynb #cell-005
@@ -86,10 +86,8 @@ def road_scores(
     top = removal_order(heats, grid).argsort(-1)[..., None, :] < counts[:, None] # (M, U, K, R)
     unique, where = np.unique(top.reshape(-1, grid ** 2), axis=0, return_inverse=True)
     pixels, regions = scorer.pixels[0].double().cpu().numpy(), grid_regions((h, w), grid)
-    scores = []
-    for start in range(0, len(unique), scorer.batch):
-        filled = np.stack([impute_blocks(pixels, hidden[regions], block, rng=[seed, start + i]) for i, hidden in enumerate(unique[start:start + scorer.batch])])
-        scores.append(scorer.evaluate(torch.from_numpy(filled).to(scorer.pixels)))
-    values = np.einsum("mukv,uv->muk", np.concatenate(scores)[where.ravel()].reshape(m, u, len(counts), u), np.eye(u))
+    def filled(some): return scorer(torch.from_numpy(np.stack([impute_blocks(pixels, unique[i][regions], block, rng=[seed, i]) for i in some])).to(scorer.pixels))
+    scores = in_batches(scorer, range(len(unique)), filled) # (B, U)
+    values = np.einsum("mukv,uv->muk", scores[where.ravel()].reshape(m, u, len(counts), u), np.eye(u))
     mean = values.mean(-1)
     return {"road_auc.v1": np.exp(values / np.asarray(scorer.lengths)[:, None]).mean(-1), "road_gain.v1": mean[control] - mean}, values

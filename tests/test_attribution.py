@@ -22,14 +22,6 @@ METHODS = dict(integrated_gradients=lambda s: integrated_gradients(s, 4, most=4)
 
 
 @pytest.fixture(scope="module")
-def image():
-    "Coloured blocks under a little noise, (224, 224, 3) uint8."
-    rng = np.random.default_rng(0)
-    blocks = np.kron(rng.integers(0, 200, (7, 7, 3)), np.ones((32, 32, 1), int))
-    return (blocks + rng.integers(0, 40, (224, 224, 3))).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
 def captioners():
     "Every method of the study, freshly attached to the shipped base when it is first asked for."
     class Attached(dict):

@@ -16,14 +16,6 @@ from rsstudy.tuning import attach
 CAPTION, WORDS = "several planes are parked near the terminal .", ["planes", "terminal"]
 
 
-@pytest.fixture(scope="module")
-def image():
-    "Coloured blocks under a little noise, (224, 224, 3) uint8."
-    rng = np.random.default_rng(0)
-    blocks = np.kron(rng.integers(0, 200, (7, 7, 3)), np.ones((32, 32, 1), int))
-    return (blocks + rng.integers(0, 40, (224, 224, 3))).astype(np.uint8)
-
-
 @pytest.fixture(scope="module", params=MAIN)
 def captioner(request):
     "Every method of the study, freshly attached to the shipped base."

@@ -69,10 +69,15 @@ def clenshaw_curtis(
 class Path:
     "What the integral along a straight path found."
     gradients:torch.Tensor # (U, ...) mean gradients along the path
-    values:torch.Tensor # (U, ...) those times the change of every input; they add up to scores[1] - scores[0], nearly
+    change:torch.Tensor # (1, ...) of every input, from start to end
     scores:np.ndarray # (2, U) at the start and at the end
     gap:np.ndarray # (U,) relative completeness gap
     steps:int # Intervals in the end
+
+    @property
+    def values(self) -> torch.Tensor: # (U, ...)
+        "Shares of every input; they add up to scores[1] - scores[0], nearly."
+        return self.gradients * self.change
 
 # %% ../../nbs/lib/51_paths.ipynb #cell-012
 def integrate_path(
@@ -105,5 +110,4 @@ def integrate_path(
             gap[u] = relative_gap((done[u] * change[0]).double().sum().item(), whole[1, u] - whole[0, u])
         active = [u for u in active if not gap[u] <= tolerance]
         if not active: break
-    gradients = torch.stack([done[u] for u in range(len(scorer.names))])
-    return Path(gradients, gradients * change, whole, gap, n)
+    return Path(torch.stack([done[u] for u in range(len(scorer.names))]), change, whole, gap, n)

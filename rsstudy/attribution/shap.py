@@ -120,10 +120,8 @@ def prompt_shap(
     Source: Lundberg and Lee 2017, https://arxiv.org/abs/1705.07874; Goldshmidt and Horovicz 2024, TokenSHAP, https://arxiv.org/abs/2407.10114"""
     model, words = captioner.model, prompt_parts(target.prompt)
     if not words: raise ValueError("The prompt has no words: there is nothing to leave out.")
-    spans = target.words if spans is None else [spans] if isinstance(spans, (Span, str)) else spans
-    spans = [target.span(s) if isinstance(s, str) else s for s in spans]
     scorer = caption_scorer(model, target, spans, batch)
-    watch, filled, (tokens, sums) = Stopwatch(scorer), fill_image(scorer, fill), span_sums(spans)
+    watch, filled, (tokens, sums) = Stopwatch(scorer), fill_image(scorer, fill), span_sums(scorer.spans)
     segments = np.zeros(scorer.pixels.shape[-2:], dtype=int) if segments is None else segments
     parts, index = len(region_sizes(segments, scorer.pixels.shape[-2:], least=1)), torch.from_numpy(segments).to(scorer.pixels.device)
     def prefix(shown): return encode_prompt(captioner.processor, target.prompt if shown.all() else "".join(t for (_, t), s in zip(words, shown) if s).strip())
