@@ -1,47 +1,279 @@
-"""The site: nbdev processes the notebooks, Sphinx renders them. Offline, without Quarto; `make docs` calls it.
+"""The site: nbdev reads the notebooks, Sphinx renders them. Offline, without Quarto, nothing is run; `make docs` calls it.
 
-The chapters are taken as they ran, from results/<profile>/, where there are results; the parts from nbs/lib.
+    python docs/build.py [--out FOLDER]      FOLDER/html holds the site, static files that can be put anywhere; docs/_build by default
+
+The chapters are taken as they ran, from results/<profile>/; the parts from nbs/lib, their exported cells turned into signatures (docs/api.py).
+A warning of Sphinx's is an error, and so is a figure that docs/figures.toml does not describe.
 """
-import json, re, shutil, subprocess, sys
+import argparse, os, re, subprocess, sys, tomllib
 from pathlib import Path
 
-import yaml
-from nbdev.serve import proc_nbs
+import nbformat
+from nbdev.process import NBProcessor
+from nbdev.processors import clean_magics, hide_, hide_line, rm_header_dash, strip_ansi
+from PIL import Image
+
+import api
 
 ROOT = Path(__file__).resolve().parents[1]
-PROFILES = ('riscm-nano', 'nano') # the first that has results is shown
+DOCS = ROOT/'docs'
+PROFILES = {'nano': ('study', 'the drawn world'), 'riscm-nano': ('real', 'real images')} # profile -> folder of its chapters, what it ran on
+PRETRAINED = ROOT/'results/paligemma-nano/41_pretrain.ipynb' # the one part that has run and left a figure
+GROUPS = { # the first number of the notebooks in nbs/lib that a group starts with
+    0: 'Settings and results', 2: 'The drawn world', 12: 'Data and files', 20: 'The model, batches, generation', 23: 'Metrics', 31: 'Failures, floors, intervals, tasks',
+    35: 'Before training: plan, guard, rows, features, checkpoints', 40: 'Training and tuning', 45: 'Speed', 49: 'Models by name', 50: 'Attribution',
+    57: 'Faithfulness, and one image explained', 58: 'Comparison, runner, cluster', 62: 'The command line'}
 
 
-def plain(cell:dict) -> dict:
-    """A cell as Sphinx takes it: the title as a heading again, Quarto's directives as tags, nothing that is not notebook format."""
-    source = ''.join(cell['source'])
-    kept = {k: v for k, v in cell.items() if k in ('cell_type', 'id', 'source', 'outputs', 'execution_count', 'attachments')} | dict(metadata={})
-    if cell['cell_type'] == 'raw' and source.startswith('---'):
-        front = yaml.safe_load(source.strip().strip('-'))
-        return dict(cell_type='markdown', id=cell['id'], metadata={}, source=f"# {front['title']}\n\n> {front.get('description', '')}")
-    if cell['cell_type'] == 'code':
-        if '#| echo: false' in source: kept['metadata'] = dict(tags=['remove-input'])
-        kept['source'] = '\n'.join(line for line in source.split('\n') if not line.startswith('#|')).strip()
-        for output in kept.get('outputs', []): # a signature starts with a rule and a link with attributes, which only Quarto reads
-            if text := output.get('data', {}).get('text/markdown'):
-                output['data']['text/markdown'] = re.sub(r'\{target=[^}]*\}', '', ''.join(text).strip().removeprefix('---').lstrip())
+WRITTEN = set() # pages of this build
+PROBLEMS = [] # broken links that Sphinx would not see
+
+
+def write(path:Path, text:str):
+    "Writes a page, unless it says that already: Sphinx renders again what is newer."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    WRITTEN.add(path)
+    if not path.is_file() or path.read_text(encoding='utf-8') != text: path.write_text(text, encoding='utf-8')
+
+
+def cell(kind:str, source:str, outputs=None, folded:str='') -> dict:
+    "A notebook's cell; a folded one shows a line that opens it."
+    metadata = dict(tags=['hide-input'], mystnb=dict(code_prompt_show=folded, code_prompt_hide=folded)) if folded else {}
+    made = dict(cell_type=kind, source=source, metadata=metadata)
+    return made if kind == 'markdown' else made | dict(outputs=outputs or [], execution_count=None)
+
+
+def read(path:Path) -> list: # Cells, with nbdev's directives in `directives_` and taken out of the source
+    "A notebook through those of nbdev's processors that need no kernel."
+    processor = NBProcessor(path, [strip_ansi, hide_line, rm_header_dash, clean_magics, hide_], rm_directives=True)
+    processor.process()
+    return [c for c in processor.nb.cells if 'hide' not in c.directives_]
+
+
+class Site:
+    "What links need to know: which page a notebook and a name are on."
+    def __init__(self):
+        self.notebooks = {p.stem: p for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) + sorted((ROOT/'nbs/lib').glob('[0-9]*.ipynb'))}
+        self.cells = {stem: read(p) for stem, p in self.notebooks.items()}
+        self.modules = {stem: next(c.directives_['default_exp'] for c in cells if 'default_exp' in c.directives_) for stem, cells in self.cells.items()}
+        self.pages = {stem: f'study/{stem}' if self.is_chapter(stem) else f'api/{self.modules[stem]}' for stem in self.notebooks}
+        self.names = {f'rsstudy.{self.modules[stem]}.{name}' for stem, cells in self.cells.items() for c in cells if 'export' in c.directives_ for name in api.names(c.source)}
+        self.owners = {} # a name without its module -> the modules that define it
+        for full in self.names:
+            for stem, module in self.modules.items():
+                if full.startswith(f'rsstudy.{module}.'): self.owners.setdefault(full[len(f'rsstudy.{module}.'):], []).append(module)
+
+    def is_chapter(self, stem:str) -> bool: return self.notebooks[stem].parent.name == 'nbs'
+
+    def linked(self, text:str, page:str) -> str:
+        "Markdown with links from names in backticks to their signatures, and from notebooks to their pages."
+        up, own = '../'*page.count('/'), page.partition('/')[2]
+        def name(found):
+            said, bare = found[0], found[1]
+            if bare.startswith('rsstudy.') and bare[8:] in self.modules.values(): return f'{{py:mod}}`{bare}`'
+            if bare in self.names: return f'{{py:obj}}`{bare[8:]} <{bare}>`'
+            owners = self.owners.get(bare, [])
+            home = own if own in owners else owners[0] if len(owners) == 1 and re.search('[_A-Z]', bare) else None # `data` is a word more often than a name
+            return f'{{py:obj}}`{bare} <rsstudy.{home}.{bare}>`' if home else said
+        def notebook(found):
+            stem = found[2]
+            if stem not in self.pages:
+                PROBLEMS.append(f'{page} links to the notebook {stem}, which is not there')
+                return found[0]
+            folder = page.partition('/')[0]
+            return f'{found[1]}(/{folder if folder == "real" and self.is_chapter(stem) else self.pages[stem].partition("/")[0]}/{self.pages[stem].partition("/")[2]}.ipynb)'
+        text = re.sub(r'!\[([^\]]*)\]\(https?:[^)]*\)', r'\1', text) # a badge is a picture from another host: its words remain
+        text = re.sub(r'(\[[^\]]*\])\((?:[\w./-]*/)?(\d\d_\w+)\.(?:ipynb|html)\)', notebook, text)
+        lines, fenced = text.split('\n'), False
+        for i, line in enumerate(lines):
+            if line.lstrip().startswith('```'): fenced = not fenced
+            elif not fenced and not line.startswith('    '): lines[i] = re.sub(r'(?<![\[`}\w])`([A-Za-z_][\w.]*)(?:\(\))?`(?![`\]])', name, line)
+        return '\n'.join(lines)
+
+
+def figure_file(source:Path, target:Path):
+    "A figure as WebP: a plot without loss, a photo nearly so."
+    target = target.with_suffix('.webp')
+    if target.is_file() and target.stat().st_mtime >= source.stat().st_mtime: return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    photo = source.suffix == '.jpg'
+    with Image.open(source) as image: image.convert('RGB').save(target, lossless=not photo, quality=80 if photo else 60, method=4)
+
+
+def figure(profile:str, stem:str, name:str, said:dict, pages:Path, depth:str='..') -> str: # MyST Markdown
+    "A figure of results/ with its caption and what it shows. Raises `FileNotFoundError` where it is missing."
+    source = next((f for end in ('png', 'jpg') if (f := ROOT/'results'/profile/f'{stem}_{name}.{end}').is_file()), None)
+    if not source: raise FileNotFoundError(f'results/{profile} has no figure {stem}_{name}')
+    figure_file(source, pages/'figures'/profile/f'{stem}_{name}')
+    return f':::{{figure}} {depth}/figures/{profile}/{stem}_{name}.webp\n:alt: {said["alt"]}\n\n{said["caption"]}\n:::'
+
+
+def outputs(found:list, figures) -> list: # outputs as the site shows them
+    kept = []
+    for output in found:
+        data = output.get('data', {})
+        if output['output_type'] == 'stream' and output.get('name') == 'stderr': continue # progress bars and libraries' warnings
+        if any(kind.startswith('image/') for kind in data): data = {'text/markdown': next(figures)}
+        elif 'text/html' in data: data = {'text/html': re.sub(r'<style scoped>.*?</style>|border="1" ', '', ''.join(data['text/html']), flags=re.S)}
+        kept.append({k: v for k, v in output.items() if k in ('output_type', 'name', 'text', 'execution_count', 'metadata')} | (dict(data=data) if data else {}))
     return kept
 
 
+def save(path:Path, cells:list):
+    nb = nbformat.v4.new_notebook(cells=[nbformat.from_dict(c | dict(id=f'c{i}')) for i, c in enumerate(cells)],
+        metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'), language_info=dict(name='python', pygments_lexer='ipython3')))
+    write(path, nbformat.writes(nb))
+
+
+def described(stem:str, profile:str, pages:Path):
+    "The figures of a notebook in their order, each as Markdown."
+    for name, said in FIGURES.get(stem, {}).items(): yield figure(profile, stem, name, said, pages)
+
+
+def fold(c, found:list) -> str: # what stands on the line that opens a cell of a chapter; empty for one that stays open
+    "A cell with a result is shown; definitions, settings and tests are folded."
+    if found: return ''
+    if 'export' in c.directives_: return 'Code of ' + ', '.join(api.names(c.source)) if api.names(c.source) else 'Code'
+    for tag, said in (('injected-parameters', 'Settings of this run'), ('parameters', 'Settings')):
+        if tag in c.metadata.get('tags', []): return said
+    return 'Tests' if re.search(r'^(assert|test_|with expect_fail)', c.source, re.M) else 'Code'
+
+
+def title(stem:str, site:Site) -> str: # of a chapter, numbered
+    return f'{int(stem[:2])}. ' + re.sub(r'^# (\d\d )?', '', site.cells[stem][0].source.split('\n')[0])
+
+
+def chapter(stem:str, profile:str, site:Site, pages:Path):
+    "A chapter as it ran: prose, results and figures; definitions, settings and tests folded away."
+    folder, world = PROFILES[profile]
+    other, other_world = next(v for k, v in PROFILES.items() if k != profile)
+    page, figures, cells = f'{folder}/{stem}', described(stem, profile, pages), []
+    for c in read(ROOT/'results'/profile/f'{stem}.ipynb'):
+        if c.cell_type == 'markdown':
+            source = site.linked(c.source, page)
+            if not cells: # the title
+                source = f'# {title(stem, site)}' + (f', {world}' if folder == 'real' else '') + '\n' + source.partition('\n')[2] \
+                    + f'\n\nAs it ran on {world}; [the same chapter on {other_world}](/{other}/{stem}.ipynb). Its definitions are in {{py:mod}}`rsstudy.{site.modules[stem]}`.'
+            cells.append(cell('markdown', source))
+        elif c.cell_type == 'code' and not api.only_imports(c.source):
+            found = outputs(c.outputs, figures)
+            cells.append(cell('code', c.source, found, fold(c, found)))
+    if left := list(figures): raise ValueError(f'docs/figures.toml describes {len(left)} figures more than results/{profile}/{stem}.ipynb shows')
+    save(pages/f'{page}.ipynb', cells)
+
+
+def module(stem:str, site:Site, pages:Path):
+    "A module: its notebook with signatures instead of exported cells; of a chapter's notebook the signatures alone."
+    name, cells = site.modules[stem], []
+    page, chapter, ran = f'api/{name}', site.is_chapter(stem), stem == PRETRAINED.stem
+    figures = described(stem, 'paligemma-nano', pages) if ran else iter(())
+    link = lambda text: site.linked(text, page)
+    for c in read(PRETRAINED) if ran else site.cells[stem]:
+        if c.cell_type == 'markdown':
+            if not cells:
+                where = f'Written in `nbs/{"" if chapter else "lib/"}{stem}.ipynb`' + (f', which [runs as a chapter of the study](/study/{stem}.ipynb).' if chapter else '.')
+                head, _, rest = c.source.partition('\n')
+                cells.append(cell('markdown', f'{head}\n\n:::{{py:module}} rsstudy.{name}\n:::\n\n`rsstudy.{name}`{{.module}}\n{link(rest)}\n\n{where}'))
+            elif not chapter: cells.append(cell('markdown', link(c.source)))
+        elif c.cell_type == 'code' and 'export' in c.directives_:
+            if text := api.document(c.source, link): cells.append(cell('markdown', text))
+            if not api.only_imports(c.source): cells.append(cell('code', c.source, folded='Source'))
+        elif c.cell_type == 'code' and not chapter and not api.only_imports(c.source):
+            cells.append(cell('code', c.source, outputs(c.outputs, figures)))
+    if left := list(figures): raise ValueError(f'docs/figures.toml describes {len(left)} figures more than {PRETRAINED.name} shows')
+    save(pages/f'{page}.ipynb', cells)
+
+
+def subtitle(stem:str, site:Site) -> str:
+    return next((line[2:] for line in site.cells[stem][0].source.split('\n') if line.startswith('> ')), site.cells[stem][0].source.split('\n')[0].lstrip('# '))
+
+
+def api_index(site:Site) -> str: # MyST Markdown
+    "Every module with a line of what it is for, in the order in which one imports the other."
+    parts = {stem: int(stem[:2]) for stem in site.notebooks if not site.is_chapter(stem)}
+    starts, lines = sorted(GROUPS), ['# The package', '', 'One page a module, in import order: a module imports only from those above it.', '']
+    groups = {GROUPS[a]: [s for s, n in parts.items() if a <= n < b] for a, b in zip(starts, [*starts[1:], 100])}
+    groups['The chapters'] = [s for s in site.notebooks if site.is_chapter(s)]
+    for group, stems in groups.items():
+        lines += [f'## {group}', '', *(f'- {{py:mod}}`rsstudy.{site.modules[s]}`: {site.linked(subtitle(s, site), "api/index")}' for s in stems), '',
+            '```{toctree}', ':hidden:', *(f'{site.modules[s]} <{site.modules[s]}>' for s in stems), '```', '']
+    return '\n'.join(lines)
+
+
+def results(profile:str, pages:Path) -> str: # MyST Markdown
+    "The study's table and what it shows, from its results file, by the functions that print them in the terminal."
+    from rsstudy.compare import FAITHFULNESS, main_table, quality_findings, whole_scores
+    from rsstudy.runs import read_result
+    from rsstudy.settings import load_profile
+    result = read_result(load_profile(profile, results=str(ROOT/'results')), '07_comparison')
+    said = FIGURES['07_comparison']['quality_cost']
+    n = next(iter(whole_scores(result['scores'], 'cider').values()))['n']
+    seeds = len({r['seed'] for r in result['scores']} - {None})
+    table = main_table(result)
+    costs = [c for c in table if c in ('trained', 'seconds', 'memory', 'file', *FAITHFULNESS.values())]
+    quality, cost = (t.to_markdown(colalign=('left', *['right']*t.shape[1]), disable_numparse=True) for t in (table.drop(columns=costs), table[costs]))
+    return '\n\n'.join([f'{n:,} test images, {seeds} seeds, 95 % intervals:', quality, cost, figure(profile, '07_comparison', 'quality_cost', said, pages, '.'),
+        '\n'.join(f'- {line}' for line in quality_findings(result)[:4])])
+
+
+def commands() -> str: # MyST Markdown
+    "The command line's own help."
+    from rsstudy.cli import parser
+    os.environ['COLUMNS'] = '92'
+    top = parser()
+    kids = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
+    blocks = [('rsstudy', top)] + [(f'rsstudy {name}', kid) for name, kid in kids.items()]
+    return '# The command line\n\n`rsstudy COMMAND --help` prints the same.\n\n' + '\n\n'.join(f'## {name}\n\n```text\n{p.format_help().strip()}\n```' for name, p in blocks)
+
+
+def thin(site:Path):
+    "Takes out the tags around code that no colour belongs to: half of the site's weight."
+    for page in site.rglob('*.html'):
+        text = page.read_text(encoding='utf-8')
+        page.write_text(re.sub(r'<span class="(?:n|p|w|pre)">([^<]*)</span>', r'\1', text), encoding='utf-8')
+
+
+def toctree(folder:str, site:Site, pages:Path) -> str:
+    return '\n'.join(['```{toctree}', f':caption: The study, on {next(w for f, w in PROFILES.values() if f == folder)}', ':hidden:', '',
+        *(f'{title(stem, site)} <{folder}/{stem}>' for stem in site.notebooks if site.is_chapter(stem)), '```'])
+
+
+def pages_of(out:Path) -> Path: # The folder that Sphinx reads
+    "Writes every page."
+    pages, site = out/'pages', Site()
+    for stem in site.notebooks:
+        module(stem, site, pages)
+        if site.is_chapter(stem):
+            for profile in PROFILES: chapter(stem, profile, site, pages)
+    write(pages/'api/index.md', api_index(site))
+    write(pages/'commands.md', commands())
+    for profile, (folder, _) in PROFILES.items():
+        write(pages/f'results_{profile}.txt', results(profile, pages))
+        write(pages/f'chapters_{folder}.txt', toctree(folder, site, pages))
+    for page in [*DOCS.glob('*.md'), *DOCS.glob('howto/*.md')]:
+        name = page.relative_to(DOCS)
+        write(pages/name, site.linked(page.read_text(encoding='utf-8'), str(name.with_suffix(''))))
+    for other in (DOCS/'conf.py', ROOT/'CITATION.cff', *(DOCS/'static').iterdir()):
+        write(pages/(other.name if other.parent in (DOCS, ROOT) else f'static/{other.name}'), other.read_text(encoding='utf-8'))
+    for page in pages.rglob('*.*'):
+        if page.suffix in ('.md', '.ipynb') and page not in WRITTEN: page.unlink() # of a notebook that is gone
+    return pages
+
+
+FIGURES = tomllib.loads((DOCS/'figures.toml').read_text(encoding='utf-8'))
+
+
 def main() -> int:
-    pages, site = ROOT/'docs/_build/pages', ROOT/'docs/_build/html'
-    shutil.rmtree(pages, ignore_errors=True)
-    shutil.copytree(proc_nbs(str(ROOT/'nbs'), n_workers=2), pages/'nbs', ignore=shutil.ignore_patterns('*.yml', '.*'))
-    for chapter in pages.glob('nbs/[0-9]*.ipynb'):
-        ran = next((f for p in PROFILES if (f := ROOT/'results'/p/chapter.name).is_file()), None)
-        if ran: shutil.copy(ran, chapter)
-    for page in pages.rglob('*.ipynb'):
-        nb = json.loads(page.read_text(encoding='utf-8'))
-        nb['cells'] = [plain(cell) for cell in nb['cells']]
-        page.write_text(json.dumps(nb), encoding='utf-8')
-    for name in ('conf.py', 'index.md'): shutil.copy(ROOT/'docs'/name, pages)
-    status = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-b', 'html', pages, site]).returncode
-    if not status: print(f'the site is in {site}/index.html')
+    options = argparse.ArgumentParser(description='Builds the site: static files that need no other host.')
+    options.add_argument('--out', type=Path, default=DOCS/'_build', help='folder for pages and site (default: docs/_build)')
+    out = options.parse_args().out.resolve()
+    pages = pages_of(out)
+    status = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-j', '2', '-b', 'html', '-d', out/'doctrees', pages, out/'html']).returncode
+    thin(out/'html')
+    for problem in PROBLEMS: print(f'ERROR: {problem}', file=sys.stderr)
+    status = status or int(bool(PROBLEMS))
+    files = [f for f in (out/'html').rglob('*') if f.is_file()]
+    if not status: print(f'{sum(f.suffix == ".html" for f in files)} pages, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB: {out}/html/index.html')
     return status
 
 

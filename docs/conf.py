@@ -1,11 +1,43 @@
-"""Sphinx renders what nbdev has processed: the notebooks with their stored outputs, and a signature for every exported name."""
-project = 'rsstudy'
-author = 'the rsstudy authors'
+"""Sphinx renders what docs/build.py has written. Nothing is run, and no page asks another host for anything."""
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
+project, author, html_title = 'rsstudy', 'the rsstudy authors', 'rsstudy'
+copyright = 'the rsstudy authors, Apache-2.0'
 extensions = ['myst_nb']
+exclude_patterns = ['*.txt']
+
 html_theme = 'furo'
-html_title = 'rsstudy'
+html_static_path = ['static']
+html_css_files = ['rsstudy.css']
+html_favicon = 'static/favicon.svg'
+html_copy_source = html_show_sourcelink = False # the pages are written from notebooks: their Markdown is nobody's source
+html_use_index = True
+
 nb_execution_mode = 'off' # results are committed, a site build runs nothing
-myst_enable_extensions = ['dollarmath', 'colon_fence']
+nb_render_markdown_format = 'myst' # tables and figures among the outputs
+nb_ipywidgets_js = {}
+myst_enable_extensions = ['attrs_block', 'attrs_inline', 'colon_fence', 'dollarmath']
 myst_heading_anchors = 3
-suppress_warnings = ['mystnb.unknown_mime_type', 'myst.xref_missing', 'myst.header', 'misc.highlighting_failure']
-exclude_patterns = ['_build', 'README.md']
+myst_links_external_new_tab = False
+
+add_module_names = False
+python_maximum_signature_line_length = 60 # a parameter a line, which a telephone can show
+toc_object_entries_show_parents = 'hide'
+nitpicky = True # a name that leads nowhere is an error; types of other libraries lead nowhere by nature
+nitpick_ignore_regex = [('py:class', '.*')]
+
+html_math_renderer = 'mathml' # browsers draw it themselves: no script and no fonts to ship or to ask for
+
+
+def inline_math(page, node):
+    page.body.append(convert(node.astext()))
+    raise SkipNode
+
+
+def block_math(page, node):
+    page.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise SkipNode
+
+
+def setup(app): app.add_html_math_renderer('mathml', inline_renderers=(inline_math, None), block_renderers=(block_math, None))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'PLACES', 'Bottleneck', 'Adapted', 'AdapterTuning', 'FullTuning', 'adapter_methods']
 
-# %% ../nbs/05_adapter.ipynb #cell-003
+# %% ../nbs/05_adapter.ipynb #cell-005
 import dataclasses
 from dataclasses import dataclass
 import torch
@@ -14,7 +14,7 @@ from .settings import Profile
 from .generate import Captioner
 from .tuning import Method
 
-# %% ../nbs/05_adapter.ipynb #cell-008
+# %% ../nbs/05_adapter.ipynb #cell-010
 ACTIVATIONS = dict(gelu=nn.functional.gelu, relu=nn.functional.relu, silu=nn.functional.silu)
 
 class Bottleneck(nn.Module):
@@ -41,7 +41,7 @@ class Adapted(nn.Module):
         self.layer, self.adapter = layer, adapter
     def forward(self, x): return self.adapter(self.layer(x))
 
-# %% ../nbs/05_adapter.ipynb #cell-011
+# %% ../nbs/05_adapter.ipynb #cell-013
 PLACES = dict(houlsby=('self_attn.o_proj', 'mlp.down_proj'), pfeiffer=('mlp.down_proj',))
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class AdapterTuning(Method):
                 setattr(parent, child, Adapted(frozen, Bottleneck(frozen.out_features, self.width, self.activation).to(frozen.weight.device)))
         return dataclasses.replace(captioner, model=model.eval(), method=self.name)
 
-# %% ../nbs/05_adapter.ipynb #cell-015
+# %% ../nbs/05_adapter.ipynb #cell-017
 @dataclass(frozen=True)
 class FullTuning(Method):
     "Every parameter trains."
@@ -79,7 +79,7 @@ class FullTuning(Method):
         captioner.model.requires_grad_(True)
         return dataclasses.replace(captioner, method=self.name)
 
-# %% ../nbs/05_adapter.ipynb #cell-016
+# %% ../nbs/05_adapter.ipynb #cell-018
 def adapter_methods(
     P:Profile, # Width, activation
 ) -> dict[str,Method]: # In the order in which they are run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'LENGTHS', 'DECODINGS', 'compare_choices', 'prompt_grid', 'cannot_be_told_from_best', 'plainest']
 
-# %% ../nbs/02_baseline.ipynb #cell-003
+# %% ../nbs/02_baseline.ipynb #cell-005
 import numpy as np, pandas as pd
 from .runs import announce
 from .captions import choose_all
@@ -13,7 +13,7 @@ from .generate import Captioner, decode, generate_ids
 from .metrics import find_metric, metric_label, score_captions
 from .intervals import image_weights
 
-# %% ../nbs/02_baseline.ipynb #cell-008
+# %% ../nbs/02_baseline.ipynb #cell-010
 def compare_choices(
     dataset, # datasets.Dataset with `captions`, and `image` for "clip"
     choices:tuple[str,...], # Of `rsstudy.captions.CHOICES`
@@ -33,7 +33,7 @@ def compare_choices(
             **{metric: scores[find_metric(scores, metric)] for metric in ('cider', 'meteor')}))
     return rows
 
-# %% ../nbs/02_baseline.ipynb #cell-013
+# %% ../nbs/02_baseline.ipynb #cell-015
 PROMPTS = ('caption en', 'cap en', 'describe en', # PaliGemma's task prefixes
     'Describe this image', # the second seed's
     'Describe the scene', 'Explain the layout of the terrain and infrastructure.', 'Provide a detailed summary') # the first seed's; the third of these won there
@@ -62,7 +62,7 @@ def prompt_grid(
             rows.append(dict(prompt=prompt, decoding=decoding, max_new_tokens=length, **scores.corpus, each=scores.per_image[find_metric(scores.per_image, 'cider')].tolist()))
     return rows
 
-# %% ../nbs/02_baseline.ipynb #cell-015
+# %% ../nbs/02_baseline.ipynb #cell-017
 def cannot_be_told_from_best(
     values:np.ndarray, # (candidates, images) of a metric
     resamples:int=2_000, # Bootstrap resamples

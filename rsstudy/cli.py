@@ -11,9 +11,13 @@ import argparse, errno, importlib, importlib.metadata, sys
 # %% ../nbs/lib/63_cli.ipynb #cell-005
 COMMANDS = ('run', 'tune', 'explain', 'score', 'bench') # modules of `rsstudy.commands`, in the order of the help
 
+class _Parser(argparse.ArgumentParser):
+    "Says what cannot be understood in one sentence, too."
+    def error(self, message): self.exit(2, f'rsstudy: {message}: `{self.prog} --help` shows what is allowed\n')
+
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar, with a help text for every part."
-    top = argparse.ArgumentParser(prog='rsstudy', description='How do parameter-efficient tuning and explainability change PaliGemma as a '
+    top = _Parser(prog='rsstudy', description='How do parameter-efficient tuning and explainability change PaliGemma as a '
         'remote-sensing captioner? Runs the study and prints its results; captions, explains and scores images of your own; shares what was tuned.')
     top.add_argument('--version', action='version', version=f'rsstudy {importlib.metadata.version("rsstudy")}')
     commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -33,7 +37,8 @@ def sentence(
         return f'no space left on the disk{f" for {error.filename}" if error.filename else ""}: make room and give the same command again'
     if isinstance(error, PermissionError) and error.filename: return f'no permission for {error.filename}: choose another place or change its permissions'
     if isinstance(error, OSError) and error.filename and error.strerror: return f'{error.filename}: {error.strerror}'
-    if isinstance(error, MemoryError) or 'out of memory' in first.lower() or "can't allocate memory" in first.lower():
+    lower = first.lower()
+    if isinstance(error, MemoryError) or "can't allocate memory" in lower or 'out of memory' in lower and not lower.startswith('out of memory'): # that is a sentence of ours
         return f'out of memory: take smaller portions (--set generate_batch=8, --set micro_images=4) or a smaller model ({first:.120})'
     if isinstance(error, ModuleNotFoundError): return f'{error.name} is not installed: `rsstudy doctor` says which command installs it'
     return first

@@ -8,13 +8,13 @@ __all__ = ['FAITHFULNESS', 'SUBSETS', 'MARKS', 'short_number', 'whole_scores', '
            'table_text', 'floor_table', 'failure_table', 'forgetting_figure', 'cost_figure', 'faithfulness_figure',
            'source_figure']
 
-# %% ../nbs/07_comparison.ipynb #cell-002
+# %% ../nbs/07_comparison.ipynb #cell-004
 from .attribution.maps import CONTROLS
 from .captions import CHOICES
 from .metrics import family
 from .tidy import FAILURES, METHODS, QUALITY, metric_named, turned
 
-# %% ../nbs/07_comparison.ipynb #cell-009
+# %% ../nbs/07_comparison.ipynb #cell-011
 FAITHFULNESS = dict(deletion_gain='deletion', insertion_gain='insertion', pointing_game='pointing') # higher is better
 SUBSETS = {'subset:clean': 'test images without a duplicate in training', 'subset:caption_unseen': 'test images none of whose captions stands in training'}
 
@@ -50,7 +50,7 @@ def mean_faithfulness(
     found = [r['value'] for r in rows if r['method'] == method and measures(r, stem) and r['attribution'] not in CONTROLS]
     return sum(found)/len(found) if found else None
 
-# %% ../nbs/07_comparison.ipynb #cell-011
+# %% ../nbs/07_comparison.ipynb #cell-013
 def main_table(
     result:dict, # 07_comparison.json
     variants:bool=False, # The variants' lines too?
@@ -73,7 +73,7 @@ def main_table(
         lines[result['labels'].get(name, METHODS.get(name, name))] = line
     return pd.DataFrame.from_dict(lines, orient='index').fillna('-')
 
-# %% ../nbs/07_comparison.ipynb #cell-014
+# %% ../nbs/07_comparison.ipynb #cell-016
 def _difference(result, method, against, metric, source='all'):
     "The row that compares two methods, turned round where the other order is in the file."
     for r in result['differences']:
@@ -160,7 +160,7 @@ def findings(
         for key, values in result['settings_that_differ'].items()) + '.'] if result['settings_that_differ'] else []
     return differ + quality_findings(result) + cost_findings(result) + forgetting_findings(result) + faithfulness_findings(result)
 
-# %% ../nbs/07_comparison.ipynb #cell-016
+# %% ../nbs/07_comparison.ipynb #cell-018
 def table_text(
     result:dict, # 07_comparison.json
 ) -> str:
@@ -170,7 +170,7 @@ def table_text(
     head = f'Quality, cost and faithfulness: {first["n"]} test images, {seeds} seed{"s" if seeds != 1 else ""}, 95 % intervals'
     return '\n'.join([head, '', main_table(result).to_string(), '', *('- ' + line.replace('**', '') for line in findings(result))])
 
-# %% ../nbs/07_comparison.ipynb #cell-019
+# %% ../nbs/07_comparison.ipynb #cell-021
 def floor_table(
     result:dict, # 07_comparison.json
 ): # pandas DataFrame: floors, ceiling and methods by rising CIDEr
@@ -213,7 +213,7 @@ def forgetting_figure(
     axes[0][0].invert_yaxis()
     return fig
 
-# %% ../nbs/07_comparison.ipynb #cell-020
+# %% ../nbs/07_comparison.ipynb #cell-022
 MARKS = dict(zip([m for m in METHODS if m != 'none'], 'osD^P'))
 
 def cost_figure(

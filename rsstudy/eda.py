@@ -8,7 +8,7 @@ __all__ = ['PAPER_LENGTHS', 'FEATURE_IMAGES', 'source_rows', 'count_images', 'ca
            'explore', 'draw_lengths', 'draw_bars', 'pair_rows', 'draw_pairs', 'draw_samples', 'findings',
            'leak_findings']
 
-# %% ../nbs/01_eda.ipynb #cell-003
+# %% ../nbs/01_eda.ipynb #cell-005
 import dataclasses, re, time
 from collections import Counter
 import numpy as np
@@ -17,7 +17,7 @@ from .duplicates import KINDS, THRESHOLDS, duplicate_images, kept_thumbnails, le
 from .runs import Run, announce, read_result, versions
 from .settings import Profile
 
-# %% ../nbs/01_eda.ipynb #cell-008
+# %% ../nbs/01_eda.ipynb #cell-010
 def source_rows(
     dataset, # With `source`
 ) -> dict[str,np.ndarray]: # Source -> which rows are of it, (n,) bool; "all" last
@@ -33,7 +33,7 @@ def count_images(
     splits = np.array(dataset['split'][:])
     return {source: {split: int((splits[rows] == split).sum()) for split in ('train', 'val', 'test')} for source, rows in source_rows(dataset).items()}
 
-# %% ../nbs/01_eda.ipynb #cell-011
+# %% ../nbs/01_eda.ipynb #cell-013
 PAPER_LENGTHS = dict(mean=12.08, std=2.23, min=5.6, max=25.) # first source paper, section III, words an image on average, all of RISC
 
 def caption_lengths(
@@ -50,7 +50,7 @@ def describe(
     "Mean, standard deviation, minimum and maximum."
     return {name: float(getattr(values, name)()) for name in PAPER_LENGTHS}
 
-# %% ../nbs/01_eda.ipynb #cell-014
+# %% ../nbs/01_eda.ipynb #cell-016
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 def count_words(
@@ -75,7 +75,7 @@ def top_words(
     stop = stop_words()[0]
     return dict(sorted(((w, k) for w, k in counts.items() if w not in stop), key=lambda item: (-item[1], item[0]))[:n])
 
-# %% ../nbs/01_eda.ipynb #cell-017
+# %% ../nbs/01_eda.ipynb #cell-019
 def distinct_captions(
     captions:list[list[str]], # The captions of each image
 ) -> np.ndarray: # Different captions of each image, (n,), 1 to 5
@@ -84,7 +84,7 @@ def distinct_captions(
 
 def _key(caption): return ' '.join(caption.lower().split())
 
-# %% ../nbs/01_eda.ipynb #cell-020
+# %% ../nbs/01_eda.ipynb #cell-022
 def shared_captions(
     dataset, # With `source`, `split` and `captions`
     punctuation:bool=True, # Must punctuation agree too?
@@ -97,7 +97,7 @@ def shared_captions(
     return {split: {source: share(rows & (splits == split)) for source, rows in source_rows(dataset).items() if (rows & (splits == split)).any()}
         for split in ('val', 'test')}
 
-# %% ../nbs/01_eda.ipynb #cell-024
+# %% ../nbs/01_eda.ipynb #cell-026
 FEATURE_IMAGES = 200 # below this, too few to know the features' spread: they are left out
 
 def profile_leakage(
@@ -122,7 +122,7 @@ def profile_leakage(
     return leakage(part, pairs) | dict(thresholds=THRESHOLDS, features='paligemma-nano, mean over patches, whitened' if features is not None else None,
         seconds=time.perf_counter() - start)
 
-# %% ../nbs/01_eda.ipynb #cell-027
+# %% ../nbs/01_eda.ipynb #cell-029
 def sample_rows(
     dataset, # With `source`
     n:int=12, # Images, at most 12
@@ -135,7 +135,7 @@ def sample_rows(
     turns = [group[turn] for turn in range(n) for group in groups if turn < len(group)]
     return turns[:min(n, 12)]
 
-# %% ../nbs/01_eda.ipynb #cell-030
+# %% ../nbs/01_eda.ipynb #cell-032
 def explore(
     data:CaptionData, # From `load_captions`
     small:np.ndarray, # Thumbnails of its images, (n, 32, 32)
@@ -155,7 +155,7 @@ def explore(
         shared=dict(verbatim=shared_captions(dataset), words=shared_captions(dataset, punctuation=False)), duplicates=duplicate_images(data, small),
         samples=[dict(image_id=dataset[i]['image_id'], source=dataset[i]['source'], split=dataset[i]['split'], captions=captions[i]) for i in rows])
 
-# %% ../nbs/01_eda.ipynb #cell-035
+# %% ../nbs/01_eda.ipynb #cell-037
 def _axes(width=8., height=3.6):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(width, height), layout='constrained')
@@ -176,7 +176,7 @@ def draw_lengths(
     axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1))
     return figure
 
-# %% ../nbs/01_eda.ipynb #cell-038
+# %% ../nbs/01_eda.ipynb #cell-040
 def draw_bars(
     counts:dict, # Label -> number, or label -> list of numbers, one a part of the bar
     xlabel:str, # What is counted
@@ -196,7 +196,7 @@ def draw_bars(
     if parts: axes.legend(frameon=False, ncols=len(parts), loc='lower center', bbox_to_anchor=(.5, 1))
     return figure
 
-# %% ../nbs/01_eda.ipynb #cell-047
+# %% ../nbs/01_eda.ipynb #cell-049
 def pair_rows(
     result:dict, # 01_eda.json
 ) -> list[dict]: # kind, splits, sources, pairs
@@ -223,7 +223,7 @@ def draw_pairs(
         axes.flat[2*i].text(0, -.06, f"{pair['kind']}: {measure}, correlation {pair['correlation']:.2f}", transform=axes.flat[2*i].transAxes, va='top', fontsize=7)
     return figure
 
-# %% ../nbs/01_eda.ipynb #cell-052
+# %% ../nbs/01_eda.ipynb #cell-054
 def draw_samples(
     result:dict, # 01_eda.json
     data:CaptionData, # The data it was made from: its images are opened
@@ -239,7 +239,7 @@ def draw_samples(
         ax.text(.5, -.04, textwrap.fill(sample['captions'][0], 26), transform=ax.transAxes, ha='center', va='top', fontsize=7)
     return figure
 
-# %% ../nbs/01_eda.ipynb #cell-055
+# %% ../nbs/01_eda.ipynb #cell-057
 def findings(
     result:dict, # 01_eda.json
 ) -> list[str]: # Sentences

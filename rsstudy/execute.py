@@ -137,7 +137,7 @@ def _slim_output(output, folders):
         for folder, short in folders: text = text.replace(folder, short)
         return text
     if output.output_type == 'stream':
-        text = ''.join(output.text)
+        text = re.sub(r'\x1b\[\d*[A-DK]', '', ''.join(output.text)) # a bar below another moves the terminal's cursor, which a page shows as letters
         moving = '\r' in text
         if output.name == 'stderr' and moving: text = '\n'.join(l for l in text.split('\n') if '\r' not in l and not re.search(r'\d+%\|.*\[\d', l))
         output.text = tidy(last_state(text) if moving else text)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'USUAL', 'CONTROLS', 'read_image', 'chosen_pieces', 'gains_over_chance', 'check_image', 'explain_image',
-           'plain_text', 'explained_model', 'explain_file', 'explanation_table']
+           'plain_text', 'explain_file', 'explanation_table']
 
 # %% ../nbs/lib/57_explain.ipynb #cell-002
 import os
@@ -24,13 +24,12 @@ from .attribution.maps import MODELS, label
 from .attribution.page import Explanation, Piece
 from .attribution.shap import prompt_shap
 from .attribution.target import CaptionTarget, Scorer, caption_scorer, caption_target
+from .captioners import load_captioner
 from .faithfulness import area, removal_curves
 from .generate import Captioner, generate_captions
 from .imagefiles import MAX_PIXELS
-from .methods import load_tuned, methods
 from .runs import announce
 from .settings import Profile, load_profile
-from .tuning import tuned_folder
 
 # %% ../nbs/lib/57_explain.ipynb #cell-005
 def read_image(
@@ -143,25 +142,13 @@ def explain_image(
 # %% ../nbs/lib/57_explain.ipynb #cell-022
 def plain_text(text:str) -> str: return os.fsencode(text).decode("utf-8", "replace") # a file name need not be UTF-8, a page must
 
-def explained_model(
-    P:Profile, # The settings under which it was tuned
-    name:str, # A key of `rsstudy.methods.methods`
-    seed:int, # Of the run
-) -> Captioner:
-    "The model that is explained. Raises `ValueError` for an unknown name, and with the command to run where it has not been tuned or cannot be loaded."
-    if name not in methods(P): raise ValueError(f"unknown model {name!r}: the models are {', '.join(methods(P))}")
-    if name != "none" and not (tuned_folder(P, name, seed)/"adapter.safetensors").is_file():
-        raise FileNotFoundError(f"the model {name!r} with seed {seed} has not been tuned under the profile {P.name}: `rsstudy tune {name} --profile {P.name}` does that")
-    try: return load_tuned(P, name, seed)
-    except OSError as error: raise ValueError(str(error)) from None # the base cannot be had: the command line prints the sentence
-
 def explain_file(
     P:Profile, # Model, prompt and budgets
     path:str, # Image
     words:list[str]=None, # Words or phrases of the caption; None: every word
     attributions:list[str]=None, # Names in `rsstudy.attribution.explainers`; None: `USUAL`
-    model:str="none", # A key of `rsstudy.methods.methods`
-    seed:int=0, # Of the tuned model
+    model:str="none", # As for `rsstudy.captioners.load_captioner`
+    seed:int=0, # Of the run of a tuning method
     caption:str=None, # None: what the model writes
     out:str="explained", # Folder
 ) -> str: # For the terminal: the caption, the words' numbers, where the files are
@@ -169,13 +156,13 @@ def explain_file(
     image, chosen, out = read_image(path), known_methods(attributions or USUAL), Path(out)
     if blocked := next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None): raise ValueError(f"--out {out}: {blocked} is no folder")
     check_image(image, plain_text(Path(path).name))
-    captioner = explained_model(P, model, seed)
-    known = f"{MODELS.get(model, model)} {P.base_model}" + (f", seed {seed}" if model != "none" else "")
+    captioner, short = load_captioner(P, model, seed), Path(model).name
+    known = f"{MODELS[model]} {P.base_model}" + (f", seed {seed}" if model != "none" else "") if model in MODELS else plain_text(short)
     try: e = explain_image(captioner, image, caption and plain_text(caption), words, chosen, P, plain_text(Path(path).name), known)
     except RuntimeError as error:
         if not should_reduce_batch_size(error): raise
         raise RuntimeError(f"out of memory with a single image at a time: explain fewer words, give the device to this process alone or take a smaller model than {P.base_model}") from None
-    page, figure = e.save(out, f"{Path(path).stem}-{model}")
+    page, figure = e.save(out, f"{Path(path).stem}-{short}")
     return "\n".join([f"{e.name}: {e.caption}", "", explanation_table(e), "", f"Page:   {page}", f"Figure: {figure}"])
 
 def explanation_table(

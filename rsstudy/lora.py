@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INITS', 'Lora', 'lora_options', 'lora_vision', 'QLora', 'lora_methods', 'caption_choices']
 
-# %% ../nbs/03_lora.ipynb #cell-003
+# %% ../nbs/03_lora.ipynb #cell-005
 import dataclasses
 from dataclasses import dataclass
 import torch
@@ -16,7 +16,7 @@ from .captions import CHOICES, choose_all
 from .generate import Captioner
 from .tuning import Method, StudyData
 
-# %% ../nbs/03_lora.ipynb #cell-008
+# %% ../nbs/03_lora.ipynb #cell-010
 INITS = dict(default=True, pissa='pissa_niter_16', olora='olora') # Lora.init -> what peft calls it; PiSSA by its authors' fast decomposition
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Lora(Method):
         "The method that takes what `tensors` saves."
         return self if self.init == 'default' else dataclasses.replace(self, rank=2 * self.rank, alpha=2 * self.rank, rslora=False, init='default')
 
-# %% ../nbs/03_lora.ipynb #cell-016
+# %% ../nbs/03_lora.ipynb #cell-018
 def lora_options(
     P:Profile, # LoRA's settings
 ) -> dict: # Fields of `Lora`
@@ -79,7 +79,7 @@ def lora_vision(
     "LoRA on the linear layers of decoder, vision tower and projector."
     return Lora(name='lora_vision', label='LoRA + vision', targets=f'{DECODER}|{VISION}|{PROJECTOR}', **lora_options(P))
 
-# %% ../nbs/03_lora.ipynb #cell-019
+# %% ../nbs/03_lora.ipynb #cell-021
 @dataclass(frozen=True)
 class QLora(Lora):
     "LoRA on a decoder held in 4-bit NormalFloat. Source: Dettmers et al. 2023, sec. 3."
@@ -91,14 +91,14 @@ class QLora(Lora):
         return dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=pick_dtype(P.precision), llm_int8_skip_modules=['model.vision_tower', 'model.multi_modal_projector', 'lm_head']))
 
-# %% ../nbs/03_lora.ipynb #cell-020
+# %% ../nbs/03_lora.ipynb #cell-022
 def lora_methods(
     P:Profile, # LoRA's settings
 ) -> dict[str,Method]: # In the order in which they are run
     "The methods of this notebook."
     return dict(lora=Lora(**lora_options(P)), qlora=QLora(**lora_options(P)), lora_vision=lora_vision(P))
 
-# %% ../nbs/03_lora.ipynb #cell-025
+# %% ../nbs/03_lora.ipynb #cell-027
 def caption_choices(
     P:Profile, # Whose caption choice is the method's own, and left out here
     data:StudyData, # The images

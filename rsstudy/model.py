@@ -8,13 +8,15 @@ __all__ = ['UNUSED', 'NANO', 'PATCH', 'PROJECTIONS', 'DECODER', 'VISION', 'PROJE
            'base_version', 'load_base', 'linear_layers', 'core', 'enable_checkpointing', 'compile_layers']
 
 # %% ../nbs/lib/20_model.ipynb #cell-002
-import functools, hashlib
+import functools, hashlib, logging
 from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
-from .runs import announce, hub_reachable
+from safetensors import SafetensorError
 from .settings import Profile, load_profile
+from .runs import announce, hub_reachable
+from .basemodel import NANO_NAME, check_base
 
 # %% ../nbs/lib/20_model.ipynb #cell-005
 UNUSED = [f'<unused{i}>' for i in range(64)] # reserved tokens, as in Gemma's vocabulary
@@ -72,6 +74,8 @@ def build_processor(
     return PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
 # %% ../nbs/lib/20_model.ipynb #cell-014
+logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
+
 def keep_4bit_differentiable(
     model:torch.nn.Module, # Any model; one without 4-bit layers is left as it is
 ) -> int: # Layers whose weights had been repacked
@@ -118,7 +122,7 @@ def base_version(
     base_model:str, # As in the profile
 ) -> str: # Commit of a hub model; digest of the weights in a folder; `unknown` for a hub model that is not there yet
     "What tells apart two bases of the same name."
-    folder = NANO if base_model == 'paligemma-nano' else Path(base_model)
+    folder = NANO if base_model == NANO_NAME else Path(base_model)
     if folder.is_dir():
         found = hashlib.sha256()
         for path in sorted(folder.glob('*.safetensors')): found.update(path.read_bytes())
@@ -132,14 +136,14 @@ def load_base(
     **kwargs, # Passed to `from_pretrained`, such as a quantisation config
 ): # model in evaluation mode on `pick_device()`, processor
     """The profile's base model and its processor. Raises `OSError` with what to do where gated weights cannot be had."""
-    source = NANO if P.base_model == 'paligemma-nano' else P.base_model
+    check_base(P.base_model)
+    source = NANO if P.base_model == NANO_NAME else P.base_model
     try:
         processor = PaliGemmaProcessor.from_pretrained(source, local_files_only=not hub_reachable())
         model = PaliGemmaForConditionalGeneration.from_pretrained(
             source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, local_files_only=not hub_reachable(), **kwargs)
-    except (OSError, ValueError) as error: # ValueError: not a name a hub could have
-        raise OSError(f"base model '{P.base_model}' cannot be loaded: for PaliGemma accept its licence on the hub and run `hf auth login`; "
-            f'paligemma-nano needs neither ({str(error).splitlines()[0]:.200})') from error
+    except (OSError, ValueError, SafetensorError) as error: # parts missing or broken
+        raise OSError(f"base model '{P.base_model}' cannot be loaded: its files are incomplete or broken, fetch or copy them again ({type(error).__name__}: {str(error).strip().splitlines()[0]:.200})") from error
     if 'quantization_config' not in kwargs: model = model.to(pick_device())
     keep_4bit_differentiable(model)
     if model.model.language_model.config._attn_implementation == 'eager':

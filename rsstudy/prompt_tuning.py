@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PromptTuning']
 
-# %% ../nbs/04_prompt_tuning.ipynb #cell-003
+# %% ../nbs/04_prompt_tuning.ipynb #cell-005
 import dataclasses
 from dataclasses import dataclass
 import torch
@@ -13,7 +13,7 @@ from .settings import Profile
 from .generate import Captioner
 from .tuning import Method
 
-# %% ../nbs/04_prompt_tuning.ipynb #cell-008
+# %% ../nbs/04_prompt_tuning.ipynb #cell-010
 @dataclass(frozen=True)
 class PromptTuning(Method):
     "Soft prompt of reserved tokens. Source: Lester et al. 2021, started from vocabulary words (sec. 3.2)."

@@ -12,7 +12,7 @@ import ast, dataclasses, functools, hashlib, importlib.metadata, json, os, platf
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlparse
-from .settings import Profile, load_profile, project_root
+from .settings import Profile, load_profile, package_files
 
 # %% ../nbs/lib/01_runs.ipynb #cell-005
 @contextmanager
@@ -94,7 +94,10 @@ def hub_reachable() -> bool: # Can the hub's name be resolved?
     except OSError: return False
 
 # %% ../nbs/lib/01_runs.ipynb #cell-017
-RUNNER = ('_modidx.py', 'execute.py', 'study.py', 'ray_engine.py', 'cli.py') # modules that change no result
+# Modules and folders that change no result of the study: those that run it, and those that serve people who use the package
+RUNNER = ('_modidx.py', 'request.py', 'execute.py', 'study.py', 'notebooks.py', 'ray_engine.py', 'cli.py', 'commands/', 'doctor.py', 'captioners.py', 'captioning.py', 'sources.py', 'rasters.py',
+    'ray_captions.py', 'share.py', 'card.py', 'serve.py')
+
 def main_process() -> bool:
     "Of the processes that `accelerate launch` may have started, is this the one that writes and shows bars?"
     return int(os.environ.get('RANK', 0)) == 0
@@ -110,12 +113,18 @@ def versions() -> dict[str,str]: # Package -> version
     return found
 
 @functools.cache
-def code_revision() -> str: # Commit, with "+changes" where the tree differs from it
-    "The checkout's commit, or `unknown` outside git."
-    def git(*words): return subprocess.run(['git', *words], cwd=project_root(), capture_output=True, text=True)
-    try: head, dirty = git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no', '--', 'nbs', 'rsstudy', 'settings.ini')
-    except FileNotFoundError: return 'unknown'
-    return 'unknown' if head.returncode else head.stdout.strip() + ('+changes' if dirty.stdout.strip() else '')
+def code_revision() -> str: # Commit, with "+changes" where the tree differs from it; or such as "rsstudy 0.1.0"
+    "The commit of the checkout that the package lies in; the package's version where it lies in none. The repository of the current folder says nothing about the package."
+    checkout = package_files()
+    def git(*words): return subprocess.run(['git', *words], cwd=checkout, capture_output=True, text=True)
+    try: top, head, dirty = git('rev-parse', '--show-toplevel'), git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no', '--', 'nbs', 'rsstudy', 'settings.ini')
+    except OSError: return _version() # no git here
+    if head.returncode or Path(top.stdout.strip()).resolve() != checkout: return _version()
+    return head.stdout.strip() + ('+changes' if dirty.stdout.strip() else '')
+
+def _version():
+    import rsstudy
+    return f'rsstudy {rsstudy.__version__}'
 
 def _imports(path, folder): # -> files of the package that a module imports at its top
     for node in ast.parse(path.read_bytes()).body:
@@ -133,7 +142,8 @@ def code_digest(
     folder, digest, found = Path(rsstudy.__file__).parent, hashlib.sha256(), set()
     waiting = [folder.joinpath(*m.split('.')[1:]).with_suffix('.py') for m in modules] or list(folder.rglob('*.py'))
     while waiting:
-        if (path := waiting.pop()) in found or path.name in RUNNER + (('settings.py', 'runs.py') if modules else ()): continue
+        path = waiting.pop()
+        if path in found or path.relative_to(folder).as_posix().startswith(RUNNER + (('settings.py', 'runs.py') if modules else ())): continue
         found.add(path)
         if modules: waiting += _imports(path, folder)
     for path in sorted(found): digest.update(f'{path.relative_to(folder)}\0{ast.dump(ast.parse(path.read_bytes()))}'.encode()) # comments change no result

@@ -10,6 +10,7 @@ import functools, os
 import numpy as np, torch
 from .settings import Profile, load_profile
 from .runs import Run, main_process
+from .request import check_profile
 from .model import load_base
 from .generate import Captioner, generate_captions
 from .features import sees_pixels
@@ -81,10 +82,11 @@ def tune(
 ) -> dict|None: # What results/<profile>/tune_<name>.json holds; None on other processes than the first
     """Chooses the learning rate, trains with every seed, scores the test split and leaves the weights for `rsstudy.methods.load_tuned`.
 
-    Raises `ValueError` for an unknown name.
+    Raises `ValueError` for an unknown name, and as `rsstudy.request.check_profile`.
     """
     known = methods(P)
     if name not in known or name == 'none': raise ValueError(f"unknown method '{name}': the methods are {', '.join(n for n in known if n != 'none')}")
+    check_profile(P)
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     progress = progress and main_process()
     study = add_features(study_data(P, progress), Captioner(*load_base(P)), P.work_dir/'features', progress)

@@ -6,7 +6,7 @@
 __all__ = ['STOP', 'findable', 'explained_words', 'named', 'study_images', 'all_maps', 'Records', 'explain_image',
            'add_randomised', 'study_run', 'study_part', 'study']
 
-# %% ../nbs/06_xai.ipynb #cell-002
+# %% ../nbs/06_xai.ipynb #cell-004
 import re
 
 import numpy as np
@@ -24,13 +24,13 @@ from .model import pick_device
 from .runs import Run, announce
 from .settings import Profile, load_profile, notebook_profile
 
-# %% ../nbs/06_xai.ipynb #cell-007
+# %% ../nbs/06_xai.ipynb #cell-009
 STOP = frozenset("""a an the of in on at by to and or but with without is are was were be being has have had there here it its their this that these
 those some many several few lots lot plenty number near next beside besides between among around along over under from into through across which who
 where while as for very so can we see seen look looks like also other each both all one side sides part parts image picture photo
 clearly partly located parked surrounded placed built sits stands""".split())
 
-# %% ../nbs/06_xai.ipynb #cell-008
+# %% ../nbs/06_xai.ipynb #cell-010
 def findable(word:str, masks:dict[str, np.ndarray]) -> bool: # is its mask known, and no larger than a quarter of the image?
     return word in masks and 0 < masks[word].mean() <= .25
 
@@ -46,7 +46,7 @@ def explained_words(
     known = [w for w in content if findable(w, masks)]
     return (known + [w for w in content if w not in known] if fill or not known else known)[:n]
 
-# %% ../nbs/06_xai.ipynb #cell-009
+# %% ../nbs/06_xai.ipynb #cell-011
 def named(
     caption:str, # A caption
     masks:dict[str, np.ndarray], # As for `explained_words`
@@ -54,7 +54,7 @@ def named(
     "Does the caption name an object that is not too large to be found?"
     return any(findable(w, masks) for w in re.findall(r"\w+", caption.lower()) if w not in STOP)
 
-# %% ../nbs/06_xai.ipynb #cell-012
+# %% ../nbs/06_xai.ipynb #cell-014
 def study_images(
     P:Profile, # Its data, split_seed and xai_images count
 ) -> list[dict]: # image_id, image (an array, which any process can be sent), caption, masks by word and pairs (empty where none are known)
@@ -73,7 +73,7 @@ def study_images(
     if len(found) < P.xai_images: announce("xai images", f"{P.xai_images} wanted, {len(found)} test images name an object whose mask is known: all are taken")
     return found
 
-# %% ../nbs/06_xai.ipynb #cell-014
+# %% ../nbs/06_xai.ipynb #cell-016
 def all_maps(
     scorer:Scorer, # What is explained
     P:Profile, # Budgets
@@ -87,7 +87,7 @@ def all_maps(
         except ValueError as e: failed[name] = str(e)
     return found, failed
 
-# %% ../nbs/06_xai.ipynb #cell-017
+# %% ../nbs/06_xai.ipynb #cell-019
 class Records:
     "What the study collects: scores by record, curves, coarse maps, what is lost without objects, and what the prompt's words add."
     def __init__(self): self.rows, self.curves, self.maps, self.coarse, self.failed, self.lost, self.prompt, self.alike, self.fractions = [], {}, [], {}, [], {}, [], {}, None
@@ -123,7 +123,7 @@ class Records:
                 for key, value in theirs.items(): mine[key] = mine[key] + value if isinstance(value, list) and key in mine else value
         self.fractions = other.fractions
 
-# %% ../nbs/06_xai.ipynb #cell-018
+# %% ../nbs/06_xai.ipynb #cell-020
 def explain_image(
     records:Records, # Filled here
     captioner, # A `rsstudy.generate.Captioner`: model, processor, prompt, method
@@ -155,7 +155,7 @@ def explain_image(
         records.lost.setdefault(captioner.method, []).append(dict(image_id=row["image_id"], named=named_one[:1], lost=lost.tolist(), shares=dict(zip(first, shares.tolist()))))
     return one, first
 
-# %% ../nbs/06_xai.ipynb #cell-021
+# %% ../nbs/06_xai.ipynb #cell-023
 def add_randomised(records:Records, method:str, scores:list[dict], kept:list): # puts scores of shuffled models into their records
     known = {(r["method"], r["image_id"], r["attribution"]): r for r in records.rows}
     for values, (row, (_, found), _) in zip(scores, kept):

@@ -84,7 +84,7 @@ def test_other_images_are_refused(tmp_path):
     other['image_ids'].reverse()
     (tmp_path/'results/nano/04_prompt_tuning.json').write_text(json.dumps(other))
     run = run_comparison(tmp_path)
-    assert run.returncode == 1 and '04_prompt_tuning scored other images than 02_baseline' in run.stderr
+    assert run.returncode == 2 and '04_prompt_tuning scored other images than 02_baseline' in run.stderr
 
 
 def test_missing_chapter_is_named(tmp_path):

@@ -106,10 +106,10 @@ def test_old_figures_go(tmp_path):
 
 
 def test_failure(tmp_path):
-    """A failing cell: exit 1, notebook, cell and reason in one line, the partial notebook kept, the first notebook not repeated."""
+    """A failing cell: exit 2 for what a request can cause, 1 otherwise, notebook, cell and reason in one line, the partial notebook kept, the first notebook not repeated."""
     project(tmp_path, one=ONE, two='journal("two"); raise ValueError("images are too few\\nonly 3 are left")')
     run = rsstudy(tmp_path, 'run')
-    assert run.returncode == 1 and 'Traceback' not in run.stderr
+    assert run.returncode == 2 and 'Traceback' not in run.stderr
     assert '02_two: cell 3 failed: ValueError: only 3 are left' in run.stderr
     partial = tmp_path/'runs/nano/failed/02_two.ipynb'
     assert str(partial) in run.stderr

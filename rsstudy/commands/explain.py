@@ -27,7 +27,7 @@ def grammar(
     explain.add_argument('--words', metavar='W,W,...', help='words or phrases of the caption (default: every word)')
     explain.add_argument('--method', metavar='M,M,...', help='attribution methods (default: integrated_gradients,grad_cam,shap,pixelshap); also ig_tokens, smooth_grad, gradient_x_input, layer_cam, attention_rollout, gradient_attention, occlusion, kernel_shap, rise, random, blob, edges')
     explain.add_argument('--caption', metavar='TEXT', help='caption that is explained (default: what the model writes)')
-    explain.add_argument('--model', default='none', metavar='NAME', help='none for the untuned base (default), or a tuning method that has been run, such as lora')
+    explain.add_argument('--model', default='none', metavar='MODEL', help='none for the untuned base (default), a tuning method that has been run, such as lora, a folder of weights or of an exported model, or a base model')
     explain.add_argument('--seed', type=int, default=0, metavar='N', help='which run of the tuning method (default: 0)')
     explain.add_argument('--out', default='explained', metavar='FOLDER', help='where IMAGE-MODEL.html and .png go (default: explained)')
     add_profile_options(explain)

@@ -1,0 +1,189 @@
+"""Whatever a user can do wrong: one sentence on standard error that says what was wrong and what is allowed, exit status 2, no traceback, nothing written."""
+import contextlib
+import errno
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import httpx
+import numpy as np
+import pytest
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from PIL import Image
+
+from rsstudy.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = 'source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\n'
+
+
+def table(folder, rows='', head=HEAD, images=('x.jpg',), content=None):
+    """A data folder in RISC's layout; `content` makes each image a file of these bytes."""
+    (folder/'resized').mkdir(parents=True)
+    (folder/'captions.csv').write_text(head + rows)
+    for name in images:
+        if content is None: Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder/'resized'/name)
+        else: (folder/'resized'/name).write_bytes(content)
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A user's folder with everything that can be wrong in it."""
+    place = tmp_path_factory.mktemp('place')
+    shutil.copy(ROOT/'settings.ini', place)
+    (place/'nbs').mkdir()
+    for notebook in (ROOT/'nbs').glob('0*.ipynb'): shutil.copy(notebook, place/'nbs')
+    (place/'empty').mkdir()
+    table(place/'no_columns', head='a,b\n')
+    table(place/'no_rows')
+    table(place/'broken', 'UCM,train,x.jpg,a,b,c,d,e\n', content=b'no image')
+    table(place/'only_test', 'UCM,test,x.jpg,a lake .,b,c,d,e\n')
+    shutil.copytree(place/'only_test', place/'no_folder')
+    shutil.rmtree(place/'no_folder/resized')
+    noise = np.random.default_rng(0)
+    Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(place/'photo.png')
+    Image.new('RGB', (64, 64), (9, 9, 9)).save(place/'flat.png')
+    (place/'text.png').write_text('hello')
+    for name, lines in dict(good=[dict(image='a.jpg', caption='x')], people=[dict(image='a.jpg', captions=['x'])], others=[dict(image='b.jpg', captions=['x'])]).items():
+        (place/f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    (place/'bad.jsonl').write_text('{"image": "a.jpg", "caption": "x"}\n{"image": "a.jpg"\n')
+    for name, config in dict(llama='{"model_type": "llama"}', scrap='{', bare='{"model_type": "paligemma"}').items():
+        (place/name).mkdir()
+        (place/name/'config.json').write_text(config)
+    return place
+
+
+def answer(kind, status): return kind('no', response=httpx.Response(status, request=httpx.Request('GET', 'https://huggingface.co')))
+def hub(error): return [patch('rsstudy.basemodel.hub_reachable', return_value=True), patch('huggingface_hub.HfApi.auth_check', side_effect=error)]
+def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device', 'scores.json')
+def denied(*args, **kwargs): raise PermissionError(errno.EACCES, 'Permission denied', 'scores.json')
+def crowded(*args, **kwargs): raise MemoryError()
+
+WORLDS = { # what is to be different in the world
+    'offline': [patch('rsstudy.basemodel.hub_reachable', return_value=False)],
+    'gated': hub(answer(GatedRepoError, 403)),
+    'unknown to the hub': hub(answer(RepositoryNotFoundError, 404)),
+    'hub down': hub(ConnectionError('reset by peer')),
+    'disk full': [patch('rsstudy.runs.os.replace', side_effect=full)],
+    'no permission': [patch('rsstudy.runs.os.replace', side_effect=denied)],
+    'out of memory': [patch('rsstudy.metrics.score_captions', side_effect=crowded)],
+    'disk nearly full': [patch('rsstudy.request.shutil.disk_usage', return_value=SimpleNamespace(free=5e6))],
+    'folders locked': [patch('rsstudy.request.os.access', return_value=False)],
+} | {f'without {package}': [patch.dict(sys.modules, {package: None})] for package in ('ray', 'wandb', 'gradio', 'rasterio')}
+
+TINY = '--set train_images=4 --set val_images=2 --set test_images=2'
+ERRORS = [line for line in f'''
+fly                                                            | argument COMMAND: invalid choice: 'fly'
+run --onyl 03_lora                                             | unrecognized arguments: --onyl 03_lora
+tune                                                           | the following arguments are required: METHOD
+run --profile nanno                                            | unknown profile 'nanno': settings.ini has nano, riscm-nano, paligemma
+run --set rnak=4                                               | unknown setting 'rnak': the settings are data, split
+run --set rank                                                 | --set wants SETTING=VALUE, as in --set lr=1e-4, got 'rank'
+run --set rank=four                                            | setting 'rank' must be int, got 'four'
+run --set rank=0                                               | setting 'rank' must be at least 1, got 0
+run --set lr=-1                                                | setting 'lr' must be above 0, got -1.0
+run --set warmup=2                                             | setting 'warmup' must be at least 0 and below 1, got 2.0
+run --set strict=maybe                                         | setting 'strict' must be true or false, got 'maybe'
+run --set precision=float16                                    | setting 'precision' must be one of auto, float32, bfloat16, got 'float16'
+run --set split=leave                                          | setting 'split' must be one of file, seeded, official, or leave_SOURCE_out
+run --seeds 0,one                                              | setting 'seeds' must be a comma-separated list of int, got '0,one'
+run --seeds 0 --set seeds=1                                    | setting 'seeds' is given twice: '0' and '1'
+run --set tasks=juggling                                       | setting 'tasks' names an unknown task 'juggling': the tasks are coco_captions
+run --set results=photo.png/x                                  | PLACE/photo.png/x/nano is to be a folder, and PLACE/photo.png is a file: name another folder with --set results=FOLDER
+run --only 03_lroa                                             | unknown notebook '03_lroa': the study has 01_eda
+run --only 07_comparison                                       | 07_comparison reads
+run --address auto                                             | --address belongs to --engine ray
+run --engine ray --cpus 0                                      | --cpus must be at least 1, got 0
+run                                                            | PLACE/results/nano cannot be written, as PLACE does not allow it: name another folder | folders locked
+run                                                            | PLACE/results/nano has 5 MB of disk left and a study needs 200 | disk nearly full
+run --engine ray                                               | --engine ray needs the package ray: pip install | without ray
+run --track wandb                                              | setting 'track' asks for wandb, which is not installed: pip install wandb | without wandb
+run --data nowhere                                             | the data folder nowhere does not exist: name one that holds captions.csv and resized/
+run --data empty                                               | the data folder empty holds no captions.csv
+run --data hub:                                                | setting 'data' names no dataset after hub:
+run --set base_model=/no/such                                  | base model '/no/such' cannot be loaded: there is no such folder
+run --set base_model=llama                                     | base model 'llama' cannot be loaded: it is a model of type 'llama'
+run --set base_model=scrap                                     | base model 'scrap' cannot be loaded: its config.json is not JSON
+run --set base_model=bare                                      | base model 'bare' cannot be loaded: the folder holds no weights in *.safetensors
+run --set base_model=nobody/x                                  | base model 'nobody/x' cannot be loaded: it is not on this machine and the hub cannot be reached | offline
+run --set base_model=nobody/x                                  | base model 'nobody/x' cannot be loaded: it is gated: accept its licence at https://huggingface.co/nobody/x | gated
+run --set base_model=nobody/x                                  | base model 'nobody/x' cannot be loaded: the hub knows no such model | unknown to the hub
+run --set base_model=nobody/x                                  | base model 'nobody/x' cannot be loaded: the hub does not answer (ConnectionError) | hub down
+tune lroa                                                      | unknown method 'lroa': the methods are lora, qlora
+tune lora --data no_columns                                    | PLACE/no_columns/captions.csv lacks the columns image, caption_1
+tune lora --data no_rows                                       | no_rows has no good row
+tune lora --data no_folder                                     | the folder of images
+tune lora --data broken                                        | broken has no good row: broken/captions.csv: 1 of 1 rows are bad (1 unreadable image)
+tune lora --data broken --set strict=true                      | broken/captions.csv: 1 of 1 rows are bad (1 unreadable image); line of captions.csv 2
+tune lora --data only_test                                     | split 'train' is empty: the data has
+tune lora --data only_test --set split=leave_XYZ_out           | split 'leave_XYZ_out': only_test has no source XYZ, only UCM
+tune prompt --set prompt_length=500 {TINY}                     | prompt_length 500 needs as many <unused..> tokens, the vocabulary has 64
+tune qlora --set lora_init=pissa {TINY}                        | method 'qlora': lora_init 'pissa' moves a part of the base's weights into LoRA, which a base in 4 bits cannot do
+tune lora --set lora_init=olora --set rank=64 {TINY}           | lora_init 'olora' allows a rank of at most 32
+table                                                          | PLACE/results/nano/07_comparison.json is missing: make it with `rsstudy run --profile nano --only 07_comparison`
+table --style word                                             | argument --style: invalid choice: 'word'
+bench train --rounds 0                                         | --rounds must be at least 1, got 0
+bench metrics --data nowhere                                   | the data folder nowhere
+explain no.png                                                 | image no.png does not exist
+explain empty                                                  | image empty is no file
+explain text.png                                               | image text.png cannot be read
+explain flat.png                                               | flat.png is a constant image
+explain photo.png --method magic                               | unknown attribution method 'magic': the methods are integrated_gradients
+explain photo.png --caption "a lake" --words river             | 'river' is not in the caption; its words are: a, lake
+explain photo.png --out text.png                               | --out text.png: text.png is no folder
+explain photo.png --model lora                                 | the model 'lora' with seed 0 has not been tuned under the profile nano: `rsstudy tune lora --profile nano`
+explain photo.png --model lroa                                 | unknown model 'lroa': give none, lora
+score no.jsonl --references people.jsonl                       | no.jsonl is missing
+score bad.jsonl --references people.jsonl                      | bad.jsonl line 2: not JSON
+score good.jsonl --references others.jsonl                     | good.jsonl line 1: image 'a.jpg' is not among the 1 images of the references
+score good.jsonl good.jsonl --references people.jsonl          | predictions are given twice: good.jsonl
+score good.jsonl --references people.jsonl --metrics blue      | unknown metric 'blue': allowed are bleu
+score good.jsonl --references people.jsonl --split test        | people.jsonl has no images of split 'test': it names no splits
+score good.jsonl --references people.jsonl --out empty         | --out empty is a folder: with one file of predictions it names a file
+score photo.png --references people.jsonl                      | photo.png: predictions are .jsonl, .csv or .json, got .png
+score good.jsonl --references people.jsonl --resamples 0       | --resamples must be at least 1, got 0
+score good.jsonl --references people.jsonl --metrics bleu --out scores.json | no space left on the disk for scores.json: make room and give the same command again | disk full
+score good.jsonl --references people.jsonl --metrics bleu --out scores.json | no permission for scores.json: choose another place | no permission
+score good.jsonl --references people.jsonl --metrics bleu      | out of memory: take smaller portions | out of memory
+'''.splitlines() if line.strip()]
+
+
+@contextlib.contextmanager
+def world(name):
+    with contextlib.ExitStack() as stack:
+        for change in WORLDS.get(name, []): stack.enter_context(change)
+        yield
+
+
+def listing(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if 'runs' not in p.relative_to(folder).parts) # runs: the drawn world, kept for the next command
+
+
+@pytest.mark.parametrize('row', ERRORS, ids=[' '.join(row.replace('|', ' ').split())[:70] for row in ERRORS])
+def test_user_error_is_one_sentence(place, row, monkeypatch, capsys):
+    words, sentence, *name = (part.strip() for part in row.split(' | '))
+    assert not name or name[0] in WORLDS, name
+    monkeypatch.chdir(place)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    before = listing(place)
+    with world(*name or ['']):
+        try: status = main(shlex.split(words))
+        except SystemExit as left: status = left.code
+    said = capsys.readouterr()
+    lines = [line for line in said.err.replace('\r', '\n').splitlines() if line.startswith('rsstudy: ')]
+    assert status == 2 and len(lines) == 1, said.err
+    assert lines[0].startswith(f'rsstudy: {sentence.replace("PLACE", str(place))}'), lines[0]
+    assert said.err.rstrip().endswith(lines[0]) and 'Traceback' not in said.err and said.out == '', said
+    assert listing(place) == before
+
+
+def test_debug_shows_the_traceback(place, monkeypatch):
+    monkeypatch.chdir(place)
+    with pytest.raises(ValueError, match="setting 'rank' must be at least 1"): main('run --set rank=0 --debug'.split())
+
+
+def test_there_are_enough_of_them():
+    assert len(ERRORS) >= 40 and len(set(ERRORS)) == len(ERRORS)
