@@ -4,7 +4,8 @@ The comments beside parameters (docments) are read from the cell's source; nothi
 """
 import ast, io, re, tokenize
 
-FIELDS = ('dataclass', 'NamedTuple') # classes that are made of their fields
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+FIELDS = {'dataclass', 'NamedTuple'} # classes that are made of their fields
 
 
 def comments(source:str) -> dict[int,str]: # line -> the comment at its end
@@ -72,7 +73,7 @@ def a_class(c:ast.ClassDef, said:dict[int,str], link) -> list[str]: # lines of M
     init = next((m for m in methods if m.name == '__init__'), None)
     rows, head = [], c.name
     if init: rows, head = parameters(init, said), c.name + signature(init)
-    elif made & set(FIELDS):
+    elif made & FIELDS:
         fields = [x for x in c.body if isinstance(x, ast.AnnAssign)]
         rows = [(x.target.id, ast.unparse(x.annotation), ast.unparse(x.value) if x.value else '', said.get(x.end_lineno, '')) for x in fields]
         head += '(' + ', '.join(f'{n}: {t}' + (f' = {d}' if d else '') for n, t, d, _ in rows) + ')'
@@ -80,25 +81,29 @@ def a_class(c:ast.ClassDef, said:dict[int,str], link) -> list[str]: # lines of M
     return directive('class', head, [link(ast.get_docstring(c) or ''), *map(link, table(rows)), *inner], 0)
 
 
-def constant(x:ast.Assign, said:dict[int,str], link) -> list[str]: # lines of Markdown
+def constant(x, said:dict[int,str], link) -> list[str]: # lines of Markdown
     value = ast.unparse(x.value)
-    return directive('data', x.targets[0].id, [link(plain(said.get(x.end_lineno, '')))], 0, (f'value: {value}',) if len(value) <= 120 else ())
+    return directive('data', name_of(x), [link(plain(said.get(x.end_lineno) or said.get(x.lineno, '')))], 0, (f'value: {value}',) if len(value) <= 120 else ())
 
 
-def only_imports(source:str) -> bool: return all(isinstance(x, (ast.Import, ast.ImportFrom)) for x in ast.parse(source).body)
+def only_imports(source:str) -> bool: # also of a cell with nothing in it
+    return not source.lstrip().startswith(('%', '!')) and all(isinstance(x, (ast.Import, ast.ImportFrom)) for x in ast.parse(source).body)
+
+
+def name_of(x:ast.stmt) -> str: # what a statement defines; empty for nothing, or for several names
+    if isinstance(x, DEFINITIONS): return x.name
+    target = x.targets[0] if isinstance(x, ast.Assign) else x.target if isinstance(x, ast.AnnAssign) else None
+    return target.id if isinstance(target, ast.Name) else ''
 
 
 def public(source:str) -> list: # definitions of an exported cell that other modules may use, in order
-    return [x for x in ast.parse(source).body if
-        isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and x.name[0] != '_'
-        or isinstance(x, ast.Assign) and isinstance(x.targets[0], ast.Name) and x.targets[0].id[0] != '_']
+    return [x for x in ast.parse(source).body if name_of(x) and name_of(x)[0] != '_']
 
 
 def names(source:str) -> list[str]: # of what the cell defines, methods as Class.method
     found = []
     for x in public(source):
-        if isinstance(x, ast.Assign): found.append(x.targets[0].id)
-        else: found.append(x.name)
+        found.append(name_of(x))
         if isinstance(x, ast.ClassDef): found += [f'{x.name}.{m.name}' for m in x.body if isinstance(m, ast.FunctionDef) and m.name[0] != '_']
     return found
 
@@ -110,5 +115,5 @@ def document(
     "Every public definition of a cell as a directive of Sphinx's Python domain."
     said, lines = comments(source), []
     for x in public(source):
-        lines += (a_class if isinstance(x, ast.ClassDef) else constant if isinstance(x, ast.Assign) else function)(x, said, link)
+        lines += (a_class if isinstance(x, ast.ClassDef) else function if isinstance(x, DEFINITIONS) else constant)(x, said, link)
     return '\n'.join(lines)

@@ -47,7 +47,7 @@ def read(path:Path) -> list: # Cells, with nbdev's directives in `directives_` a
     "A notebook through those of nbdev's processors that need no kernel."
     processor = NBProcessor(path, [strip_ansi, hide_line, rm_header_dash, clean_magics, hide_], rm_directives=True)
     processor.process()
-    return [c for c in processor.nb.cells if 'hide' not in c.directives_]
+    return [c for c in processor.nb.cells if 'hide' not in c.directives_ and 'colab' not in c.metadata.get('tags', [])]
 
 
 class Site:
@@ -108,12 +108,15 @@ def figure(profile:str, stem:str, name:str, said:dict, pages:Path, depth:str='..
     return f':::{{figure}} {depth}/figures/{profile}/{stem}_{name}.webp\n:alt: {said["alt"]}\n\n{said["caption"]}\n:::'
 
 
-def outputs(found:list, figures) -> list: # outputs as the site shows them
+def outputs(found:list, figures, page:str) -> list: # outputs as the site shows them
+    "Raises `ValueError` for a figure that docs/figures.toml does not describe."
     kept = []
     for output in found:
         data = output.get('data', {})
         if output['output_type'] == 'stream' and output.get('name') == 'stderr': continue # progress bars and libraries' warnings
-        if any(kind.startswith('image/') for kind in data): data = {'text/markdown': next(figures)}
+        if any(kind.startswith('image/') for kind in data):
+            data = {'text/markdown': next(figures, None)}
+            if not data['text/markdown']: raise ValueError(f'{page} shows a figure that docs/figures.toml does not describe')
         elif 'text/html' in data: data = {'text/html': re.sub(r'<style scoped>.*?</style>|border="1" ', '', ''.join(data['text/html']), flags=re.S)}
         kept.append({k: v for k, v in output.items() if k in ('output_type', 'name', 'text', 'execution_count', 'metadata')} | (dict(data=data) if data else {}))
     return kept
@@ -139,6 +142,10 @@ def fold(c, found:list) -> str: # what stands on the line that opens a cell of a
     return 'Tests' if re.search(r'^(assert|test_|with expect_fail)', c.source, re.M) else 'Code'
 
 
+def colab(stem:str) -> str: # address that opens a notebook in Colab; the repository is the one of pyproject.toml
+    return f'https://colab.research.google.com/github/{REPOSITORY.removeprefix("https://github.com/")}/blob/main/nbs/{stem}.ipynb'
+
+
 def title(stem:str, site:Site) -> str: # of a chapter, numbered
     return f'{int(stem[:2])}. ' + re.sub(r'^# (\d\d )?', '', site.cells[stem][0].source.split('\n')[0])
 
@@ -153,10 +160,10 @@ def chapter(stem:str, profile:str, site:Site, pages:Path):
             source = site.linked(c.source, page)
             if not cells: # the title
                 source = f'# {title(stem, site)}' + (f', {world}' if folder == 'real' else '') + '\n' + source.partition('\n')[2] \
-                    + f'\n\nAs it ran on {world}; [the same chapter on {other_world}](/{other}/{stem}.ipynb). Its definitions are in {{py:mod}}`rsstudy.{site.modules[stem]}`.'
+                    + f'\n\nAs it ran on {world}; [the same chapter on {other_world}](/{other}/{stem}.ipynb). Its definitions are in {{py:mod}}`rsstudy.{site.modules[stem]}`. [Open in Colab]({colab(stem)}).'
             cells.append(cell('markdown', source))
         elif c.cell_type == 'code' and not api.only_imports(c.source):
-            found = outputs(c.outputs, figures)
+            found = outputs(c.outputs, figures, page)
             cells.append(cell('code', c.source, found, fold(c, found)))
     if left := list(figures): raise ValueError(f'docs/figures.toml describes {len(left)} figures more than results/{profile}/{stem}.ipynb shows')
     save(pages/f'{page}.ipynb', cells)
@@ -173,13 +180,14 @@ def module(stem:str, site:Site, pages:Path):
             if not cells:
                 where = f'Written in `nbs/{"" if chapter else "lib/"}{stem}.ipynb`' + (f', which [runs as a chapter of the study](/study/{stem}.ipynb).' if chapter else '.')
                 head, _, rest = c.source.partition('\n')
-                cells.append(cell('markdown', f'{head}\n\n:::{{py:module}} rsstudy.{name}\n:::\n\n`rsstudy.{name}`{{.module}}\n{link(rest)}\n\n{where}'))
+                defined = ', '.join(f'{{py:obj}}`{n} <rsstudy.{name}.{n}>`' for c in site.cells[stem] if 'export' in c.directives_ for n in api.names(c.source) if '.' not in n)
+                cells.append(cell('markdown', f'{head}\n\n:::{{py:module}} rsstudy.{name}\n:::\n\n`rsstudy.{name}`: {defined}\n{link(rest)}\n\n{where}'))
             elif not chapter: cells.append(cell('markdown', link(c.source)))
         elif c.cell_type == 'code' and 'export' in c.directives_:
             if text := api.document(c.source, link): cells.append(cell('markdown', text))
             if not api.only_imports(c.source): cells.append(cell('code', c.source, folded='Source'))
         elif c.cell_type == 'code' and not chapter and not api.only_imports(c.source):
-            cells.append(cell('code', c.source, outputs(c.outputs, figures)))
+            cells.append(cell('code', c.source, outputs(c.outputs, figures, page)))
     if left := list(figures): raise ValueError(f'docs/figures.toml describes {len(left)} figures more than {PRETRAINED.name} shows')
     save(pages/f'{page}.ipynb', cells)
 
@@ -252,7 +260,7 @@ def pages_of(out:Path) -> Path: # The folder that Sphinx reads
         write(pages/f'chapters_{folder}.txt', toctree(folder, site, pages))
     for page in [*DOCS.glob('*.md'), *DOCS.glob('howto/*.md')]:
         name = page.relative_to(DOCS)
-        write(pages/name, site.linked(page.read_text(encoding='utf-8'), str(name.with_suffix(''))))
+        write(pages/name, page.read_text(encoding='utf-8').replace('https://github.com/rsstudy/rsstudy', REPOSITORY))
     for other in (DOCS/'conf.py', ROOT/'CITATION.cff', *(DOCS/'static').iterdir()):
         write(pages/(other.name if other.parent in (DOCS, ROOT) else f'static/{other.name}'), other.read_text(encoding='utf-8'))
     for page in pages.rglob('*.*'):
@@ -260,6 +268,7 @@ def pages_of(out:Path) -> Path: # The folder that Sphinx reads
     return pages
 
 
+REPOSITORY = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']['Repository']
 FIGURES = tomllib.loads((DOCS/'figures.toml').read_text(encoding='utf-8'))
 
 

@@ -102,7 +102,9 @@ def find_run(
     "The folder of a run of the study, whether it is there or not."
     stem, dash, number = name.rpartition('-seed')
     if dash and number.isdecimal(): name, seed = stem, int(number)
-    return tuned_folder(P, name, seed) if family_of(name, methods(P)) not in (None, 'none') and '/' not in name else None
+    family, folder = family_of(name, methods(P)), tuned_folder(P, name, seed)
+    if family in (None, 'none') or '/' in name: return None
+    return folder if family == name or folder.is_dir() or not Path(name).is_dir() else None
 
 def _from_hub(name): # folder of an export of ours on the hub; None where the name is a plain model's, or none
     import huggingface_hub as hub

@@ -23,6 +23,10 @@ def _folders(P, folder): # where results of a run may lie: beside its runs/, and
     beside = Path(folder).resolve()
     return list(dict.fromkeys([*([beside.parents[3]/P.results/P.name] if len(beside.parents) > 3 else []), P.results_dir]))
 
+def _read(path):
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error: raise ValueError(f'{path} is not JSON: {error}') from None
+
 def find_record(
     P:Profile, # Names the results folder
     facts:dict, # `method` and `seed` of the tuned folder
@@ -31,17 +35,16 @@ def find_record(
     "The scored run whose weights these are. Raises `ValueError` where a results file is no JSON."
     own = Path(folder)/'run.json'
     if not own.is_file(): return None
-    trained = json.loads(own.read_text(encoding='utf-8'))
+    trained = _read(own)
     for path in (p for there in _folders(P, folder) for p in sorted(there.glob('*.json'))):
         text = path.read_text(encoding='utf-8')
         if '"methods"' not in text or f'"{facts["method"]}"' not in text: continue
-        try: result = json.loads(text)
-        except ValueError as error: raise ValueError(f'{path} is not JSON: {error}') from None
+        result = _read(path)
         entry = result['methods'].get(facts['method']) if isinstance(result.get('methods'), dict) else None
         for run in entry['runs'] if entry else ():
             if run['seed'] != facts.get('seed') or run.get('cost') != trained['cost'] or run['history']['losses'] != trained['history']['losses']: continue
             results, baseline = {path.stem: result}, path.with_name('02_baseline.json')
-            if baseline.is_file() and (first := json.loads(baseline.read_text(encoding='utf-8')))['image_ids'] == result['image_ids']: results = {'02_baseline': first} | results
+            if baseline.is_file() and (first := _read(baseline))['image_ids'] == result['image_ids']: results = {'02_baseline': first} | results
             methods, sources = gather(results)
             entry, manifest = methods[facts['method']], result['manifest']
             return dict(file=f'{path.parent.parent.name}/{path.parent.name}/{path.name}', settings=manifest['settings'], device=manifest['device'], versions=manifest['versions'], code=run['code'],
@@ -140,11 +143,12 @@ def usage(
 ) -> str: # Python
     "How to caption an image with the exported model, without rsstudy."
     own = '' if facts['form'] == 'merged' else 'base' if facts['base_folder'] else facts['base']
-    imports = ['from PIL import Image', *(['from peft import PeftModel'] if facts['form'] == 'peft' else []),
+    imports = [*(['import bitsandbytes'] if facts['quantised'] else []), 'from PIL import Image', *(['from peft import PeftModel'] if facts['form'] == 'peft' else []),
         f'from transformers import {"BitsAndBytesConfig, " if facts["quantised"] else ""}GenerationConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor',
         *(['from adapter import add_adapters  # adapter.py of this folder: 30 lines of plain torch, yours to read'] if facts['form'] == 'adapter' else [])]
     where = 'folder, subfolder="base"' if facts['base_folder'] else 'folder' if not own else f'"{own}"' + (f', revision="{facts["base_version"]}"' if facts['base_version'] != 'unknown' else '')
     four = [f'four_bits = BitsAndBytesConfig({", ".join(f"{k}={json.dumps(v) if v is not True else v}" for k, v in facts["quantised"].items())})'] if facts['quantised'] else []
+    if four and facts['dtype'] == 'float32': four = ['bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # on a CPU it would compute in bfloat16 and not, as in training, in float32', *four]
     model = f'PaliGemmaForConditionalGeneration.from_pretrained({where}, dtype="{facts["dtype"]}"{", quantization_config=four_bits" if four else ""})'
     if facts['form'] == 'peft': model = f'PeftModel.from_pretrained({model}, folder)'
     if facts['form'] == 'adapter': model = f'add_adapters({model}, f"{{folder}}/adapter.safetensors", "{facts["activation"]}")'
@@ -170,7 +174,7 @@ def _method_notes(facts):
             f'Nothing is run from a hub, and `trust_remote_code` is not needed: get the folder first, `hf download {repo} --local-dir .`, and read the file.']
     if facts['family'] == 'qlora' and facts['form'] == 'merged':
         return ['The adapter was trained on a base in 4 bits and is merged into that base, read back into full precision: not into the published weights, on which it was not trained, and not rounded to 4 bits again.']
-    if facts['quantised']: return ['The base is loaded in 4 bits by bitsandbytes, on a GPU or a CPU. Its kernels round differently from machine to machine: now and then a word differs.']
+    if facts['quantised']: return ['The base is loaded in 4 bits by bitsandbytes, on a GPU or a CPU. Its kernels round differently from device to device: now and then a word differs.']
     return []
 
 def _limits(facts, record, rows):

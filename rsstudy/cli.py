@@ -9,7 +9,7 @@ __all__ = ['COMMANDS', 'EXPECTED', 'parser', 'sentence', 'fails_expected', 'main
 import argparse, errno, importlib, importlib.metadata, sys
 
 # %% ../nbs/lib/63_cli.ipynb #cell-005
-COMMANDS = ('run', 'tune', 'explain', 'score', 'bench') # modules of `rsstudy.commands`, in the order of the help
+COMMANDS = ('run', 'tune', 'caption', 'explain', 'score', 'export', 'serve', 'bench', 'doctor') # modules of `rsstudy.commands`, in the order of the help
 
 class _Parser(argparse.ArgumentParser):
     "Says what cannot be understood in one sentence, too."

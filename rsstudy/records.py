@@ -151,7 +151,7 @@ class Writer:
             target, failed = self.target, self.target.parts[1]
             if failed.is_file() and failed.stat().st_size: os.replace(failed, target.failed)
             counts = {k: self.state[k] for k in COUNTS}
-            write_json(target.run, dict(asked=target.asked()) | counts | facts)
+            write_json(target.run, dict(asked=target.asked(), counts=counts) | facts)
             if target.parts[0].is_file(): os.replace(target.parts[0], target.out)
             shutil.rmtree(target.part, ignore_errors=True)
             return counts

@@ -106,7 +106,9 @@ def _write(temporary, captioner, method, facts, P):
         for config in model.peft_config.values():
             config.base_model_name_or_path = './base' if facts['base_folder'] else facts['base']
             if not facts['base_folder'] and facts['base_version'] != 'unknown': config.revision = facts['base_version']
-        with warnings.catch_warnings(action='ignore', message='Model has `tie_word_embeddings=True`'): model.save_pretrained(temporary, save_embedding_layers=False) # what it warns of, the card says
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Model has `tie_word_embeddings=True`') # what this warns of, the card says
+            model.save_pretrained(temporary, save_embedding_layers=False)
     else:
         save_file(method.tensors(model), temporary/'adapter.safetensors')
         (temporary/'adapter.py').write_text(adapter_source(), encoding='utf-8')
@@ -118,7 +120,7 @@ def _is_export(folder):
     "Does a folder hold an earlier export, and nothing that was put there since?"
     try: facts = json.loads((folder/'method.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
-    return isinstance(facts, dict) and facts.get('export') == FORM and {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()} <= {*facts['files'], 'method.json'}
+    return isinstance(facts, dict) and facts.get('export') == FORM and {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and p.parent.name != '__pycache__'} <= {*facts.get('files', ()), 'method.json'}
 
 def check_target(
     target:Path, # Folder to be written
@@ -168,7 +170,7 @@ def push_export(
     folder:str|Path, # An export
     repo:str, # NAME or OWNER/NAME
     private:bool=False, # Made private, if it is new?
-) -> str: # Address of the repository
+) -> str: # OWNER/NAME
     "Sends an export to the hub. Raises `RuntimeError` with what to do where that fails; the export stays."
     from huggingface_hub import HfApi, get_token
     check_repo(repo)
@@ -177,11 +179,13 @@ def push_export(
     if not get_token(): raise RuntimeError(f'--push needs a login: make a write token, run `hf auth login` (or set HF_TOKEN), then export again{stays}')
     try:
         api = HfApi()
-        made = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=made.repo_id, folder_path=str(folder), commit_message='rsstudy export')
+        made = api.create_repo(repo, private=private or None, exist_ok=True)
+        open_ = private and not api.repo_info(made.repo_id).private # one that exists keeps its own visibility
+        if not open_: api.upload_folder(repo_id=made.repo_id, folder_path=str(folder), commit_message='rsstudy export')
     except Exception as error: # whatever the network or the hub has against it
         raise RuntimeError(f"'{repo}' could not be pushed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.150}): look at the token's rights with `hf auth whoami`{stays}") from error
-    return str(made)
+    if open_: raise RuntimeError(f"'{repo}' exists and is public, so nothing was sent: make it private in its settings on the hub, or give another name{stays}")
+    return made.repo_id
 
 # %% ../nbs/lib/59_share.ipynb #cell-015
 def _run_folder(P, run):

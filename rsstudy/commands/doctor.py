@@ -5,10 +5,7 @@
 # %% auto #0
 __all__ = ['grammar']
 
-# %% ../../nbs/lib/62_command_doctor.ipynb #cell-002
-import argparse
-
-# %% ../../nbs/lib/62_command_doctor.ipynb #cell-004
+# %% ../../nbs/lib/62_command_doctor.ipynb #cell-003
 def _doctor(args) -> int: # 0 if nothing is missing for the study under `nano`, else 1
     import dataclasses, json
     from rsstudy.doctor import examine, report
