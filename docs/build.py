@@ -234,11 +234,15 @@ def commands() -> str: # MyST Markdown
     return '# The command line\n\n`rsstudy COMMAND --help` prints the same.\n\n' + '\n\n'.join(f'## {name}\n\n```text\n{p.format_help().strip()}\n```' for name, p in blocks)
 
 
-def thin(site:Path):
-    "Takes out the tags around code that no colour belongs to: half of the site's weight."
+def thin(site:Path, pages:Path):
+    "Takes out the tags around code that no colour is needed for, a third of the site's weight, and pages of an earlier build."
+    kept = {page.relative_to(pages).with_suffix('').as_posix() for page in WRITTEN if page.suffix in ('.md', '.ipynb')} | {'search', 'genindex'}
     for page in site.rglob('*.html'):
+        if page.relative_to(site).with_suffix('').as_posix() not in kept:
+            page.unlink()
+            continue
         text = page.read_text(encoding='utf-8')
-        page.write_text(re.sub(r'<span class="(?:n|p|w|pre)">([^<]*)</span>', r'\1', text), encoding='utf-8')
+        page.write_text(re.sub(r'<span class="(?:n|o|p|w|pre)">([^<]*)</span>', r'\1', text), encoding='utf-8')
 
 
 def toctree(folder:str, site:Site, pages:Path) -> str:
@@ -278,7 +282,7 @@ def main() -> int:
     out = options.parse_args().out.resolve()
     pages = pages_of(out)
     status = subprocess.run([sys.executable, '-m', 'sphinx', '-q', '-W', '--keep-going', '-j', '2', '-b', 'html', '-d', out/'doctrees', pages, out/'html']).returncode
-    thin(out/'html')
+    thin(out/'html', pages)
     for problem in PROBLEMS: print(f'ERROR: {problem}', file=sys.stderr)
     status = status or int(bool(PROBLEMS))
     files = [f for f in (out/'html').rglob('*') if f.is_file()]

@@ -16,7 +16,7 @@ html_static_path = ['static']
 html_css_files = ['rsstudy.css']
 html_favicon = 'static/favicon.svg'
 html_copy_source = html_show_sourcelink = False # the pages are written from notebooks: their Markdown is nobody's source
-html_use_index = True
+html_domain_indices = False # the package's own page lists the modules
 
 nb_execution_mode = 'off' # results are committed, a site build runs nothing
 nb_render_markdown_format = 'myst' # tables and figures among the outputs

@@ -145,7 +145,7 @@ def usage(
     own = '' if facts['form'] == 'merged' else 'base' if facts['base_folder'] else facts['base']
     imports = [*(['import bitsandbytes'] if facts['quantised'] else []), 'from PIL import Image', *(['from peft import PeftModel'] if facts['form'] == 'peft' else []),
         f'from transformers import {"BitsAndBytesConfig, " if facts["quantised"] else ""}GenerationConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor',
-        *(['from adapter import add_adapters  # adapter.py of this folder: 30 lines of plain torch, yours to read'] if facts['form'] == 'adapter' else [])]
+        *(['from adapter import add_adapters  # adapter.py of this folder: plain torch, to be read before it is run'] if facts['form'] == 'adapter' else [])]
     where = 'folder, subfolder="base"' if facts['base_folder'] else 'folder' if not own else f'"{own}"' + (f', revision="{facts["base_version"]}"' if facts['base_version'] != 'unknown' else '')
     four = [f'four_bits = BitsAndBytesConfig({", ".join(f"{k}={json.dumps(v) if v is not True else v}" for k, v in facts["quantised"].items())})'] if facts['quantised'] else []
     if four and facts['dtype'] == 'float32': four = ['bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # on a CPU it would compute in bfloat16 and not, as in training, in float32', *four]
@@ -168,7 +168,7 @@ def _method_notes(facts):
     repo = facts.get('repo') or 'OWNER/NAME'
     if facts['family'] == 'prompt':
         return ['The `<unused..>` tokens in the prompt stand for trained vectors. Where the model speaks, the same vectors would stand in its output layer (PaliGemma ties the two), and it would say these tokens; it was trained with an output layer that lacks them. '
-            '`generation_config.json` restores that: `suppress_tokens` names them and `renormalize_logits` shares their probability out among the others. Generate with it, as the lines above do.']
+            '`generation_config.json` restores that: `suppress_tokens` names them and `renormalize_logits` shares their probability out among the others. Generate with it, as the lines above do. (peft warns that `lm_head.trainable_tokens_delta` is missing: that is the tied layer, which has no vectors of its own.)']
     if facts['form'] == 'adapter':
         return ['peft has no bottleneck adapter. `adapter.py` in this folder is the class it was trained with, in plain torch; the lines above import it from the folder they run in. '
             f'Nothing is run from a hub, and `trust_remote_code` is not needed: get the folder first, `hf download {repo} --local-dir .`, and read the file.']

@@ -57,5 +57,5 @@ def heat_png(
     target = caption_target(captioner.processor, seen, captioner.prompt, caption)
     found = explain(caption_scorer(captioner.model, target, target.span(), P.generate_batch), method, P)
     out = io.BytesIO()
-    draw_heat(seen, found.heat[0], size, caption, label(method)).save(out, 'PNG', optimize=True)
+    draw_heat(seen, found.heat[0], size, caption, label(method)).quantize(255, method=Image.Quantize.FASTOCTREE).save(out, 'PNG') # a third of the bytes, and faster
     return out.getvalue()

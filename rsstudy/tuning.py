@@ -242,6 +242,6 @@ def tuned(
         about=dict(profile=dataclasses.asdict(P), method=method.name, settings=method.settings(), **manifest), logs=P.work_dir/'tracking')
     if history['collapse']: announce(f'{method.name}, seed {seed}', f"the guard ended the run: {history['collapse']}")
     if main_process(): (folder/'run.json').unlink(missing_ok=True) # from here to `keep_run` the folder's weights have no word on what they are
-    size = save_tuned(captioner, method, folder, seed=seed, lr=lr, base=P.base_model)
+    size = save_tuned(captioner, method, folder, seed=seed, lr=lr, base=P.base_model, base_version=base_version(P.base_model), profile=P.name)
     cost = dict(trainable_parameters=trainable_parameters(captioner.model), adapter_bytes=size, **dataclasses.asdict(history.pop('cost')))
     return captioner, keep_run(folder/'run.json', key, checkpoints, code=manifest['code'], cost=cost, history=history)

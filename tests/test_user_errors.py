@@ -126,6 +126,8 @@ tune qlora --set lora_init=pissa {TINY}                        | method 'qlora':
 tune lora --set lora_init=olora --set rank=64 {TINY}           | lora_init 'olora' allows a rank of at most 32
 table                                                          | PLACE/results/nano/07_comparison.json is missing: make it with `rsstudy run --profile nano --only 07_comparison`
 table --style word                                             | argument --style: invalid choice: 'word'
+notebooks .                                                    | settings.ini is there already and nothing was copied: name another folder
+notebooks text.png                                             | text.png is a file: name a folder for the notebooks
 bench train --rounds 0                                         | --rounds must be at least 1, got 0
 bench metrics --data nowhere                                   | the data folder nowhere
 explain no.png                                                 | image no.png does not exist
@@ -162,6 +164,17 @@ def world(name):
 def listing(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if 'runs' not in p.relative_to(folder).parts) # runs: the drawn world, kept for the next command
 
 
+def one_sentence(words, capsys):
+    """Runs a command that must be refused; what it said."""
+    try: status = main(shlex.split(words))
+    except SystemExit as left: status = left.code
+    said = capsys.readouterr()
+    lines = [line for line in said.err.replace('\r', '\n').splitlines() if line.startswith('rsstudy: ')]
+    assert status == 2 and len(lines) == 1, said.err
+    assert said.err.rstrip().endswith(lines[0]) and 'Traceback' not in said.err and said.out == '', said
+    return lines[0].removeprefix('rsstudy: ')
+
+
 @pytest.mark.parametrize('row', ERRORS, ids=[' '.join(row.replace('|', ' ').split())[:70] for row in ERRORS])
 def test_user_error_is_one_sentence(place, row, monkeypatch, capsys):
     words, sentence, *name = (part.strip() for part in row.split(' | '))
@@ -169,15 +182,26 @@ def test_user_error_is_one_sentence(place, row, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     before = listing(place)
-    with world(*name or ['']):
-        try: status = main(shlex.split(words))
-        except SystemExit as left: status = left.code
-    said = capsys.readouterr()
-    lines = [line for line in said.err.replace('\r', '\n').splitlines() if line.startswith('rsstudy: ')]
-    assert status == 2 and len(lines) == 1, said.err
-    assert lines[0].startswith(f'rsstudy: {sentence.replace("PLACE", str(place))}'), lines[0]
-    assert said.err.rstrip().endswith(lines[0]) and 'Traceback' not in said.err and said.out == '', said
+    with world(*name or ['']): said = one_sentence(words, capsys)
+    assert said.startswith(sentence.replace('PLACE', str(place))), said
     assert listing(place) == before
+
+
+@pytest.mark.parametrize('text, sentence', [
+    (b'rank = 4\n[nano]\n', "PLACE/settings.ini line 1: 'rank = 4' stands before the first section"),
+    (b'[nano]\nrank = 4\nrank = 8\n', "PLACE/settings.ini line 3: setting 'rank' is given twice in section [nano]"),
+    (b'[nano]\n[nano]\n', 'PLACE/settings.ini line 2: section [nano] is there twice'),
+    (b'[nano]\nrank\n', "PLACE/settings.ini line 2: 'rank' is neither SETTING = VALUE nor [SECTION]"),
+    (b'[nano]\nrank = 4\xff\n', 'PLACE/settings.ini is not text in UTF-8'),
+    (b'', "unknown profile 'nano': settings.ini has none"),
+    (b'[nano]\nrank = 4\n', "setting 'data' is missing in section [nano]"),
+    (b'[DEFAULT]\nlib_name = x\n[nano]\n', "unknown setting 'lib_name': the settings are"),
+])
+def test_settings_file(tmp_path, text, sentence, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'settings.ini').write_bytes(text)
+    said = one_sentence('run', capsys)
+    assert said.startswith(sentence.replace('PLACE', str(tmp_path))), said
 
 
 def test_debug_shows_the_traceback(place, monkeypatch):
