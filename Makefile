@@ -56,7 +56,6 @@ $(STAMP): $(INPUT)
 	cat $(INPUT) | cksum > $(STAMP)
 
 docs: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@$(BIN)/python docs/build.py
 
 bench: $(STAMP)

@@ -20,9 +20,9 @@ DOCS = ROOT/'docs'
 PROFILES = {'nano': ('study', 'the drawn world'), 'riscm-nano': ('real', 'real images')} # profile -> folder of its chapters, what it ran on
 PRETRAINED = ROOT/'results/paligemma-nano/41_pretrain.ipynb' # the one part that has run and left a figure
 GROUPS = { # the first number of the notebooks in nbs/lib that a group starts with
-    0: 'Settings and results', 2: 'The drawn world', 12: 'Data and files', 20: 'The model, batches, generation', 23: 'Metrics', 31: 'Failures, floors, intervals, tasks',
-    35: 'Before training: plan, guard, rows, features, checkpoints', 40: 'Training and tuning', 45: 'Speed', 49: 'Models by name', 50: 'Attribution',
-    57: 'Faithfulness, and one image explained', 58: 'Comparison, runner, cluster', 62: 'The command line'}
+    0: 'Settings and results', 2: 'The drawn world', 12: 'Data, files, requests', 20: 'The model, batches, generation', 23: 'Metrics', 31: 'Failures, floors, intervals, tasks',
+    35: 'Before training: plan, guard, rows, features, checkpoints', 40: 'Training and tuning', 45: 'Speed', 49: 'From a name to a model', 50: 'Attribution',
+    57: 'Faithfulness, and one image explained', 58: 'Comparing, captioning, sharing, running', 62: 'The command line'}
 
 
 WRITTEN = set() # pages of this build
@@ -67,7 +67,7 @@ class Site:
 
     def linked(self, text:str, page:str) -> str:
         "Markdown with links from names in backticks to their signatures, and from notebooks to their pages."
-        up, own = '../'*page.count('/'), page.partition('/')[2]
+        own = page.partition('/')[2]
         def name(found):
             said, bare = found[0], found[1]
             if bare.startswith('rsstudy.') and bare[8:] in self.modules.values(): return f'{{py:mod}}`{bare}`'
@@ -108,15 +108,18 @@ def figure(profile:str, stem:str, name:str, said:dict, pages:Path, depth:str='..
     return f':::{{figure}} {depth}/figures/{profile}/{stem}_{name}.webp\n:alt: {said["alt"]}\n\n{said["caption"]}\n:::'
 
 
-def outputs(found:list, figures, page:str) -> list: # outputs as the site shows them
-    "Raises `ValueError` for a figure that docs/figures.toml does not describe."
+def outputs(c, figures, page:str) -> list: # a cell's outputs as the site shows them
+    "Raises `ValueError` for a figure that docs/figures.toml does not describe, or has in another place."
     kept = []
-    for output in found:
+    for output in c.outputs:
         data = output.get('data', {})
         if output['output_type'] == 'stream' and output.get('name') == 'stderr': continue # progress bars and libraries' warnings
         if any(kind.startswith('image/') for kind in data):
-            data = {'text/markdown': next(figures, None)}
-            if not data['text/markdown']: raise ValueError(f'{page} shows a figure that docs/figures.toml does not describe')
+            name, text = next(figures, ('', ''))
+            if not name: raise ValueError(f'{page} shows a figure that docs/figures.toml does not describe')
+            named = re.findall(r'run\.figure\(.*["\'](\w+)["\']', c.source)
+            if named and name not in named: raise ValueError(f'{page} shows the figure {named[0]} where docs/figures.toml has {name}')
+            data = {'text/markdown': text}
         elif 'text/html' in data: data = {'text/html': re.sub(r'<style scoped>.*?</style>|border="1" ', '', ''.join(data['text/html']), flags=re.S)}
         kept.append({k: v for k, v in output.items() if k in ('output_type', 'name', 'text', 'execution_count', 'metadata')} | (dict(data=data) if data else {}))
     return kept
@@ -129,8 +132,8 @@ def save(path:Path, cells:list):
 
 
 def described(stem:str, profile:str, pages:Path):
-    "The figures of a notebook in their order, each as Markdown."
-    for name, said in FIGURES.get(stem, {}).items(): yield figure(profile, stem, name, said, pages)
+    "The figures of a notebook in their order: name and Markdown."
+    for name, said in FIGURES.get(stem, {}).items(): yield name, figure(profile, stem, name, said, pages)
 
 
 def fold(c, found:list) -> str: # what stands on the line that opens a cell of a chapter; empty for one that stays open
@@ -163,7 +166,7 @@ def chapter(stem:str, profile:str, site:Site, pages:Path):
                     + f'\n\nAs it ran on {world}; [the same chapter on {other_world}](/{other}/{stem}.ipynb). Its definitions are in {{py:mod}}`rsstudy.{site.modules[stem]}`. [Open in Colab]({colab(stem)}).'
             cells.append(cell('markdown', source))
         elif c.cell_type == 'code' and not api.only_imports(c.source):
-            found = outputs(c.outputs, figures, page)
+            found = outputs(c, figures, page)
             cells.append(cell('code', c.source, found, fold(c, found)))
     if left := list(figures): raise ValueError(f'docs/figures.toml describes {len(left)} figures more than results/{profile}/{stem}.ipynb shows')
     save(pages/f'{page}.ipynb', cells)
@@ -179,7 +182,7 @@ def module(stem:str, site:Site, pages:Path):
         if c.cell_type == 'markdown':
             if not cells:
                 where = f'Written in `nbs/{"" if chapter else "lib/"}{stem}.ipynb`' + (f', which [runs as a chapter of the study](/study/{stem}.ipynb).' if chapter else '.')
-                head, _, rest = c.source.partition('\n')
+                head, _, rest = re.sub(r'^# \d\d ', '# ', c.source).partition('\n')
                 defined = ', '.join(f'{{py:obj}}`{n} <rsstudy.{name}.{n}>`' for c in site.cells[stem] if 'export' in c.directives_ for n in api.names(c.source) if '.' not in n)
                 cells.append(cell('markdown', f'{head}\n\n:::{{py:module}} rsstudy.{name}\n:::\n\n`rsstudy.{name}`: {defined}\n{link(rest)}\n\n{where}'))
             elif not chapter: cells.append(cell('markdown', link(c.source)))
@@ -187,7 +190,7 @@ def module(stem:str, site:Site, pages:Path):
             if text := api.document(c.source, link): cells.append(cell('markdown', text))
             if not api.only_imports(c.source): cells.append(cell('code', c.source, folded='Source'))
         elif c.cell_type == 'code' and not chapter and not api.only_imports(c.source):
-            cells.append(cell('code', c.source, outputs(c.outputs, figures, page)))
+            cells.append(cell('code', c.source, outputs(c, figures, page)))
     if left := list(figures): raise ValueError(f'docs/figures.toml describes {len(left)} figures more than {PRETRAINED.name} shows')
     save(pages/f'{page}.ipynb', cells)
 
@@ -245,7 +248,7 @@ def thin(site:Path, pages:Path):
         page.write_text(re.sub(r'<span class="(?:n|o|p|w|pre)">([^<]*)</span>', r'\1', text), encoding='utf-8')
 
 
-def toctree(folder:str, site:Site, pages:Path) -> str:
+def toctree(folder:str, site:Site) -> str: # of a profile's chapters, MyST Markdown
     return '\n'.join(['```{toctree}', f':caption: The study, on {next(w for f, w in PROFILES.values() if f == folder)}', ':hidden:', '',
         *(f'{title(stem, site)} <{folder}/{stem}>' for stem in site.notebooks if site.is_chapter(stem)), '```'])
 
@@ -261,17 +264,18 @@ def pages_of(out:Path) -> Path: # The folder that Sphinx reads
     write(pages/'commands.md', commands())
     for profile, (folder, _) in PROFILES.items():
         write(pages/f'results_{profile}.txt', results(profile, pages))
-        write(pages/f'chapters_{folder}.txt', toctree(folder, site, pages))
+        write(pages/f'chapters_{folder}.txt', toctree(folder, site))
     for page in [*DOCS.glob('*.md'), *DOCS.glob('howto/*.md')]:
         name = page.relative_to(DOCS)
-        write(pages/name, page.read_text(encoding='utf-8').replace('https://github.com/rsstudy/rsstudy', REPOSITORY))
+        write(pages/name, page.read_text(encoding='utf-8').replace(ADDRESS, REPOSITORY))
     for other in (DOCS/'conf.py', ROOT/'CITATION.cff', *(DOCS/'static').iterdir()):
-        write(pages/(other.name if other.parent in (DOCS, ROOT) else f'static/{other.name}'), other.read_text(encoding='utf-8'))
+        write(pages/(other.name if other.parent in (DOCS, ROOT) else f'static/{other.name}'), other.read_text(encoding='utf-8').replace(ADDRESS, REPOSITORY))
     for page in pages.rglob('*.*'):
         if page.suffix in ('.md', '.ipynb') and page not in WRITTEN: page.unlink() # of a notebook that is gone
     return pages
 
 
+ADDRESS = 'https://github.com/rsstudy/rsstudy' # stands in the pages for the one that pyproject.toml names
 REPOSITORY = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']['Repository']
 FIGURES = tomllib.loads((DOCS/'figures.toml').read_text(encoding='utf-8'))
 

@@ -138,12 +138,13 @@ class Captioned:
         n, lines = self.counts, []
         lines.append(f'{n["captions"]:,} caption{"s" * (n["captions"] != 1)} in {self.out}' + (', written before: --force captions again' if self.before else ''))
         words = dict(unreadable='could not be read', left_out='left out, with too little valid data', no_heat_map='without a heat map')
-        if parts := [f'{n[k]:,} {say}' for k, say in words.items() if n[k]]:
+        printable = lambda text: ''.join(c if c.isprintable() else '?' for c in text) # a file's name may hold anything
+        if (parts := [f'{n[k]:,} {say}' for k, say in words.items() if n[k]]) and self.failed.is_file():
             lines.append('; '.join(parts) + f': see {self.failed}')
             with open(self.failed, encoding='utf-8') as file:
                 rows = (row for row in map(json.loads, file) if 'left_out' not in row)
                 shown = [row for _, row in zip(range(most), rows)]
-            lines += [f'  {row["image"]}: {row.get("unreadable") or row["no_heat_map"]}' for row in shown]
+            lines += [printable(f'  {row["image"]}: {row.get("unreadable") or row["no_heat_map"]}') for row in shown]
             if (more := n['unreadable'] + n['no_heat_map'] - len(shown)) > 0: lines.append(f'  and {more:,} more')
         return '\n'.join(lines)
 
@@ -221,6 +222,7 @@ def caption_paths(
     with locked(target.part), _quiet():
         try:
             if force: target.remove()
+            else: target.check(asked) # another run may have ended meanwhile
             target.begin(asked)
             if not target.jobs.is_file():
                 with bar(desc='listing', unit='image') as listing: write_jobs(target.jobs, find_images(paths), lambda name, place: views(name, place, wanted), listing.update)

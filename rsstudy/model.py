@@ -138,10 +138,11 @@ def load_base(
     """The profile's base model and its processor. Raises `OSError` with what to do where gated weights cannot be had."""
     check_base(P.base_model)
     source = NANO if P.base_model == NANO_NAME else P.base_model
+    here = Path(source).is_dir() or not hub_reachable() # asked only for what may be fetched
     try:
-        processor = PaliGemmaProcessor.from_pretrained(source, local_files_only=not hub_reachable())
+        processor = PaliGemmaProcessor.from_pretrained(source, local_files_only=here)
         model = PaliGemmaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, local_files_only=not hub_reachable(), **kwargs)
+            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, local_files_only=here, **kwargs)
     except (OSError, ValueError, SafetensorError) as error: # parts missing or broken
         raise OSError(f"base model '{P.base_model}' cannot be loaded: its files are incomplete or broken, fetch or copy them again ({type(error).__name__}: {str(error).strip().splitlines()[0]:.200})") from error
     if 'quantization_config' not in kwargs: model = model.to(pick_device())

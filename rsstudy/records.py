@@ -136,7 +136,7 @@ class Writer:
         self.state = state | dict(sizes=[file.tell() for file in self.files])
 
     def _full(self, error):
-        if error.errno != errno.ENOSPC: return error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT): return error
         return OSError(errno.ENOSPC, f'no space left on the disk for {self.target.out}: {self.state["captions"]:,} captions are safe, make room and give the same command again')
 
     def finish(self,

@@ -199,7 +199,7 @@ def _run_folder(P, run):
     elif not (folder/'adapter.safetensors').is_file():
         name, _, seed = folder.name.rpartition('-seed')
         there = sorted(p.parent.name for p in folder.parent.glob(f'{name}-seed*/adapter.safetensors'))
-        raise FileNotFoundError(f"'{name}' with seed {seed} has not been tuned under the profile {P.name}" + (f' ({", ".join(there)} has)' if there else '') + f': `rsstudy tune {name} --profile {P.name}` does that')
+        raise FileNotFoundError(f"'{name}' with seed {seed} has not been tuned under the profile {P.name}" + (f' (there are {", ".join(there)})' if there else '') + f': `rsstudy tune {name} --profile {P.name}` does that')
     profile = folder.resolve().parent.parent.name
     if folder.resolve().parent.name == 'weights' and profile in profile_names() and profile != P.name:
         raise ValueError(f'{folder} was tuned under the profile {profile}, not {P.name}: leave --profile out, or give that')

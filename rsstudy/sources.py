@@ -64,7 +64,8 @@ def _walk(folder, shown, followed):
             elif os.path.splitext(entry.name)[1].lower() in SUFFIXES | {'.zip'}: yield name, entry.path
 
 def _members(path, shown):
-    try: names = zipfile.ZipFile(path).namelist()
+    try:
+        with zipfile.ZipFile(path) as archive: names = archive.namelist()
     except (zipfile.BadZipFile, OSError) as error: raise ValueError(f'{shown} is no zip archive that can be read: {error}') from None
     for name in names:
         hidden = any(part.startswith('.') and part != '..' or part == '__MACOSX' for part in name.split('/'))

@@ -6,7 +6,7 @@
 __all__ = ['TILE', 'LARGE', 'TIFF', 'Wanted', 'views', 'Item', 'read_item', 'resizer']
 
 # %% ../nbs/lib/58_views.ipynb #cell-002
-import dataclasses, io, os, threading
+import dataclasses, io, threading
 from collections.abc import Callable
 import numpy as np
 from PIL import Image
@@ -52,11 +52,17 @@ def _header(place):
     try: return Image.open(io.BytesIO(member_bytes(place)) if place.member else place.path)
     except Exception: return None # reading it will say what is wrong
 
+def _start(place):
+    "The first four bytes of a file; none where it cannot be read."
+    try:
+        if place.member: return member_bytes(place)[:4]
+        with open(place.path, 'rb') as file: return file.read(4)
+    except (OSError, ValueError): return b''
+
 def _without_rasterio(name, place):
     "Raises `RuntimeError` for a TIFF that Pillow cannot show."
     with (_header(place) or Image.new('1', (1, 1))) as image:
-        start = (member_bytes(place) if place.member else open(place.path, 'rb').read(4))[:4] if os.path.isfile(place.path) else b''
-        tiff = start in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+        tiff = _start(place) in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
         if tiff and (getattr(image, 'format', None) != 'TIFF' or any(';16' in str(t[3]) for t in image.tile) and image.mode[0] not in 'IF'): raise RuntimeError(f'{name}: {NEEDED}')
         if tiff and 34735 in image.tag_v2: announce('rasterio', f"it is not installed, so the captions of GeoTIFFs get no footprint, and their values are shown as they are: pip install 'rsstudy[geo]' ({name})")
 
@@ -116,7 +122,7 @@ def read_item(
         try:
             if not raster: image = _cut(job.place, wanted.percentiles, job.window) if job.window else _photo(job.place, wanted.percentiles)
         except DeepColour:
-            if job.window or job.place.suffix not in (*TIFF, '.png') or not has_rasterio(): raise
+            if job.place.suffix not in (*TIFF, '.png') or not has_rasterio(): raise
             raster = True
         if not raster: return Item(job, resize(image), image.size)
         view = read_raster(job.place, chosen_bands(raster_facts(job.place), 'it', wanted.bands), wanted.percentiles, job.window)

@@ -113,7 +113,7 @@ def opened(browser, address, **options):
     page.on('console', lambda m: said.append(m.text))
     page.on('pageerror', lambda e: said.append(str(e)))
     page.on('request', lambda r: r.url.startswith((address, 'data:')) or said.append(f'asked {r.url}'))
-    page.on('response', lambda r: r.ok or said.append(f'{r.status} for {r.url}'))
+    page.on('response', lambda r: r.status < 400 or said.append(f'{r.status} for {r.url}'))
     return page, said
 
 
@@ -212,5 +212,7 @@ def test_a_figure_without_a_description_stops_the_build(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT/'docs'))
     import build
     from nbformat import NotebookNode
-    shown = [NotebookNode(output_type='display_data', data={'image/png': ''}, metadata={})]
-    with pytest.raises(ValueError, match='figures.toml'): build.outputs(shown, iter(()), 'study/01_eda')
+    cell = NotebookNode(source="run.figure(figure, 'mine')", outputs=[NotebookNode(output_type='display_data', data={'image/png': ''}, metadata={})])
+    with pytest.raises(ValueError, match='does not describe'): build.outputs(cell, iter(()), 'study/01_eda')
+    with pytest.raises(ValueError, match='shows the figure mine where docs/figures.toml has yours'): build.outputs(cell, iter([('yours', '')]), 'study/01_eda')
+    assert build.outputs(cell, iter([('mine', 'text')]), 'study/01_eda')[0]['data'] == {'text/markdown': 'text'}

@@ -201,7 +201,7 @@ def tuned(P, tmp_path, runs):
     (dict(run='none'), ValueError, "unknown run 'none'"),
     (dict(run='runs/nano/weights/magic-seed0'), FileNotFoundError, 'there is no folder runs/nano/weights/magic-seed0 to export'),
     (dict(run='lora'), FileNotFoundError, "'lora' with seed 0 has not been tuned under the profile nano: `rsstudy tune lora --profile nano` does that"),
-    (dict(run='prompt'), FileNotFoundError, "'prompt' with seed 0 has not been tuned under the profile nano (prompt-seed3 has)"),
+    (dict(run='prompt'), FileNotFoundError, "'prompt' with seed 0 has not been tuned under the profile nano (there are prompt-seed3)"),
     (dict(run='adapter-seed3', merge=True), ValueError, "'adapter' cannot be merged: a bottleneck adapter is no sum of weights"),
     (dict(run='prompt-seed3', push='anna/my model'), ValueError, "--push 'anna/my model' is no name of a repository"),
     (dict(run='prompt-seed3', out='FULL'), FileExistsError, 'is not empty and holds more than an earlier export: give another folder, or --force'),

@@ -54,6 +54,20 @@ def place(tmp_path_factory):
     for name, config in dict(llama='{"model_type": "llama"}', scrap='{', bare='{"model_type": "paligemma"}').items():
         (place/name).mkdir()
         (place/name/'config.json').write_text(config)
+    from rsstudy.methods import methods
+    from rsstudy.settings import load_profile
+    from rsstudy.tuning import attach, save_tuned
+    P = load_profile('nano')
+    for run in ('prompt-seed3', 'adapter-seed0'):
+        method = methods(P)[run.split('-')[0]]
+        save_tuned(attach(P, method), method, place/'runs/nano/weights'/run, base=P.base_model)
+    damaged = place/'runs/nano/weights/prompt-seed5'
+    shutil.copytree(place/'runs/nano/weights/prompt-seed3', damaged)
+    with open(damaged/'adapter.safetensors', 'r+b') as file: file.truncate(100)
+    other = place/'runs/nano/weights/prompt-seed6'
+    shutil.copytree(place/'runs/nano/weights/prompt-seed3', other)
+    facts = json.loads((other/'method.json').read_text())
+    (other/'method.json').write_text(json.dumps(facts | dict(base_version='0123')))
     return place
 
 
@@ -126,6 +140,13 @@ tune qlora --set lora_init=pissa {TINY}                        | method 'qlora':
 tune lora --set lora_init=olora --set rank=64 {TINY}           | lora_init 'olora' allows a rank of at most 32
 table                                                          | PLACE/results/nano/07_comparison.json is missing: make it with `rsstudy run --profile nano --only 07_comparison`
 table --style word                                             | argument --style: invalid choice: 'word'
+serve                                                          | the page needs Gradio, which is not installed: pip install 'rsstudy[serve]' | without gradio
+serve --port 0                                                 | --port must be from 1 to 65535, got 0
+serve --host 192.0.2.1                                         | --host 192.0.2.1 is no name or address of an interface of this machine
+serve --max-mb 0                                               | --max-mb must be above 0 and at most 1000, got 0
+serve --model lora --seed 7                                    | the model 'lora' with seed 7 has not been tuned under the profile nano
+serve --model loar                                             | there is no model 'loar': give none, lora
+serve --model no_rows                                          | no_rows holds no model: it needs method.json
 notebooks .                                                    | settings.ini is there already and nothing was copied: name another folder
 notebooks text.png                                             | text.png is a file: name a folder for the notebooks
 bench train --rounds 0                                         | --rounds must be at least 1, got 0
@@ -139,6 +160,22 @@ explain photo.png --caption "a lake" --words river             | 'river' is not 
 explain photo.png --out text.png                               | --out text.png: text.png is no folder
 explain photo.png --model lora                                 | the model 'lora' with seed 0 has not been tuned under the profile nano: `rsstudy tune lora --profile nano`
 explain photo.png --model lroa                                 | unknown model 'lroa': give none, lora
+export magic                                                   | unknown run 'magic': give a folder of tuned weights such as
+export runs/nano/weights/magic-seed0                           | there is no folder runs/nano/weights/magic-seed0 to export
+export lora                                                    | 'lora' with seed 0 has not been tuned under the profile nano: `rsstudy tune lora --profile nano`
+export prompt                                                  | 'prompt' with seed 0 has not been tuned under the profile nano (there are prompt-seed3, prompt-seed5, prompt-seed6)
+export adapter --merge                                         | 'adapter' cannot be merged: a bottleneck adapter is no sum of weights
+export prompt-seed3 --out no_rows                              | --out no_rows is not empty and holds more than an earlier export
+export prompt-seed3 --out text.png/x                           | --out text.png/x: text.png is a file
+export prompt-seed3 --out .                                    | --out . holds the run or the current folder
+export runs/nano/weights/prompt-seed3 --profile riscm-nano     | runs/nano/weights/prompt-seed3 was tuned under the profile nano, not riscm-nano
+export prompt-seed3 --push "a/b c"                             | --push 'a/b c' is no name of a repository
+export prompt-seed3 --private                                  | --private says how a repository on the hub is made: it needs --push
+export prompt-seed5                                            | the weights in PLACE/runs/nano/weights/prompt-seed5 are damaged
+explain photo.png --model prompt --seed 6                      | the weights in PLACE/runs/nano/weights/prompt-seed6 were tuned on version 0123 of 'paligemma-nano', which is now
+explain photo.png --model a/b/c                                | there is no folder a/b/c
+explain photo.png --model no_rows                              | no_rows holds no model: it needs method.json
+explain photo.png --model text.png                             | text.png is a file: give the folder that holds the model
 score no.jsonl --references people.jsonl                       | no.jsonl is missing
 score bad.jsonl --references people.jsonl                      | bad.jsonl line 2: not JSON
 score good.jsonl --references others.jsonl                     | good.jsonl line 1: image 'a.jpg' is not among the 1 images of the references
