@@ -2,7 +2,7 @@
 
     python docs/build.py [--out FOLDER]      FOLDER/html holds the site, static files that can be put anywhere; docs/_build by default
 
-The chapters are taken as they ran, from results/<profile>/; the parts from nbs/lib, their exported cells turned into signatures (docs/api.py).
+The chapters are taken as they ran, from results/<profile>/; the parts from nbs/lib, their exported cells turned into signatures (docs/signatures.py).
 A warning of Sphinx's is an error, and so is a figure that docs/figures.toml does not describe.
 """
 import argparse, os, re, subprocess, sys, tomllib
@@ -13,7 +13,7 @@ from nbdev.process import NBProcessor
 from nbdev.processors import clean_magics, hide_, hide_line, rm_header_dash, strip_ansi
 from PIL import Image
 
-import api
+import signatures
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT/'docs'
@@ -57,7 +57,7 @@ class Site:
         self.cells = {stem: read(p) for stem, p in self.notebooks.items()}
         self.modules = {stem: next(c.directives_['default_exp'] for c in cells if 'default_exp' in c.directives_) for stem, cells in self.cells.items()}
         self.pages = {stem: f'study/{stem}' if self.is_chapter(stem) else f'api/{self.modules[stem]}' for stem in self.notebooks}
-        self.names = {f'rsstudy.{self.modules[stem]}.{name}' for stem, cells in self.cells.items() for c in cells if 'export' in c.directives_ for name in api.names(c.source)}
+        self.names = {f'rsstudy.{self.modules[stem]}.{name}' for stem, cells in self.cells.items() for c in cells if 'export' in c.directives_ for name in signatures.names(c.source)}
         self.owners = {} # a name without its module -> the modules that define it
         for full in self.names:
             for stem, module in self.modules.items():
@@ -139,7 +139,7 @@ def described(stem:str, profile:str, pages:Path):
 def fold(c, found:list) -> str: # what stands on the line that opens a cell of a chapter; empty for one that stays open
     "A cell with a result is shown; definitions, settings and tests are folded."
     if found: return ''
-    if 'export' in c.directives_: return 'Code of ' + ', '.join(api.names(c.source)) if api.names(c.source) else 'Code'
+    if 'export' in c.directives_: return 'Code of ' + ', '.join(signatures.names(c.source)) if signatures.names(c.source) else 'Code'
     for tag, said in (('injected-parameters', 'Settings of this run'), ('parameters', 'Settings')):
         if tag in c.metadata.get('tags', []): return said
     return 'Tests' if re.search(r'^(assert|test_|with expect_fail)', c.source, re.M) else 'Code'
@@ -165,7 +165,7 @@ def chapter(stem:str, profile:str, site:Site, pages:Path):
                 source = f'# {title(stem, site)}' + (f', {world}' if folder == 'real' else '') + '\n' + source.partition('\n')[2] \
                     + f'\n\nAs it ran on {world}; [the same chapter on {other_world}](/{other}/{stem}.ipynb). Its definitions are in {{py:mod}}`rsstudy.{site.modules[stem]}`. [Open in Colab]({colab(stem)}).'
             cells.append(cell('markdown', source))
-        elif c.cell_type == 'code' and not api.only_imports(c.source):
+        elif c.cell_type == 'code' and not signatures.only_imports(c.source):
             found = outputs(c, figures, page)
             cells.append(cell('code', c.source, found, fold(c, found)))
     if left := list(figures): raise ValueError(f'docs/figures.toml describes {len(left)} figures more than results/{profile}/{stem}.ipynb shows')
@@ -183,13 +183,13 @@ def module(stem:str, site:Site, pages:Path):
             if not cells:
                 where = f'Written in `nbs/{"" if chapter else "lib/"}{stem}.ipynb`' + (f', which [runs as a chapter of the study](/study/{stem}.ipynb).' if chapter else '.')
                 head, _, rest = re.sub(r'^# \d\d ', '# ', c.source).partition('\n')
-                defined = ', '.join(f'{{py:obj}}`{n} <rsstudy.{name}.{n}>`' for c in site.cells[stem] if 'export' in c.directives_ for n in api.names(c.source) if '.' not in n)
+                defined = ', '.join(f'{{py:obj}}`{n} <rsstudy.{name}.{n}>`' for c in site.cells[stem] if 'export' in c.directives_ for n in signatures.names(c.source) if '.' not in n)
                 cells.append(cell('markdown', f'{head}\n\n:::{{py:module}} rsstudy.{name}\n:::\n\n`rsstudy.{name}`: {defined}\n{link(rest)}\n\n{where}'))
             elif not chapter: cells.append(cell('markdown', link(c.source)))
         elif c.cell_type == 'code' and 'export' in c.directives_:
-            if text := api.document(c.source, link): cells.append(cell('markdown', text))
-            if not api.only_imports(c.source): cells.append(cell('code', c.source, folded='Source'))
-        elif c.cell_type == 'code' and not chapter and not api.only_imports(c.source):
+            if text := signatures.document(c.source, link): cells.append(cell('markdown', text))
+            if not signatures.only_imports(c.source): cells.append(cell('code', c.source, folded='Source'))
+        elif c.cell_type == 'code' and not chapter and not signatures.only_imports(c.source):
             cells.append(cell('code', c.source, outputs(c, figures, page)))
     if left := list(figures): raise ValueError(f'docs/figures.toml describes {len(left)} figures more than {PRETRAINED.name} shows')
     save(pages/f'{page}.ipynb', cells)

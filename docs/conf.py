@@ -13,7 +13,7 @@ exclude_patterns = ['*.txt']
 
 html_theme = 'furo'
 html_static_path = ['static']
-html_css_files = ['rsstudy.css']
+html_css_files, html_js_files = ['rsstudy.css'], ['search.js']
 html_favicon = 'static/favicon.svg'
 html_copy_source = html_show_sourcelink = False # the pages are written from notebooks: their Markdown is nobody's source
 html_domain_indices = False # the package's own page lists the modules

@@ -151,9 +151,11 @@ def test_text_can_be_read(browser, address, scheme):
     assert not said
 
 
-def test_search_finds(browser, address):
-    page, said = opened(browser, address)
-    page.goto(address + 'index.html')
+@pytest.mark.parametrize('place', ['server', 'disk'])
+def test_search_finds(browser, site, address, place):
+    start = address if place == 'server' else site.as_uri() + '/'
+    page, said = opened(browser, start)
+    page.goto(start + 'index.html')
     page.fill('input[name=q]', 'PixelSHAP')
     page.press('input[name=q]', 'Enter')
     page.wait_for_selector('#search-results li a')
@@ -199,19 +201,21 @@ def test_commands_of_the_page_are_in_the_grammar(page):
 
 def test_a_cell_becomes_a_signature(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT/'docs'))
-    import api
+    import signatures
     source = 'LIMIT = 3 # metres\n\ndef far(\n    x:float, # Metres | from `here`\n    *, near:bool=False,\n) -> bool: # Beyond?\n    "Whether it is far."\n    return x > LIMIT\n\ndef _hidden(): pass\n'
-    text = api.document(source)
+    text = signatures.document(source)
     assert '{py:data} LIMIT\n:value: 3' in text and '{py:function} far(x: float, *, near: bool=False) -> bool' in text
     assert '| `x` | Metres \\| from `here` |' in text and '| `returns` | Beyond? |' in text and '_hidden' not in text and '`near`' not in text
-    assert api.names('class A:\n    def b(self): pass\n    def _c(self): pass\n') == ['A', 'A.b']
+    assert signatures.names('class A:\n    def b(self): pass\n    def _c(self): pass\n') == ['A', 'A.b']
 
 
 def test_a_figure_without_a_description_stops_the_build(monkeypatch):
     pytest.importorskip('nbdev', reason="building the site needs nbdev: pip install 'rsstudy[dev]'")
     monkeypatch.syspath_prepend(str(ROOT/'docs'))
-    import build
     from nbformat import NotebookNode
+    spec = importlib.util.spec_from_file_location('docs_build', ROOT/'docs/build.py') # `build` is a package of that name, too
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
     cell = NotebookNode(source="run.figure(figure, 'mine')", outputs=[NotebookNode(output_type='display_data', data={'image/png': ''}, metadata={})])
     with pytest.raises(ValueError, match='does not describe'): build.outputs(cell, iter(()), 'study/01_eda')
     with pytest.raises(ValueError, match='shows the figure mine where docs/figures.toml has yours'): build.outputs(cell, iter([('yours', '')]), 'study/01_eda')
