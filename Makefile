@@ -61,6 +61,7 @@ docs: $(STAMP)
 bench: $(STAMP)
 	@$(BIN)/rsstudy bench train --profile $(PROFILE) $(ARGS)
 	@$(BIN)/rsstudy bench generate --profile $(PROFILE) $(ARGS)
+	@$(BIN)/rsstudy bench caption --profile $(PROFILE) $(ARGS)
 	@$(BIN)/rsstudy bench xai --profile $(PROFILE) $(ARGS)
 
 # Without an environment the interpreter that is there must do: setting one up takes longer than the benchmark.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate.utils.memory import should_reduce_batch_size
-from PIL import Image, ImageOps
+from PIL import Image
 
 from .attribution.controls import random_map
 from .attribution.explainers import explain, known_methods
@@ -27,27 +27,18 @@ from .attribution.target import CaptionTarget, Scorer, caption_scorer, caption_t
 from .captioners import load_captioner
 from .faithfulness import area, removal_curves
 from .generate import Captioner, generate_captions
-from .imagefiles import MAX_PIXELS
+from .imagefiles import read_pixels
 from .runs import announce
 from .settings import Profile, load_profile
 
 # %% ../nbs/lib/57_explain.ipynb #cell-005
 def read_image(
     path:str|Path, # File
-) -> Image.Image: # RGB, upright
+) -> Image.Image: # RGB, upright; values of more than 8 bits stretched as for `rsstudy caption`
     "Reads an image. Raises `FileNotFoundError`, or `ValueError` saying what is wrong with the file."
-    import warnings
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"image {path} does not exist")
-    if not path.is_file(): raise ValueError(f"image {path} is no file")
-    try:
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning): image = Image.open(path)
-        with image:
-            if image.width * image.height > MAX_PIXELS: raise Image.DecompressionBombError
-            if image.mode[0] in "IF": raise ValueError(f"image {path} has pixels of kind {image.mode}: give one with 8 bits a channel, stretched as you want it seen")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Image.DecompressionBombError: raise ValueError(f"image {path} is too large: {MAX_PIXELS:,} pixels are allowed") from None
-    except (OSError, SyntaxError, EOFError) as error: raise ValueError(f"image {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not Path(path).exists(): raise FileNotFoundError(f"image {path} does not exist")
+    if not Path(path).is_file(): raise ValueError(f"image {path} is no file")
+    return read_pixels(path, f"image {path}")
 
 # %% ../nbs/lib/57_explain.ipynb #cell-008
 MOST = 60 # pieces of one caption: each adds a backward pass to some methods and twice 8 images a method to the check

@@ -96,8 +96,7 @@ def hub_reachable() -> bool: # Can the hub's name be resolved?
 # %% ../nbs/lib/01_runs.ipynb #cell-017
 # Files and folders of the package that change no result of the study: those that run or measure it, and those that serve people who use the package
 RUNNER = ('_modidx.py', 'request.py', 'execute.py', 'study.py', 'notebooks.py', 'ray_engine.py', 'cli.py', 'commands/', 'doctor.py', 'bench.py', 'recipes.py', 'flops.py', 'synthetic.py',
-    'attribution/bench', 'explain.py', 'attribution/look.py', 'attribution/page.py', 'attribution/prompt.py', 'captioners.py', 'captioning.py', 'sources.py', 'rasters.py', 'records.py',
-    'heatmaps.py', 'views.py', 'ray_captions.py', 'share.py', 'card.py', 'serve.py', 'serving.py')
+    'attribution/bench', 'explain.py', 'attribution/look.py', 'attribution/page.py', 'attribution/prompt.py', 'captioners.py', 'imagery/', 'sharing/')
 
 def main_process() -> bool:
     "Of the processes that `accelerate launch` may have started, is this the one that writes and shows bars?"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsstudy.captioning import caption_paths
+from rsstudy.imagery.captioning import caption_paths
 from rsstudy.captionfiles import read_predictions
 from rsstudy.cli import main
 from rsstudy.generate import Captioner
@@ -65,7 +65,7 @@ def test_command(photos, whole, tmp_path, capsys):
 
 
 SLOW = """
-import sys, time, rsstudy.captioning as c
+import sys, time, rsstudy.imagery.captioning as c
 real = c.caption_block
 def slow(*args):
     time.sleep(.3)
@@ -153,7 +153,7 @@ def test_without_rasterio(photos, tmp_path, captioner, monkeypatch):
     with rasterio.open(tmp_path / "eight.tif", "w", driver="GTiff", width=300, height=200, count=3, dtype="uint8", crs="EPSG:32633", transform=rasterio.transform.from_origin(5e5, 5e6, 1, 1)) as file:
         file.write(np.random.default_rng(0).integers(0, 255, (3, 200, 300), dtype=np.uint8))
     scene(tmp_path / "deep.tif", 100)
-    for module in ("rsstudy.rasters", "rsstudy.views"): monkeypatch.setattr(f"{module}.has_rasterio", lambda: False)
+    for module in ("rsstudy.imagery.rasters", "rsstudy.imagery.views"): monkeypatch.setattr(f"{module}.has_rasterio", lambda: False)
     with pytest.warns(UserWarning, match="get no footprint"): done = caption_paths([tmp_path / "eight.tif", photos / "04.tif"], tmp_path / "c.jsonl", captioner, progress=False)
     assert done.counts["captions"] == 2
     with pytest.raises(RuntimeError, match=r"deep.tif: GeoTIFFs need rasterio, which is not installed: pip install 'rsstudy\[geo\]'"): caption_paths(tmp_path / "deep.tif", tmp_path / "d.jsonl", captioner, progress=False)
@@ -190,7 +190,7 @@ def test_bad_request_is_one_sentence(photos, tmp_path, capsys, monkeypatch, word
     (tmp_path / "folder.csv").mkdir()
     for name in ("mine.csv", "broken.zip"): (tmp_path / name).write_text("mine")
     if "SCENE" in words: scene(tmp_path / "scene.tif", 100)
-    monkeypatch.setattr("rsstudy.captioning.run_local", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rsstudy.imagery.captioning.run_local", lambda *a, **k: pytest.fail("the model was loaded"))
     names = dict(PHOTOS=str(photos), EMPTY="empty", FOLDER="folder", MINE="mine", BROKEN="broken", SCENE="scene.tif")
     status = main(["caption", *(next((w.replace(k, v) for k, v in names.items() if k in w), w) for w in words)])
     error = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line and not line.startswith("listing")]

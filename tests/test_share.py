@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 
 import rsstudy.captioners
-import rsstudy.share
+import rsstudy.sharing.export
 from rsstudy.adapter import Adapted, Bottleneck
 from rsstudy.captioners import load_captioner, method_of
 from rsstudy.commands import export
 from rsstudy.generate import generate_captions
 from rsstudy.settings import load_profile
-from rsstudy.share import add_adapters, export_run
+from rsstudy.sharing.export import add_adapters, export_run
 from rsstudy.tuning import attach, save_tuned, tuned_folder
 
 # run -> its method, its settings; and what is exported: the run, --merge
@@ -148,7 +148,7 @@ def test_what_an_export_holds(exports, root):
         assert {'adapter_config.json', 'adapter_model.safetensors'} <= files or form != 'peft'
         for file in files:
             content = (folder/file).read_bytes()
-            for machine in (str(root), str(Path(rsstudy.share.__file__).parent), str(Path.home()) + '/', '/tmp/'): assert machine.encode() not in content, f'{name}: {file} names {machine}'
+            for machine in (str(root), str(Path(rsstudy.sharing.export.__file__).parent), str(Path.home()) + '/', '/tmp/'): assert machine.encode() not in content, f'{name}: {file} names {machine}'
             assert (folder/file).stat().st_mode & 0o444 == 0o444 & ~_umask(), f'{name}: {file} cannot be read by others'
     assert not [p for p in (root/'exports').iterdir() if p.name.startswith('.')]
 
@@ -251,9 +251,9 @@ def test_full_disk_and_broken_export_leave_the_earlier_one(tuned, tmp_path, monk
     folder = export_run(tuned, 'prompt-seed3', tmp_path/'out')
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device')
-    monkeypatch.setattr(rsstudy.share, '_copy_base', full)
+    monkeypatch.setattr(rsstudy.sharing.export, '_copy_base', full)
     with pytest.raises(OSError, match=r'the disk of .* is full'): export_run(tuned, 'prompt-seed3', folder)
-    monkeypatch.setattr(rsstudy.share, '_copy_base', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(rsstudy.sharing.export, '_copy_base', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): export_run(tuned, 'prompt-seed3', folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'runs']
@@ -274,7 +274,7 @@ class Hub:
 def hub(monkeypatch):
     monkeypatch.setattr('huggingface_hub.HfApi', Hub)
     monkeypatch.setattr('huggingface_hub.get_token', lambda: 'a token')
-    monkeypatch.setattr(rsstudy.share, 'hub_reachable', lambda: True)
+    monkeypatch.setattr(rsstudy.sharing.export, 'hub_reachable', lambda: True)
     monkeypatch.setattr(Hub, 'sent', [])
 
 
@@ -290,7 +290,7 @@ def test_nothing_private_is_sent_to_a_public_repository(tuned, tmp_path, hub):
 
 
 @pytest.mark.parametrize('what, expected', [
-    (('rsstudy.share.hub_reachable', lambda: False), 'the hub cannot be reached from here'),
+    (('rsstudy.sharing.export.hub_reachable', lambda: False), 'the hub cannot be reached from here'),
     (('huggingface_hub.get_token', lambda: None), '--push needs a login: make a write token, run `hf auth login`'),
     (('huggingface_hub.HfApi.upload_folder', lambda *_, **__: (_ for _ in ()).throw(ConnectionError('cut\noff'))), "'captioner' could not be pushed (ConnectionError: cut)"),
 ])

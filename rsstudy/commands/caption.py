@@ -21,13 +21,13 @@ def _engine(args):
     given = {option: value for option in ('address', 'workers', 'cpus', 'gpus') if (value := getattr(args, option)) is not None}
     if args.engine == 'local':
         if given: raise ValueError(f'--{next(iter(given))} belongs to --engine ray')
-        from rsstudy.captioning import run_local
+        from rsstudy.imagery.captioning import run_local
         return run_local
     for option, least in (('workers', 1), ('cpus', 1), ('gpus', 0)):
         if given.get(option, least) < least: raise ValueError(f'--{option} must be at least {least}, got {given[option]:g}')
     from rsstudy.ray_engine import check_ray
     check_ray()
-    from rsstudy.ray_captions import run_on_ray
+    from rsstudy.imagery.ray import run_on_ray
     return functools.partial(run_on_ray, **given)
 
 def _caption(args) -> int:
@@ -36,7 +36,7 @@ def _caption(args) -> int:
     if args.percentiles != 'none': more['percentiles'] = _numbers(args.percentiles, '--percentiles', float, 'give two numbers from 0 to 100, such as 2,98, or none')
     else: more['percentiles'] = None
     P, engine = load_profile(args.profile, **overrides(args)), _engine(args)
-    from rsstudy.captioning import caption_paths
+    from rsstudy.imagery.captioning import caption_paths
     done = caption_paths(args.paths, args.out, args.model, args.seed, P, args.explain, args.method or 'grad_cam', args.force, engine, **more)
     print(done.text(), file=sys.stderr if done.status else sys.stdout)
     return done.status

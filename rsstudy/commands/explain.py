@@ -23,7 +23,7 @@ def grammar(
     "Adds `explain`."
     explain = commands.add_parser('explain', help='show which parts of an image made the words of its caption likely', description='Writes a page, to open in any browser, and a figure: for each word '
         'of a caption where in the image it came from, after several methods, with the numbers that say how far to believe it.', epilog='example: rsstudy explain airport.jpg --model lora --words plane,runway')
-    explain.add_argument('image', metavar='IMAGE', help='image file, 8 bits a channel')
+    explain.add_argument('image', metavar='IMAGE', help='image file')
     explain.add_argument('--words', metavar='W,W,...', help='words or phrases of the caption (default: every word)')
     explain.add_argument('--method', metavar='M,M,...', help='attribution methods (default: integrated_gradients,grad_cam,shap,pixelshap); also ig_tokens, smooth_grad, gradient_x_input, layer_cam, attention_rollout, gradient_attention, occlusion, kernel_shap, rise, random, blob, edges')
     explain.add_argument('--caption', metavar='TEXT', help='caption that is explained (default: what the model writes)')

@@ -21,7 +21,7 @@ def profile_of(
 
 def _export(args) -> int:
     from rsstudy.settings import load_profile, profile_names
-    from rsstudy.share import export_run
+    from rsstudy.sharing.export import export_run
     if args.private and not args.push: raise ValueError('--private says how a repository on the hub is made: it needs --push OWNER/NAME')
     P = load_profile(args.profile or profile_of(args.tuned, profile_names()), **overrides(args))
     folder = export_run(P, args.tuned, args.out, args.merge, args.push, args.private, args.force)

@@ -11,7 +11,7 @@ from .options import add_profile_options, overrides
 
 # %% ../../nbs/lib/62_command_serve.ipynb #cell-004
 def _serve(args) -> int:
-    from rsstudy.serve import serve
+    from rsstudy.sharing.serve import serve
     serve(load_profile(args.profile, **overrides(args)), args.model, args.seed, args.host, args.port, args.max_mb, args.open)
     return 0
 
