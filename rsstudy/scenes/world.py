@@ -152,7 +152,7 @@ def _draw_world(folder, rec, domain, size, progress, workers):
         from joblib import Parallel, delayed
         from tqdm import tqdm
         bar = partial(tqdm, total=len(jobs), desc=f"drawing the {domain} world", disable=not progress, mininterval=1)
-        rows = list(bar(Parallel(workers, return_as='generator', batch_size=16)(delayed(make)(j) for j in jobs))) # joblib: its processes do not run the caller's script again
+        rows = list(bar(Parallel(workers, return_as='generator', batch_size=16, idle_worker_timeout=5)(delayed(make)(j) for j in jobs))) # joblib: its processes do not run the caller's script again
         _tables(tmp, rec, rows)
         if folder.exists(): os.replace(folder, old) # in one step, too: nobody sees half a world
         os.replace(tmp, folder)
