@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'EXPECTED', 'parser', 'sentence', 'fails_expected', 'main']
 
 # %% ../nbs/lib/63_cli.ipynb #cell-002
-import argparse, errno, importlib, importlib.metadata, sys
+import argparse, errno, importlib, importlib.metadata, os, sys
 
 # %% ../nbs/lib/63_cli.ipynb #cell-005
 COMMANDS = ('run', 'tune', 'caption', 'explain', 'score', 'export', 'serve', 'bench', 'doctor') # modules of `rsstudy.commands`, in the order of the help
@@ -34,6 +34,7 @@ def sentence(
     "What a user is told."
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), '') or type(error).__name__
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if error.strerror != os.strerror(errno.ENOSPC): return error.strerror # a sentence of ours
         return f'no space left on the disk{f" for {error.filename}" if error.filename else ""}: make room and give the same command again'
     if isinstance(error, PermissionError) and error.filename: return f'no permission for {error.filename}: choose another place or change its permissions'
     if isinstance(error, OSError) and error.filename and error.strerror: return f'{error.filename}: {error.strerror}'

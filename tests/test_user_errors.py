@@ -12,6 +12,7 @@ from unittest.mock import patch
 import httpx
 import numpy as np
 import pytest
+import tifffile
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 
@@ -48,6 +49,8 @@ def place(tmp_path_factory):
     Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(place/'photo.png')
     Image.new('RGB', (64, 64), (9, 9, 9)).save(place/'flat.png')
     (place/'text.png').write_text('hello')
+    (place/'broken.zip').write_text('no archive')
+    tifffile.imwrite(place/'deep.tif', noise.integers(0, 65536, (64, 64, 3), dtype=np.uint16), photometric='rgb')
     for name, lines in dict(good=[dict(image='a.jpg', caption='x')], people=[dict(image='a.jpg', captions=['x'])], others=[dict(image='b.jpg', captions=['x'])]).items():
         (place/f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     (place/'bad.jsonl').write_text('{"image": "a.jpg", "caption": "x"}\n{"image": "a.jpg"\n')
@@ -84,10 +87,11 @@ WORLDS = { # what is to be different in the world
     'hub down': hub(ConnectionError('reset by peer')),
     'disk full': [patch('rsstudy.runs.os.replace', side_effect=full)],
     'no permission': [patch('rsstudy.runs.os.replace', side_effect=denied)],
+    'rasterio hidden': [patch('rsstudy.imagery.views.has_rasterio', return_value=False), patch('rsstudy.imagery.rasters.has_rasterio', return_value=False)],
     'out of memory': [patch('rsstudy.metrics.score_captions', side_effect=crowded)],
     'disk nearly full': [patch('rsstudy.request.shutil.disk_usage', return_value=SimpleNamespace(free=5e6))],
     'folders locked': [patch('rsstudy.request.os.access', return_value=False)],
-} | {f'without {package}': [patch.dict(sys.modules, {package: None})] for package in ('ray', 'wandb', 'gradio', 'rasterio')}
+} | {f'without {package}': [patch.dict(sys.modules, {package: None})] for package in ('ray', 'wandb', 'gradio')}
 
 TINY = '--set train_images=4 --set val_images=2 --set test_images=2'
 ERRORS = [line for line in f'''
@@ -151,6 +155,22 @@ notebooks .                                                    | settings.ini is
 notebooks text.png                                             | text.png is a file: name a folder for the notebooks
 bench train --rounds 0                                         | --rounds must be at least 1, got 0
 bench metrics --data nowhere                                   | the data folder nowhere
+caption no.png                                                 | no.png does not exist: give image files, folders, patterns in quotes or zip archives
+caption empty                                                  | the folder empty holds no images: files that end in
+caption "*.xyz"                                                | no image matches *.xyz
+caption broken.zip                                             | broken.zip is no zip archive that can be read
+caption photo.png --out c.txt                                  | --out c.txt: captions are written as .jsonl, .csv, .geojson, got .txt
+caption photo.png --out no/c.csv                               | --out no/c.csv: the folder no does not exist
+caption photo.png --out good.jsonl                             | --out good.jsonl exists and was not written by this command
+caption photo.png --bands 4,3                                  | --bands 4,3: give three band numbers from 1 on
+caption photo.png --percentiles 98,2                           | --percentiles 98,2: give two numbers from 0 to 100
+caption photo.png --tile 8                                     | --tile 8: a tile has 32 pixels a side or more
+caption photo.png --tile 64 --overlap 64                       | --overlap 64: it must be 0 or more and below the 64 pixels
+caption photo.png --method shap                                | --method belongs to --explain
+caption photo.png --address auto                               | --address belongs to --engine ray
+caption photo.png --engine ray                                 | --engine ray needs the package ray: pip install | without ray
+caption photo.png --model magic                                | unknown model 'magic': give none, lora
+caption deep.tif --out d.jsonl                                 | deep.tif: GeoTIFFs need rasterio, which is not installed: pip install 'rsstudy[geo]' | rasterio hidden
 explain no.png                                                 | image no.png does not exist
 explain empty                                                  | image empty is no file
 explain text.png                                               | image text.png cannot be read

@@ -71,8 +71,8 @@ class Block:
     failed:list[dict] # What was wrong with the others
     maps:dict[str,bytes] # Name of a heat map -> PNG
 
-def _record(job, caption, item, wanted):
-    record = dict(image=job.name, caption=caption, model=wanted.model)
+def _record(job, caption, item, task):
+    record = dict(image=job.name, caption=caption, model=task.P.base_model if task.wanted.model == 'none' else task.wanted.model)
     if job.window: record['tile'] = list(job.window)
     if job.raster: record['footprint'] = item.outline
     return record
@@ -92,7 +92,7 @@ def caption_block(
         if item.problem:
             block.failed.append(_about(item.job) | item.problem)
             continue
-        record = _record(item.job, written[item.job.number], item, task.wanted)
+        record = _record(item.job, written[item.job.number], item, task)
         if task.wanted.method:
             name = f'{item.job.number:07d}-{re.sub(r"[^A-Za-z0-9._-]+", "_", Path(item.job.name).stem)[:80]}.png'
             try: block.maps[name] = heat_png(portions.captioner, item.seen, item.size, record['caption'], task.wanted.method, task.P)
