@@ -159,6 +159,21 @@ def test_without_rasterio(photos, tmp_path, captioner, monkeypatch):
     with pytest.raises(RuntimeError, match=r"deep.tif: GeoTIFFs need rasterio, which is not installed: pip install 'rsstudy\[geo\]'"): caption_paths(tmp_path / "deep.tif", tmp_path / "d.jsonl", captioner, progress=False)
 
 
+def test_a_long_list_takes_no_more_memory_than_a_short_one(tmp_path):
+    "The list of images lies on disk: Python's own memory has the same peak for a hundred times as many."
+    import tracemalloc
+    from rsstudy.imagery.sources import Place, read_jobs, write_jobs
+    def peak(count):
+        tracemalloc.start()
+        try:
+            assert write_jobs(tmp_path / f"{count}.sqlite", ((f"{i}.png", Place(f"/photos/{i}.png")) for i in range(count))) == count
+            assert sum(map(len, read_jobs(tmp_path / f"{count}.sqlite"))) == count
+            return tracemalloc.get_traced_memory()[1]
+        finally: tracemalloc.stop()
+    peak(10) # what is loaded once
+    assert peak(30_000) < peak(300) + 200_000
+
+
 @pytest.mark.parametrize("words, said", [
     (["no.png"], "no.png does not exist: give image files, folders"),
     (["EMPTY"], "holds no images: files that end in"),
