@@ -37,7 +37,7 @@ test: $(STAMP)
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/nbdev_test --n-workers $(WORKERS) --do-print --timing
 	@echo "== 2/2 pytest"
 	@command -v chromium chromium-browser google-chrome >/dev/null || timeout 60 $(BIN)/python -m playwright install chromium >/dev/null 2>&1 || echo "Chromium could not be had: the tests that open a page in a browser are skipped"
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest tests
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
 
 env: $(STAMP)
 

@@ -149,7 +149,7 @@ serve --port 0                                                 | --port must be 
 serve --host 192.0.2.1                                         | --host 192.0.2.1 is no name or address of an interface of this machine
 serve --max-mb 0                                               | --max-mb must be above 0 and at most 1000, got 0
 serve --model lora --seed 7                                    | the model 'lora' with seed 7 has not been tuned under the profile nano
-serve --model loar                                             | there is no model 'loar': give none, lora
+serve --model loar                                             | unknown model 'loar': give none, lora
 serve --model no_rows                                          | no_rows holds no model: it needs method.json
 notebooks .                                                    | settings.ini is there already and nothing was copied: name another folder
 notebooks text.png                                             | text.png is a file: name a folder for the notebooks

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
-from ..captioners import find_run, load_captioner
+from ..captioners import find_captioner, find_run, load_captioner
 from ..generate import STATIC_IMAGES, Captioner, generate_captions
 from .records import CaptionFile, Writer
 from ..runs import announce, code_revision, device_name, locked, versions
@@ -153,13 +153,6 @@ def _weights(P, model, seed):
     folder = find_run(P, model, seed) or Path(model if model != 'none' else P.base_model).expanduser()
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob('*.safetensors'))] if folder.is_dir() else []
 
-def _check_model(P, model, seed):
-    "Raises as `load_captioner` for a run, a folder or a word that is not there; loads nothing."
-    run = find_run(P, model, seed)
-    hub = len(Path(model).parts) == 2 and model[0] not in './~'
-    known = (run/'adapter.safetensors').is_file() if run else hub or model in ('none', 'paligemma-nano') or Path(model).expanduser().is_dir()
-    if not known: load_captioner(P, model, seed)
-
 def _asked(paths, wanted, P, maps):
     settings = {k: getattr(P, k) for k in ('base_model', 'precision', 'prompt', 'max_new_tokens', 'num_beams', 'generate_batch')}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(wanted).items()}
@@ -209,7 +202,7 @@ def caption_paths(
     P, paths = P or load_profile('nano'), [os.fspath(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     wanted = Wanted(model.method if isinstance(model, Captioner) else str(model), seed, method=method if explain else None, **more)
     wanted.check()
-    if not isinstance(model, Captioner): _check_model(P, wanted.model, seed)
+    if not isinstance(model, Captioner): find_captioner(P, wanted.model, seed)
     target = CaptionFile(out)
     folder = target.out.with_name(target.out.name + '.maps') if explain is True else Path(explain) if explain else None
     if folder and (blocked := next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)): raise NotADirectoryError(f'--explain {folder}: {blocked} is no folder')
