@@ -1,5 +1,5 @@
 """The site as its readers meet it: built without a warning, no link dead, no host asked, readable on a telephone and in the dark; how-to pages that do what they say."""
-import functools, html.parser, http.server, importlib.util, os, re, shlex, shutil, subprocess, sys, threading
+import functools, html.parser, http.server, importlib.util, re, shlex, shutil, subprocess, sys, threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -94,17 +94,6 @@ def address(site):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}/'
     server.shutdown()
-
-
-@pytest.fixture(scope='module')
-def browser():
-    playwright = pytest.importorskip('playwright.sync_api', reason="the browser test needs playwright: pip install 'rsstudy[dev]'")
-    where = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    with playwright.sync_playwright() as p:
-        if not where and not os.path.exists(p.chromium.executable_path): pytest.skip('the browser test needs Chromium: playwright install chromium, or one on the path')
-        chromium = p.chromium.launch(executable_path=where, args=['--no-sandbox'])
-        yield chromium
-        chromium.close()
 
 
 def opened(browser, address, **options):

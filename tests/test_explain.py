@@ -1,8 +1,6 @@
 """Explanations for people: bad requests in one sentence, hostile text, and the page used in a real browser."""
 import json
-import os
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -128,17 +126,6 @@ def test_tuned_model(blocks, name):
     for d in data.values():
         assert [part["name"] for part in d["pieces"][0]["prompt"]] == ["soft prompt"] * (name == "prompt") + ["caption", "en", "the photo"]
         assert any(part["value"] not in ("+0.00 nats", "\u22120.00 nats") for part in d["pieces"][0]["prompt"][:-1])
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright: pip install 'rsstudy[dev]'")
-    where = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as p:
-        if not where and not os.path.exists(p.chromium.executable_path): pytest.skip("the browser test needs Chromium: playwright install chromium, or one on the path")
-        chromium = p.chromium.launch(executable_path=where, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -92,17 +91,6 @@ def server(P, tmp_path_factory):
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright: pip install 'rsstudy[dev]'")
-    where = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with playwright.sync_playwright() as p:
-        if not where and not os.path.exists(p.chromium.executable_path): pytest.skip("the browser test needs Chromium: playwright install chromium, or one on the path")
-        chromium = p.chromium.launch(executable_path=where, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
