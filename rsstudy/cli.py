@@ -72,7 +72,8 @@ def main(
         return 0
     except Exception as error:
         if args.debug: raise
-        if type(error).__name__ in ('CellFailed', 'KernelDied'): return _cell_failed(error) # known by name: importing them would load the runner
+        from rsstudy.execute import CellFailed
+        if isinstance(error, CellFailed): return _cell_failed(error)
         if isinstance(error, EXPECTED):
             print(f'rsstudy: {sentence(error)}', file=sys.stderr)
             return 2

@@ -28,7 +28,7 @@ from .captioners import load_captioner
 from .faithfulness import area, removal_curves
 from .generate import Captioner, generate_captions
 from .imagefiles import read_pixels
-from .runs import announce
+from .runs import announce, file_in_the_way
 from .settings import Profile, load_profile
 
 # %% ../nbs/lib/57_explain.ipynb #cell-005
@@ -145,7 +145,7 @@ def explain_file(
 ) -> str: # For the terminal: the caption, the words' numbers, where the files are
     "What `rsstudy explain` does: writes OUT/IMAGE-MODEL.html and .png. Raises `FileNotFoundError`, `ValueError`, and `RuntimeError` where not even one image fits in memory."
     image, chosen, out = read_image(path), known_methods(attributions or USUAL), Path(out)
-    if blocked := next((p for p in (out, *out.parents) if p.exists() and not p.is_dir()), None): raise ValueError(f"--out {out}: {blocked} is no folder")
+    if blocked := file_in_the_way(out): raise ValueError(f"--out {out}: {blocked} is no folder")
     check_image(image, plain_text(Path(path).name))
     captioner, short = load_captioner(P, model, seed), Path(model).name
     known = f"{MODELS[model]} {P.base_model}" + (f", seed {seed}" if model != "none" else "") if model in MODELS else plain_text(short)

@@ -8,7 +8,7 @@ __all__ = ['grammar']
 # %% ../../nbs/lib/62_command_caption.ipynb #cell-002
 import functools, sys
 from ..settings import load_profile
-from .options import add_profile_options, listed, overrides
+from .options import add_model_options, add_profile_options, listed, overrides
 
 # %% ../../nbs/lib/62_command_caption.ipynb #cell-004
 def _numbers(text, option, kind, what):
@@ -50,8 +50,7 @@ def grammar(
         'A run that was stopped goes on where it was, with the same command. Exit status: 0 all captioned, 1 some images could not be read (they are listed), 2 the request cannot be carried out.',
         epilog='examples: rsstudy caption photos/ more.zip --model lora --out captions.csv; rsstudy caption scene.tif --bands 4,3,2 --out scene.geojson --explain')
     caption.add_argument('paths', nargs='+', metavar='PATH', help='image file, folder (with all folders in it), pattern in quotes such as "photos/**/*.jpg", or zip archive; what is named twice is captioned once, in the order of paths')
-    caption.add_argument('--model', default='none', metavar='MODEL', help='none for the untuned base (default), a tuning method that has been run, such as lora, a folder of weights or an export, or a base model: folder or name on the hub')
-    caption.add_argument('--seed', type=int, default=0, metavar='N', help='which run of the tuning method (default: 0)')
+    add_model_options(caption)
     caption.add_argument('--out', default='captions.jsonl', metavar='FILE', help='.jsonl, .csv or .geojson (default: captions.jsonl); until it is complete its parts are in FILE.part')
     caption.add_argument('--force', action='store_true', help='forget what was captioned before, and write over FILE')
     rasters = caption.add_argument_group('rasters and large images')

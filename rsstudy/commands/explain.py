@@ -7,7 +7,7 @@ __all__ = ['grammar']
 
 # %% ../../nbs/lib/62_command_explain.ipynb #cell-002
 from ..settings import load_profile
-from .options import add_profile_options, listed, overrides
+from .options import add_model_options, add_profile_options, listed, overrides
 
 # %% ../../nbs/lib/62_command_explain.ipynb #cell-004
 def _explain(args) -> int:
@@ -27,8 +27,7 @@ def grammar(
     explain.add_argument('--words', metavar='W,W,...', help='words or phrases of the caption (default: every word)')
     explain.add_argument('--method', metavar='M,M,...', help='attribution methods (default: integrated_gradients,grad_cam,shap,pixelshap); also ig_tokens, smooth_grad, gradient_x_input, layer_cam, attention_rollout, gradient_attention, occlusion, kernel_shap, rise, random, blob, edges')
     explain.add_argument('--caption', metavar='TEXT', help='caption that is explained (default: what the model writes)')
-    explain.add_argument('--model', default='none', metavar='MODEL', help='none for the untuned base (default), a tuning method that has been run, such as lora, a folder of weights or of an exported model, or a base model')
-    explain.add_argument('--seed', type=int, default=0, metavar='N', help='which run of the tuning method (default: 0)')
+    add_model_options(explain)
     explain.add_argument('--out', default='explained', metavar='FOLDER', help='where IMAGE-MODEL.html and .png go (default: explained)')
     add_profile_options(explain)
     explain.set_defaults(run=_explain)

@@ -8,6 +8,7 @@ __all__ = ['scores_text', 'score_files', 'grammar']
 # %% ../../nbs/lib/62_command_score.ipynb #cell-002
 import os, sys
 from .options import listed
+from ..runs import file_in_the_way
 
 # %% ../../nbs/lib/62_command_score.ipynb #cell-004
 def _system_names(paths):
@@ -21,7 +22,7 @@ def _targets(names, references, out):
     "Paths -> the files for their scores."
     if len(names) == 1 and out.is_dir(): raise ValueError(f'--out {out} is a folder: with one file of predictions it names a file')
     if len(names) > 1 and out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file: with several files of predictions it names a folder')
-    if wrong := [p for p in out.parents if p.exists() and not p.is_dir()]: raise ValueError(f'--out {out}: {wrong[0]} is no folder')
+    if wrong := file_in_the_way(out.parent): raise ValueError(f'--out {out}: {wrong} is no folder')
     targets = {p: out if len(names) == 1 else out/(name.replace('/', '_') + '.json') for p, name in names.items()}
     read = {os.path.realpath(p) for p in (*names, references)}
     if wrong := [f for f in targets.values() if os.path.realpath(f) in read]: raise ValueError(f'--out {out} would write over {wrong[0]}, which is to be read')

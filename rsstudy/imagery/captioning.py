@@ -18,7 +18,7 @@ from PIL import Image
 from ..captioners import find_captioner, find_run, load_captioner
 from ..generate import STATIC_IMAGES, Captioner, generate_captions
 from .records import CaptionFile, Writer
-from ..runs import announce, code_revision, device_name, locked, versions
+from ..runs import announce, code_revision, device_name, file_in_the_way, locked, versions
 from ..settings import Profile, load_profile
 from .sources import count_jobs, find_images, read_jobs, write_jobs
 from .views import Item, Wanted, read_item, resizer, views
@@ -205,7 +205,7 @@ def caption_paths(
     if not isinstance(model, Captioner): find_captioner(P, wanted.model, seed)
     target = CaptionFile(out)
     folder = target.out.with_name(target.out.name + '.maps') if explain is True else Path(explain) if explain else None
-    if folder and (blocked := next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)): raise NotADirectoryError(f'--explain {folder}: {blocked} is no folder')
+    if folder and (blocked := file_in_the_way(folder)): raise NotADirectoryError(f'--explain {folder}: {blocked} is no folder')
     maps = Path(os.path.relpath(folder, target.out.parent)).as_posix() if folder else ''
     bar = functools.partial(tqdm, disable=progress is False, mininterval=.5 if sys.stderr.isatty() or progress else 60, file=sys.stderr)
     asked, own = _asked(paths, wanted, P, maps), dict(captioner=model) if isinstance(model, Captioner) else {}

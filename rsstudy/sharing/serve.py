@@ -103,7 +103,9 @@ def told(
     def safely(*args):
         import gradio as gr
         try: return work(*args)
-        except Exception as error: raise gr.Error(html.escape(sentence(error)[:1].upper() + sentence(error)[1:]) + '.', duration=None, print_exception=False) from None
+        except Exception as error:
+            said = sentence(error)
+            raise gr.Error(html.escape(said[:1].upper() + said[1:]) + '.', duration=None, print_exception=False) from None
     return safely
 
 def _build(gr, page, offered, folder, most_mb):
