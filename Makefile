@@ -52,7 +52,7 @@ $(STAMP): $(INPUT)
 	  echo "== environment: $(VENV), from $$("$$python" --version 2>&1)"; "$$python" -m venv $(if $(filter .venv,$(VENV)),--clear) "$(VENV)"; fi; \
 	echo "== packages: a few minutes, once"; \
 	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
-	"$(BIN)/python" -m rsstudy.meteor || echo "WordNet could not be set up: METEOR will match stems only, and each result will say so"; \
+	"$(BIN)/python" -m rsstudy.metrics.meteor || echo "WordNet could not be set up: METEOR will match stems only, and each result will say so"; \
 	cat $(INPUT) | cksum > $(STAMP)
 
 docs: $(STAMP)
@@ -66,5 +66,5 @@ bench: $(STAMP)
 
 # Without an environment the interpreter that is there must do: setting one up takes longer than the benchmark.
 bench-gpu:
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m rsstudy.bench gpu
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m rsstudy.attribution.bench gpu
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m rsstudy.bench.train gpu
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m rsstudy.bench.xai gpu

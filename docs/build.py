@@ -18,14 +18,13 @@ import signatures
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT/'docs'
 PROFILES = {'nano': ('study', 'the drawn world'), 'riscm-nano': ('real', 'real images')} # profile -> folder of its chapters, what it ran on
+PRETRAINING = '08_training/09_pretrain'
 PRETRAINED = ROOT/'results/paligemma-nano/41_pretrain.ipynb' # the one part that has run and left a figure
-GROUPS = { # the first number of the notebooks in nbs/lib that a group starts with
-    0: 'Settings and results', 2: 'The drawn world', 12: 'Data, files, requests', 20: 'The model, batches, generation', 23: 'Metrics', 31: 'Failures, floors, intervals, tasks',
-    35: 'Before training: plan, guard, rows, features, checkpoints', 40: 'Training and tuning', 45: 'Speed', 49: 'From a name to a model', 50: 'Attribution',
-    57: 'Faithfulness, and one image explained', 58: 'Comparing, captioning, sharing, running', 62: 'The command line'}
+FOLDERS = re.findall(r'^- \[`(\w+)`\]\(\w+\): (.*)$', (ROOT/'nbs/lib/README.md').read_text(encoding='utf-8'), re.M) # in import order, what each holds
 
 
 WRITTEN = set() # pages of this build
+RAN = {'study', 'real'} # folders of pages of executed notebooks
 PROBLEMS = [] # broken links that Sphinx would not see
 
 
@@ -53,17 +52,24 @@ def read(path:Path) -> list: # Cells, with nbdev's directives in `directives_` a
 class Site:
     "What links need to know: which page a notebook and a name are on."
     def __init__(self):
-        self.notebooks = {p.stem: p for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) + sorted((ROOT/'nbs/lib').glob('[0-9]*.ipynb'))}
+        chapters, parts = sorted((ROOT/'nbs').glob('[0-9]*.ipynb')), sorted((ROOT/'nbs/lib').glob('*/[0-9]*.ipynb'))
+        self.notebooks = {p.stem: p for p in chapters} | {f'{p.parent.name}/{p.stem}': p for p in parts}
         self.cells = {stem: read(p) for stem, p in self.notebooks.items()}
-        self.modules = {stem: next(c.directives_['default_exp'] for c in cells if 'default_exp' in c.directives_) for stem, cells in self.cells.items()}
+        self.modules = {stem: c.directives_['default_exp'] for stem, cells in self.cells.items() for c in cells if 'default_exp' in c.directives_}
         self.pages = {stem: f'study/{stem}' if self.is_chapter(stem) else f'api/{self.modules[stem]}' for stem in self.notebooks}
-        self.names = {f'rsstudy.{self.modules[stem]}.{name}' for stem, cells in self.cells.items() for c in cells if 'export' in c.directives_ for name in signatures.names(c.source)}
+        self.names = {f'rsstudy.{module}.{name}' for stem, module in self.modules.items() for c in self.cells[stem] if 'export' in c.directives_ for name in signatures.names(c.source)}
         self.owners = {} # a name without its module -> the modules that define it
         for full in self.names:
             for stem, module in self.modules.items():
                 if full.startswith(f'rsstudy.{module}.'): self.owners.setdefault(full[len(f'rsstudy.{module}.'):], []).append(module)
 
     def is_chapter(self, stem:str) -> bool: return self.notebooks[stem].parent.name == 'nbs'
+
+    def named(self, path:str, own:str) -> str|None: # A key of `notebooks`
+        "The notebook that a link on the page of the module `own` leads to."
+        *folders, stem = path.split('/')
+        home = next((s.partition('/')[0] for s, module in self.modules.items() if module == own), '')
+        return next((key for key in ('/'.join([*folders[-1:], stem]), f'{home}/{stem}', stem) if key in self.notebooks), None)
 
     def linked(self, text:str, page:str) -> str:
         "Markdown with links from names in backticks to their signatures, and from notebooks to their pages."
@@ -76,14 +82,15 @@ class Site:
             home = own if own in owners else owners[0] if len(owners) == 1 and re.search('[_A-Z]', bare) else None # `data` is a word more often than a name
             return f'{{py:obj}}`{bare} <rsstudy.{home}.{bare}>`' if home else said
         def notebook(found):
-            stem = found[2]
-            if stem not in self.pages:
-                PROBLEMS.append(f'{page} links to the notebook {stem}, which is not there')
+            stem = self.named(found[2], own)
+            if not stem and page.partition('/')[0] in RAN: return found[1][1:-1] # ran before the notebook had this name
+            if not stem:
+                PROBLEMS.append(f'{page} links to the notebook {found[2]}, which is not there')
                 return found[0]
             folder = page.partition('/')[0]
             return f'{found[1]}(/{folder if folder == "real" and self.is_chapter(stem) else self.pages[stem].partition("/")[0]}/{self.pages[stem].partition("/")[2]}.ipynb)'
         text = re.sub(r'!\[([^\]]*)\]\(https?:[^)]*\)', r'\1', text) # a badge is a picture from another host: its words remain
-        text = re.sub(r'(\[[^\]]*\])\((?:[\w./-]*/)?(\d\d_\w+)\.(?:ipynb|html)\)', notebook, text)
+        text = re.sub(r'(\[[^\]]*\])\(([\w./-]*\d\d_\w+)\.(?:ipynb|html)\)', notebook, text)
         lines, fenced = text.split('\n'), False
         for i, line in enumerate(lines):
             if line.lstrip().startswith('```'): fenced = not fenced
@@ -162,8 +169,9 @@ def chapter(stem:str, profile:str, site:Site, pages:Path):
         if c.cell_type == 'markdown':
             source = site.linked(c.source, page)
             if not cells: # the title
+                defined = f'Its definitions are in {{py:mod}}`rsstudy.{site.modules[stem]}`. ' if stem in site.modules else ''
                 source = f'# {title(stem, site)}' + (f', {world}' if folder == 'real' else '') + '\n' + source.partition('\n')[2] \
-                    + f'\n\nAs it ran on {world}; [the same chapter on {other_world}](/{other}/{stem}.ipynb). Its definitions are in {{py:mod}}`rsstudy.{site.modules[stem]}`. [Open in Colab]({colab(stem)}).'
+                    + f'\n\nAs it ran on {world}; [the same chapter on {other_world}](/{other}/{stem}.ipynb). {defined}[Open in Colab]({colab(stem)}).'
             cells.append(cell('markdown', source))
         elif c.cell_type == 'code' and not signatures.only_imports(c.source):
             found = outputs(c, figures, page)
@@ -175,8 +183,8 @@ def chapter(stem:str, profile:str, site:Site, pages:Path):
 def module(stem:str, site:Site, pages:Path):
     "A module: its notebook with signatures instead of exported cells; of a chapter's notebook the signatures alone."
     name, cells = site.modules[stem], []
-    page, chapter, ran = f'api/{name}', site.is_chapter(stem), stem == PRETRAINED.stem
-    figures = described(stem, 'paligemma-nano', pages) if ran else iter(())
+    page, chapter, ran = f'api/{name}', site.is_chapter(stem), stem == PRETRAINING
+    figures = described(PRETRAINED.stem, 'paligemma-nano', pages) if ran else iter(())
     link = lambda text: site.linked(text, page)
     for c in read(PRETRAINED) if ran else site.cells[stem]:
         if c.cell_type == 'markdown':
@@ -201,10 +209,9 @@ def subtitle(stem:str, site:Site) -> str:
 
 def api_index(site:Site) -> str: # MyST Markdown
     "Every module with a line of what it is for, in the order in which one imports the other."
-    parts = {stem: int(stem[:2]) for stem in site.notebooks if not site.is_chapter(stem)}
-    starts, lines = sorted(GROUPS), ['# The package', '', 'One page a module, in import order: a module imports only from those above it.', '']
-    groups = {GROUPS[a]: [s for s, n in parts.items() if a <= n < b] for a, b in zip(starts, [*starts[1:], 100])}
-    groups['The chapters'] = [s for s in site.notebooks if site.is_chapter(s)]
+    lines = ['# The package', '', 'One page a module, in import order: a folder imports only from those above it.', '']
+    groups = {f'{folder[3:]}: {said}': [s for s in site.notebooks if s.startswith(f'{folder}/')] for folder, said in FOLDERS}
+    groups['The chapters'] = [s for s in site.notebooks if site.is_chapter(s) and s in site.modules]
     for group, stems in groups.items():
         lines += [f'## {group}', '', *(f'- {{py:mod}}`rsstudy.{site.modules[s]}`: {site.linked(subtitle(s, site), "api/index")}' for s in stems), '',
             '```{toctree}', ':hidden:', *(f'{site.modules[s]} <{site.modules[s]}>' for s in stems), '```', '']
@@ -213,9 +220,9 @@ def api_index(site:Site) -> str: # MyST Markdown
 
 def results(profile:str, pages:Path) -> str: # MyST Markdown
     "The study's table and what it shows, from its results file, by the functions that print them in the terminal."
-    from rsstudy.compare import FAITHFULNESS, main_table, quality_findings, whole_scores
-    from rsstudy.runs import read_result
-    from rsstudy.settings import load_profile
+    from rsstudy.report.comparison import FAITHFULNESS, main_table, quality_findings, whole_scores
+    from rsstudy.common.results import read_result
+    from rsstudy.common.settings import load_profile
     result = read_result(load_profile(profile, results=str(ROOT/'results')), '07_comparison')
     said = FIGURES['07_comparison']['quality_cost']
     n = next(iter(whole_scores(result['scores'], 'cider').values()))['n']
@@ -229,7 +236,7 @@ def results(profile:str, pages:Path) -> str: # MyST Markdown
 
 def commands() -> str: # MyST Markdown
     "The command line's own help."
-    from rsstudy.cli import parser
+    from rsstudy.commands.main import parser
     os.environ['COLUMNS'] = '92'
     top = parser()
     kids = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction)).choices
@@ -257,7 +264,7 @@ def pages_of(out:Path) -> Path: # The folder that Sphinx reads
     "Writes every page."
     pages, site = out/'pages', Site()
     for stem in site.notebooks:
-        module(stem, site, pages)
+        if stem in site.modules: module(stem, site, pages)
         if site.is_chapter(stem):
             for profile in PROFILES: chapter(stem, profile, site, pages)
     write(pages/'api/index.md', api_index(site))

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import numpy as np, torch
 
-from rsstudy import features
-from rsstudy.checkpoint import whole
-from rsstudy.generate import Captioner
-from rsstudy.lora import Lora
-from rsstudy.model import nano_model, nano_processor
-from rsstudy.rows import CaptionRows
-from rsstudy.train import TrainingPlan, fit
+from rsstudy.model import features
+from rsstudy.training.checkpoint import whole
+from rsstudy.model.generate import Captioner
+from rsstudy.tuning.lora import Lora
+from rsstudy.model.nano import nano_model, nano_processor
+from rsstudy.training.loader import CaptionRows
+from rsstudy.training.fit import fit
+from rsstudy.training.plan import TrainingPlan
 
 torch.set_num_threads(1)
 here, out, batch_images, micro_images = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

@@ -1,7 +1,7 @@
 """What the exactness tests share: pictures, transformers' own loss of captions written out one by one, and an arithmetic without float32 in it."""
 import numpy as np, torch
 import torch.nn.functional as F
-from rsstudy.model import core
+from rsstudy.model.parts import core
 
 CAPTIONS = ['two planes are parked near a runway .', 'two planes .', 'a gray runway with two white planes .', 'two planes .', 'some trees near a runway .']
 

@@ -5,12 +5,17 @@ A mix checkpoint is a pt checkpoint's architecture with other weights. The windo
 import dataclasses, re
 import pytest, torch
 from exact import CAPTIONS, distance, gradients, images, keep_float64, one_by_one, processed
-from rsstudy.batch import attention_masks, caption_loss, encode_example, pack, pixel_tensor, target_logits
-from rsstudy.generate import Captioner, generate_captions, generate_ids
-from rsstudy.methods import load_tuned, methods, tuned_folder
-from rsstudy.model import DECODER, PROJECTOR, VISION, linear_layers, load_base, nano_config, nano_processor
-from rsstudy.settings import load_profile
-from rsstudy.tuning import attach, save_tuned
+from rsstudy.model.forward import caption_loss, pixel_tensor, target_logits
+from rsstudy.model.pack import attention_masks, encode_example, pack
+from rsstudy.model.generate import Captioner, generate_captions, generate_ids
+from rsstudy.tuning.methods import load_tuned, methods
+from rsstudy.tuning.saved import tuned_folder
+from rsstudy.model.base import load_base
+from rsstudy.model.nano import nano_config, nano_processor
+from rsstudy.model.parts import DECODER, PROJECTOR, VISION, linear_layers
+from rsstudy.common.settings import load_profile
+from rsstudy.tuning.method import attach
+from rsstudy.tuning.saved import save_tuned
 from transformers import PaliGemmaForConditionalGeneration
 
 KINDS = {'paligemma': (1, 224), 'paligemma2': (2, 224), 'paligemma2 of 112 pixels': (2, 112)} # Gemma's generation, image side

@@ -7,14 +7,18 @@ import torch
 
 from rsstudy.attribution.controls import centred_blob, random_map
 from rsstudy.attribution.gradcam import grad_cam
-from rsstudy.attribution.gradients import integrated_gradients
-from rsstudy.attribution.pixelshap import exact_shapley, pixel_shap, sampled_shapley, superpixels
+from rsstudy.attribution.integrated_gradients import integrated_gradients
+from rsstudy.attribution.games import exact_shapley, sampled_shapley
+from rsstudy.attribution.pixelshap import pixel_shap, superpixels
 from rsstudy.attribution.shap import partition_shap
-from rsstudy.attribution.target import Scorer, caption_scorer, caption_target, fill_image, grid_regions, token_log_probability
-from rsstudy.faithfulness import curve_scores, energy_in_mask, removal_curves
-from rsstudy.methods import MAIN, methods
-from rsstudy.settings import load_profile
-from rsstudy.tuning import attach
+from rsstudy.attribution.answer import grid_regions
+from rsstudy.attribution.scorer import Scorer, caption_scorer, fill_image
+from rsstudy.attribution.words import caption_target, token_log_probability
+from rsstudy.faithfulness.masks import energy_in_mask
+from rsstudy.faithfulness.removal import curve_scores, removal_curves
+from rsstudy.tuning.methods import MAIN, methods
+from rsstudy.common.settings import load_profile
+from rsstudy.tuning.method import attach
 
 CAPTION = "several planes are parked near the terminal ."
 METHODS = dict(integrated_gradients=lambda s: integrated_gradients(s, 4, most=4), grad_cam=lambda s: grad_cam(s, rectify=False), shap=lambda s: partition_shap(s, 12),
@@ -50,7 +54,8 @@ def test_target_does_not_leak(captioners, image, name):
 @pytest.mark.parametrize("name", MAIN)
 def test_target_is_the_models_own_loss(captioners, image, name):
     "Minus the summed log-probability is the cross-entropy that training minimises, without <eos>."
-    from rsstudy.batch import encode_example, pack, pixel_tensor, target_logits
+    from rsstudy.model.forward import pixel_tensor, target_logits
+    from rsstudy.model.pack import encode_example, pack
     c, target = captioners[name], prepare(captioners[name], image)
     batch = pack([encode_example(c.processor, c.prompt, [CAPTION])], c.processor.tokenizer.eos_token_id)
     with torch.no_grad():

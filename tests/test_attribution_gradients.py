@@ -4,14 +4,17 @@ import pytest
 import torch
 
 from rsstudy.attribution.attention import attention_rollout, gradient_attention
-from rsstudy.attribution.caption import caption_target
+from rsstudy.attribution.words import caption_target
 from rsstudy.attribution.gradcam import layer_cam
-from rsstudy.attribution.gradients import gradient_x_input, integrate_path, integrated_gradients, prompt_words, smooth_grad
-from rsstudy.attribution.target import at_patch_scale, caption_scorer
-from rsstudy.batch import core
-from rsstudy.methods import MAIN, methods
-from rsstudy.settings import load_profile
-from rsstudy.tuning import attach
+from rsstudy.attribution.gradients import gradient_x_input, smooth_grad
+from rsstudy.attribution.integrated_gradients import integrated_gradients
+from rsstudy.attribution.prompt_words import prompt_words
+from rsstudy.attribution.answer import at_patch_scale
+from rsstudy.attribution.scorer import caption_scorer
+from rsstudy.model.parts import core
+from rsstudy.tuning.methods import MAIN, methods
+from rsstudy.common.settings import load_profile
+from rsstudy.tuning.method import attach
 
 CAPTION, WORDS = "several planes are parked near the terminal .", ["planes", "terminal"]
 
@@ -66,7 +69,7 @@ def test_the_first_order_answer_is_the_slope(base, image):
     "Gradient x input adds up to the score's slope towards the baseline, measured in float64 by a small step."
     target = caption_target(base.processor, image, base.prompt, CAPTION)
     scorer = caption_scorer(base.model, target, WORDS)
-    from rsstudy.attribution.target import fill_image
+    from rsstudy.attribution.scorer import fill_image
     change = scorer.pixels - fill_image(scorer)
     up, down = scorer.evaluate(torch.cat([scorer.pixels + s * 2e-3 * change for s in (1, -1)]))
     assert np.allclose(gradient_x_input(scorer).heat.sum((1, 2)), (up - down) / 4e-3, rtol=.05, atol=.05)

@@ -1,10 +1,11 @@
 """The benchmark: it runs on a machine with little more than torch, transformers and peft, and from a profile to its JSON."""
 import json, subprocess, sys
 
-from rsstudy.attribution.bench import SAME, SWITCHES, Budget, bench_explanations
-from rsstudy.bench import bench_profile, bench_scoring
+from rsstudy.bench.xai import Budget, SAME, SWITCHES, bench_explanations
+from rsstudy.bench.metrics import bench_scoring
+from rsstudy.bench.train import bench_profile
 from rsstudy.scenes.world import ensure_world
-from rsstudy.settings import load_profile
+from rsstudy.common.settings import load_profile
 from toys import ROOT
 
 BARE = '''
@@ -20,9 +21,9 @@ import importlib.util
 whole = importlib.util.find_spec
 def find_spec(name, package=None): return None if name.split(".")[0] in ABSENT else whole(name, package)
 importlib.util.find_spec = find_spec # how transformers and peft ask what is there
-from rsstudy.bench import bench_gpu
+from rsstudy.bench.train import bench_gpu
 bench_gpu(Path(sys.argv[1]), tiny=True, images=4, rounds=1, seconds=.01, backend="eager")
-from rsstudy.attribution.bench import bench_gpu_explanations
+from rsstudy.bench.xai import bench_gpu_explanations
 bench_gpu_explanations(Path(sys.argv[1]), tiny=True, rounds=1)
 assert not ABSENT & {name.split(".")[0] for name in sys.modules}
 '''
@@ -30,7 +31,7 @@ assert not ABSENT & {name.split(".")[0] for name in sys.modules}
 
 def test_bare_machine(tmp_path):
     """`bench gpu` imports nothing that a bare machine lacks; without bitsandbytes it leaves QLoRA out, without shap it scores masks, and says so."""
-    run = subprocess.run([sys.executable, '-c', BARE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = subprocess.run([sys.executable, '-c', BARE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-2000:]
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob('*.json')}
     assert sorted(found) == ['explanations-paligemma-tiny', 'generate-paligemma-tiny', 'train-paligemma-tiny-lora']

@@ -1,5 +1,5 @@
 """Captioning anything, as its user meets it: killed and resumed, broken files, archives, rasters, a cluster, and every bad request in one sentence."""
-import contextlib, csv, json, logging, os, signal, subprocess, sys, time, zipfile
+import contextlib, csv, json, logging, os, signal, subprocess, sys, zipfile
 from functools import partial
 from pathlib import Path
 
@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from rsstudy.imagery.captioning import caption_paths
-from rsstudy.captionfiles import read_predictions
-from rsstudy.cli import main
-from rsstudy.generate import Captioner
-from rsstudy.model import load_base
-from rsstudy.settings import load_profile
-from toys import command, wait_for
+from rsstudy.data.captionfiles import read_predictions
+from rsstudy.commands.main import main
+from rsstudy.model.generate import Captioner
+from rsstudy.model.base import load_base
+from rsstudy.common.settings import load_profile
+from toys import RISCM, NO_RISCM, STUCK, command, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--set", "generate_batch=4")
@@ -71,7 +71,7 @@ def slow(*args):
     time.sleep(.3)
     return real(*args)
 c.caption_block = slow
-from rsstudy.cli import main
+from rsstudy.commands.main import main
 sys.exit(main())
 """
 
@@ -81,7 +81,7 @@ def test_killed(photos, whole, tmp_path, capsys):
     words = ["caption", str(photos), "--out", str(tmp_path / "c.jsonl"), *SMALL]
     state = tmp_path / "c.jsonl.part" / "state.json"
     run = subprocess.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: run.poll() is not None or state.is_file() and json.loads(state.read_text())["jobs"] >= 8, 120)
+    wait_for(lambda: run.poll() is not None or state.is_file() and json.loads(state.read_text())["jobs"] >= 8)
     second = main(words)
     run.kill()
     run.communicate()
@@ -230,9 +230,9 @@ def test_full_disk(photos, captioner, whole, tmp_path, monkeypatch):
 
 def test_real_images(captioner, tmp_path):
     "A few of the published photographs; the model's caption of one is what it writes of that one alone."
-    from rsstudy.generate import generate_captions
-    data = Path(os.environ.get("RSSTUDY_RISCM", ROOT.parent / "shared" / "data" / "riscm")) / "resized"
-    if not data.is_dir(): pytest.skip(f"no RISC images in {data}: set RSSTUDY_RISCM to the folder that holds resized/")
+    from rsstudy.model.generate import generate_captions
+    data = RISCM / "resized"
+    if not data.is_dir(): pytest.skip(NO_RISCM)
     done = caption_paths(f"{data}/*_1000?.jpg", tmp_path / "c.jsonl", captioner, progress=False)
     rows = read_predictions(tmp_path / "c.jsonl")
     assert done.status == 0 and len(rows) == done.counts["captions"] > 0
@@ -266,8 +266,8 @@ def test_cluster(photos, whole, machines, tmp_path):
     words = command("caption", photos, "--out", tmp_path / "c.jsonl", "--engine", "ray", "--address", machines.address, *SMALL)
     before = set(workers())
     run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    wait_for(lambda: run.poll() is not None or set(workers()) - before, 200)
+    wait_for(lambda: run.poll() is not None or set(workers()) - before)
     with contextlib.suppress(ProcessLookupError): os.kill(min(set(workers()) - before), signal.SIGKILL)
-    _, said = run.communicate(timeout=200)
+    _, said = run.communicate(timeout=STUCK)
     assert run.returncode == 1 and "23 captions in" in said and "Traceback" not in said, said
     assert {k: v for k, v in files(tmp_path, "c.jsonl").items() if "run" not in k} == {k: v for k, v in whole.items() if "run" not in k}

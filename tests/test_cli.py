@@ -1,9 +1,9 @@
 """The command line: what is wrong is said in one sentence, with exit status 2, before anything runs."""
-import json, os, re, subprocess, sys, time
+import json, re, subprocess, sys, time
 from pathlib import Path
 
 import pytest
-from toys import ROOT, journal, project, rsstudy
+from toys import journal, project, rsstudy
 
 ONE = 'journal("one"); write("01_one", 1)'
 TWO = 'journal("two"); write("02_two", read("01_one") + 1) # reads "01_one"'
@@ -36,7 +36,7 @@ def test_wrong_requests(tmp_path, words, sentence):
 def test_tracker_missing(tmp_path, words):
     """A tracker that is not installed is said in one sentence, however it was asked for."""
     project(tmp_path, one=ONE)
-    without = "import sys; sys.modules['trackio'] = None; from rsstudy.cli import main; sys.exit(main())"
+    without = "import sys; sys.modules['trackio'] = None; from rsstudy.commands.main import main; sys.exit(main())"
     run = subprocess.run([sys.executable, '-c', without, 'run', *words], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("rsstudy: setting 'track' asks for trackio, which is not installed") and run.stderr.count('\n') == 1, run.stderr
     assert journal(tmp_path) == [] and not (tmp_path/'results').exists()
@@ -58,7 +58,7 @@ def test_help_is_complete_and_fast(tmp_path):
     run = rsstudy(tmp_path, 'run', '--help')
     assert run.returncode == 0 and time.monotonic() - began < 3 # under a second on an idle machine
     for option in ('--profile', '--data', '--only', '--set', '--seeds', '--force', '--track', '--engine', '--address'): assert option in run.stdout
-    loaded = 'import sys, rsstudy.cli; print([m for m in ("torch", "transformers", "pandas", "papermill", "ray") if m in sys.modules])'
+    loaded = 'import sys, rsstudy.commands.main; print([m for m in ("torch", "transformers", "pandas", "papermill", "ray") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', loaded], capture_output=True, text=True).stdout == '[]\n'
 
 
@@ -73,7 +73,7 @@ def test_profiles_table_version(tmp_path):
 
 
 THINGS = 'road lake plane tree field house'.split()
-RISCM = Path(os.environ.get('RSSTUDY_RISCM', ROOT/'../shared/data/riscm'))
+from toys import NO_RISCM, RISCM
 
 
 def lines(path, rows):
@@ -84,7 +84,7 @@ def lines(path, rows):
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """Human captions of six images in RISC's layout, two in a split of their own, and two systems."""
-    from rsstudy.runs import FALLBACKS
+    from rsstudy.common.files import FALLBACKS
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(FALLBACKS, 'partial', raising=False)
     rows = [f'{"UCM" if i % 2 else "NWPU"},{"test" if i < 4 else "val"},{w}.jpg,There is a {w} .,A {w} near the sea .,"A {w}, a wall .",one {w},some {w}' for i, w in enumerate(THINGS)]
@@ -96,7 +96,7 @@ def files(tmp_path, monkeypatch):
 
 def score(capsys, *words):
     """Exit status, standard output and standard error of `rsstudy score`, on quick metrics."""
-    from rsstudy.cli import main
+    from rsstudy.commands.main import main
     status = main(['score', *map(str, words), *([] if '--metrics' in words else ['--metrics', 'bleu,cider']), *([] if '--resamples' in words else ['--resamples', '100'])])
     said = capsys.readouterr()
     return status, said.out, said.err
@@ -104,9 +104,10 @@ def score(capsys, *words):
 
 def test_score_equals_score_captions(files, capsys):
     """The command's scores are those of `score_captions`, whatever the order of the lines and the folder in the names; the file holds them with digests, sources and intervals."""
-    from rsstudy.intervals import bootstrap_interval
-    from rsstudy.metrics import find_metric, score_captions
-    from rsstudy.report import read_scores
+    from rsstudy.stats.intervals import bootstrap_interval
+    from rsstudy.metrics.registry import score_captions
+    from rsstudy.metrics.scores import find_metric
+    from rsstudy.report.tuning import read_scores
     status, out, err = score(capsys, 'mine.jsonl', '--references', 'captions.csv', '--split', 'test', '--out', 'new/scores.json')
     assert (status, err) == (0, 'rsstudy: scores of mine in new/scores.json\n')
     scores, data = read_scores('new/scores.json')
@@ -184,13 +185,13 @@ def test_score_is_a_command(files):
     assert rsstudy(files, 'score', 'theirs.csv').returncode == 2 # no references
 
 
-@pytest.mark.skipif(not (RISCM/'captions.csv').is_file(), reason='no RISCM folder: set RSSTUDY_RISCM')
+@pytest.mark.skipif(not (RISCM/'captions.csv').is_file(), reason=NO_RISCM)
 def test_score_real_captions(tmp_path, capsys):
     """The first human caption of every image of the real test split, scored against all five: BLEU-1 is 1, every source has its column."""
-    from rsstudy.badrows import BadRows
-    from rsstudy.metrics import find_metric
-    from rsstudy.report import read_scores
-    from rsstudy.tables import read_table
+    from rsstudy.data.badrows import BadRows
+    from rsstudy.metrics.scores import find_metric
+    from rsstudy.report.tuning import read_scores
+    from rsstudy.data.table import read_table
     rows = [r for r in read_table(RISCM/'captions.csv', BadRows('', ''))[0] if r.split == 'test']
     path = lines(tmp_path/'people.jsonl', [dict(file_name=f'resized/{r.image}', text=r.captions[0]) for r in rows])
     status, out, _ = score(capsys, path, '--references', RISCM/'captions.csv', '--split', 'test', '--out', tmp_path/'people.json')

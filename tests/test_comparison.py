@@ -3,9 +3,10 @@ import json
 
 import numpy as np
 import pytest
-from rsstudy.bleu import bleu_from_counts
-from rsstudy.intervals import paired_difference
-from rsstudy.tidy import METHODS, compare_results, turned
+from rsstudy.metrics.bleu import bleu_from_counts
+from rsstudy.stats.intervals import paired_difference
+from rsstudy.report.tidy import METHODS, compare_results
+from rsstudy.stats.rows import turned
 from toys import ROOT, rsstudy
 
 LEVELS = dict(none=.2, lora=.9, lora_vision=1., qlora=.88, prompt=.6, adapter=.95, adapter_pfeiffer=.9, full=1.1)

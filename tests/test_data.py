@@ -1,6 +1,6 @@
 """Captions from folders and hub datasets: every kind of bad input, and the real images where a folder of them is at hand.
 
-The real data is looked for in $RSSTUDY_RISCM, then in ../shared/data/riscm beside the checkout; without it those tests are skipped.
+The real data is looked for in $RSSTUDY_RISCM; without it those tests are skipped.
 """
 import csv, dataclasses, json, os, threading, time
 from collections import Counter
@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsstudy.badrows import KINDS, BadRows
-from rsstudy.captions import ClipScorer, choose_all, tiny_clip
-from rsstudy.data import HUB, load_captions, profile_subset, seeded_split, subset
-from rsstudy.duplicates import group_digests, leakage, near_duplicates, thumbnails
-from rsstudy.runs import FALLBACKS
-from rsstudy.settings import load_profile
-from rsstudy.tables import CAPTION_COLUMNS, draw_folder
+from rsstudy.data.badrows import BadRows, KINDS
+from rsstudy.model.clip import ClipScorer, tiny_clip
+from rsstudy.training.captions import choose_all
+from rsstudy.data.load import load_captions, profile_subset, subset
+from rsstudy.data.splits import seeded_split
+from rsstudy.data.table import HUB
+from rsstudy.data.duplicates import group_digests, leakage, near_duplicates, thumbnails
+from rsstudy.common.files import FALLBACKS
+from rsstudy.common.settings import load_profile
+from rsstudy.data.table import CAPTION_COLUMNS, draw_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-RISCM = Path(os.environ.get('RSSTUDY_RISCM') or ROOT/'..'/'shared'/'data'/'riscm')
-real = pytest.mark.skipif(not (RISCM/'captions.csv').is_file(),
-    reason=f'needs the real images: set RSSTUDY_RISCM to a folder with captions.csv and resized/ (none at {RISCM})')
+from toys import NO_RISCM, RISCM
+real = pytest.mark.skipif(not (RISCM/'captions.csv').is_file(), reason=NO_RISCM)
 FIVE = 'one .,two .,three .,four .,five .'
 pytestmark = pytest.mark.filterwarnings('ignore:bad rows', 'ignore:source', 'ignore:split', 'ignore:official', 'ignore:left out', 'ignore:.* images')
 
@@ -424,7 +426,7 @@ def test_real_protocols():
 
 @real
 def test_real_captions():
-    from rsstudy.eda import caption_lengths, distinct_captions, shared_captions
+    from rsstudy.data.explore import caption_lengths, distinct_captions, shared_captions
     dataset = load(RISCM).dataset
     sources, distinct = np.array(dataset['source'][:]), distinct_captions(dataset['captions'][:])
     assert [int((distinct[sources == s] == k).sum()) for s, k in (('RSICD', 1), ('RSICD', 5), ('NWPU', 5), ('UCM', 5))] == [4699, 674, 1843, 1542]
@@ -436,7 +438,7 @@ def test_real_captions():
 
 @real
 def test_real_near_duplicates():
-    from rsstudy.duplicates import duplicate_images, thumbnails
+    from rsstudy.data.duplicates import duplicate_images, thumbnails
     data = load(RISCM)
     names = ['UCM_101.jpg', 'UCM_102.jpg', 'RSICD_6753.jpg', 'RSICD_6825.jpg', 'NWPU_1365.jpg', 'NWPU_1272.jpg', 'RSICD_45.jpg', 'NWPU_30697.jpg']
     ids = data.dataset['image_id'][:]

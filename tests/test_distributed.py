@@ -10,7 +10,7 @@ RUN = Path(__file__).with_name('distributed_run.py')
 def launch(folder, out, batch_images, micro_images, *options):
     words = [sys.executable, '-m', 'accelerate.commands.launch', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--num_machines', '1', *options, str(RUN),
          str(folder), out, str(batch_images), str(micro_images)]
-    said = subprocess.run(words, capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
+    said = subprocess.run(words, capture_output=True, text=True, timeout=900, env=os.environ | dict(OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true'))
     assert said.returncode == 0, said.stderr[-3000:]
     return json.loads((folder/f'{out}.json').read_text())
 

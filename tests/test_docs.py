@@ -5,7 +5,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
 
-from rsstudy.settings import load_profile
+from rsstudy.common.settings import load_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 HOWTO = sorted((ROOT/'docs/howto').glob('*.md'))
@@ -40,7 +40,7 @@ def site(tmp_path_factory):
     missing = [name for name in ('sphinx', 'myst_nb', 'furo', 'latex2mathml') if not importlib.util.find_spec(name)]
     if missing: pytest.skip(f"building the site needs {', '.join(missing)}: pip install 'rsstudy[docs]'")
     out = tmp_path_factory.mktemp('site')
-    built = subprocess.run([sys.executable, ROOT/'docs/build.py', '--out', out], capture_output=True, text=True, timeout=600)
+    built = subprocess.run([sys.executable, ROOT/'docs/build.py', '--out', out], capture_output=True, text=True, timeout=900)
     assert built.returncode == 0, built.stderr[-4000:]
     assert 'pages' in built.stdout
     return out/'html'
@@ -159,7 +159,7 @@ def blocks(page, language): # of a page's Markdown
 
 @pytest.mark.parametrize('page', [p for p in HOWTO if blocks(p, 'python')], ids=lambda p: p.stem)
 def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
-    from rsstudy.attribution.explainers import EXPLAINERS
+    from rsstudy.attribution.attributions import EXPLAINERS
     shutil.copy(ROOT/'settings.ini', tmp_path) # results and work go to its folder
     monkeypatch.chdir(tmp_path)
     before, names = dict(EXPLAINERS), {'__name__': f'howto_{page.stem}'}
@@ -172,7 +172,7 @@ def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize('page', [*HOWTO, ROOT/'docs/index.md'], ids=lambda p: p.stem)
 def test_commands_of_the_page_are_in_the_grammar(page):
     "Each line is a command that this project has, with options and settings that it takes; or one of the few others that a reader is told of."
-    from rsstudy.cli import parser
+    from rsstudy.commands.main import parser
     extras = re.findall(r'^(\w+) = \[', (ROOT/'pyproject.toml').read_text().split('[project.optional-dependencies]')[1].split('[project.scripts]')[0], re.M)
     targets = re.findall(r'^(\w[\w-]*):', (ROOT/'Makefile').read_text(), re.M)
     for line in '\n'.join(blocks(page, 'bash')).splitlines():

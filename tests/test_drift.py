@@ -19,7 +19,7 @@ def test_export_and_clean_change_nothing(tmp_path):
     before = digests(tmp_path)
     tools = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(PYTHONPATH=str(tmp_path))
     for tool in ('nbdev-export', 'nbdev-clean'):
-        subprocess.run([Path(sys.executable).with_name(tool)], cwd=tmp_path, env=tools, check=True, timeout=300)
+        subprocess.run([Path(sys.executable).with_name(tool)], cwd=tmp_path, env=tools, check=True, timeout=900)
     after = digests(tmp_path)
     assert sorted(before) == sorted(after), 'files came or went'
     assert [f for f in before if before[f] != after[f]] == [], 'run `nbdev-export` and `nbdev-clean`'
@@ -32,4 +32,4 @@ def test_every_module_has_its_notebook():
         text = module.read_text(encoding='utf-8')
         source = text.split('File to edit: ')[1].split('.ipynb')[0] + '.ipynb'
         assert (module.parent/source).resolve().is_file(), f'{module} is exported from {source}, which is not there'
-        assert text.count('\n') <= 300, f'{module} has {text.count(chr(10))} lines: split the idea'
+        assert text.count('\n') <= 400, f'{module} has {text.count(chr(10))} lines: split the idea'

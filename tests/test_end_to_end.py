@@ -1,7 +1,7 @@
 """The seven notebooks, one after the other through the command line, on the smallest study there is."""
 import json, subprocess, sys
 import pytest
-from rsstudy.floors import FLOORS
+from rsstudy.evaluation.floors import FLOORS
 
 TINY = dict(train_images=8, val_images=4, test_images=8, epochs=1, batch_images=4, lr=1e-3, xai_images=1, ig_steps=4, shap_evaluations=12, segments=4,
     pixelshap_samples=8, rise_masks=8, noise_samples=2, xai_checks=0, resamples=20, rank=2, prompt_length=4, adapter_width=4, max_new_tokens=12, task_images=4)
@@ -12,7 +12,7 @@ METHODS = {'none', 'lora', 'qlora', 'prompt', 'adapter', 'full'}
 def run(folder):
     settings = TINY | dict(results=folder/'results', work=folder/'runs')
     words = [word for key, value in settings.items() for word in ('--set', f'{key}={value}')]
-    return subprocess.run([sys.executable, '-c', 'import sys; from rsstudy.cli import main; sys.exit(main())', 'run', '--seeds', '0', *words], capture_output=True, text=True)
+    return subprocess.run([sys.executable, '-c', 'import sys; from rsstudy.commands.main import main; sys.exit(main())', 'run', '--seeds', '0', *words], capture_output=True, text=True)
 
 
 @pytest.fixture(scope='module')

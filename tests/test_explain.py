@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsstudy.attribution.maps import ATTRIBUTIONS, CONTROLS
-from rsstudy.cli import main, parser
-from rsstudy.explain import explain_image
-from rsstudy.generate import Captioner
-from rsstudy.methods import methods
-from rsstudy.model import nano_model, nano_processor
-from rsstudy.settings import load_profile
-from rsstudy.tuning import attach
+from rsstudy.attribution.attributions import ATTRIBUTIONS, CONTROLS
+from rsstudy.commands.main import main, parser
+from rsstudy.explain.image import explain_image
+from rsstudy.model.generate import Captioner
+from rsstudy.tuning.methods import methods
+from rsstudy.model.nano import nano_model, nano_processor
+from rsstudy.common.settings import load_profile
+from rsstudy.tuning.method import attach
 
 SMALL = dict(ig_steps=1, shap_evaluations=32, segments=9, pixelshap_samples=32, rise_masks=8, noise_samples=2)
 QUICK = [w for s in ("ig_steps=2", "shap_evaluations=8", "segments=9", "pixelshap_samples=8") for w in ("--set", s)]
@@ -85,7 +85,7 @@ def test_bad_request_is_one_sentence(photo, folder, capsys, words, expected):
 def test_one_image_too_many_is_one_sentence(photo, capsys, monkeypatch):
     import torch
     def full(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
-    monkeypatch.setattr("rsstudy.explain.explain", full)
+    monkeypatch.setattr("rsstudy.attribution.attributions.explain", full)
     assert main(["explain", str(photo), "--caption", "a plane .", *QUICK]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("rsstudy: out of memory with a single image at a time"), error
@@ -94,7 +94,7 @@ def test_one_image_too_many_is_one_sentence(photo, capsys, monkeypatch):
 @pytest.fixture
 def blocks(monkeypatch):
     "An image, and no gains over random maps, which take most of the time and are tested elsewhere."
-    monkeypatch.setattr("rsstudy.explain.gains_over_chance", lambda scorer, maps: (np.zeros((len(maps), 2, 2)), np.zeros((2, 2))))
+    monkeypatch.setattr("rsstudy.explain.image.gains_over_chance", lambda scorer, maps: (np.zeros((len(maps), 2, 2)), np.zeros((2, 2))))
     return np.kron(np.random.default_rng(0).integers(0, 256, (7, 7, 3), dtype=np.uint8), np.ones((32, 32, 1), np.uint8))
 
 

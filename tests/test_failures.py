@@ -1,18 +1,17 @@
 "What is claimed and what is true: on real captions, and with the bootstrap."
-import csv, os
+import csv
 from collections import Counter
-from pathlib import Path
 import numpy as np, pytest
-from rsstudy.claims import RISC_WORDS, check_references, named
-from rsstudy.failures import class_of, failure_scores, failure_table, share_wrong, wrong_share
-from rsstudy.intervals import bootstrap_interval
-from rsstudy.settings import project_root
+from rsstudy.evaluation.claims import RISC_WORDS, check_references, named
+from rsstudy.evaluation.failures import class_of, failure_scores, failure_table
+from rsstudy.stats.intervals import share_wrong, wrong_share
+from rsstudy.stats.intervals import bootstrap_interval
 
-RISCM = Path(os.environ.get('RSSTUDY_RISCM') or project_root().parent/'shared'/'data'/'riscm')
+from toys import NO_RISCM, RISCM
 
 @pytest.fixture(scope='module')
 def riscm():
-    if not (RISCM/'captions.csv').is_file(): pytest.skip(f'needs RISC(M): {RISCM}/captions.csv is not there, name its folder in RSSTUDY_RISCM')
+    if not (RISCM/'captions.csv').is_file(): pytest.skip(NO_RISCM)
     with open(RISCM/'captions.csv', encoding='utf-8') as f: return [(r['image'], [r[f'caption_{i}'] for i in range(1, 6)]) for r in csv.DictReader(f)]
 
 def test_the_vocabulary_knows_what_annotators_name(riscm):

@@ -7,16 +7,19 @@ import pytest
 import torch
 
 from rsstudy.attribution.controls import centred_blob, random_map
-from rsstudy.attribution.gradients import integrated_gradients
-from rsstudy.attribution.target import Scorer, caption_scorer, caption_target, fill_image, grid_regions
-from rsstudy.counterfactual import counterfactual_faithfulness, lost_log_probability, object_shares
-from rsstudy.faithfulness import area, energy_in_mask, iou_at_area, pointing_game, removal_curves, removal_scores
-from rsstudy.randomisation import map_similarity, randomisation_scores, randomisation_test
-from rsstudy.road import impute, impute_blocks, road_scores
+from rsstudy.attribution.integrated_gradients import integrated_gradients
+from rsstudy.attribution.answer import grid_regions
+from rsstudy.attribution.scorer import Scorer, caption_scorer, fill_image
+from rsstudy.attribution.words import caption_target
+from rsstudy.faithfulness.counterfactual import counterfactual_faithfulness, lost_log_probability, object_shares
+from rsstudy.faithfulness.masks import energy_in_mask, iou_at_area, pointing_game
+from rsstudy.faithfulness.removal import area, removal_curves, removal_scores
+from rsstudy.faithfulness.randomised import randomisation_scores, randomisation_test
+from rsstudy.faithfulness.road import impute, impute_blocks, road_scores
 from rsstudy.scenes.text import NOUNS
 from rsstudy.scenes.without import scene_pairs
 from rsstudy.scenes.world import draw_scene, ensure_world
-from rsstudy.sensitivity import hidden_sets, infidelity, infidelity_scores, max_sensitivity
+from rsstudy.faithfulness.infidelity import hidden_sets, infidelity, infidelity_scores, max_sensitivity
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +109,8 @@ def test_max_sensitivity_is_that_of_captum(toy):
 @pytest.fixture(scope="module")
 def explained(tmp_path_factory):
     "A drawn ship scene under the shipped base: scorer, target, processor, maps of three methods, pairs."
-    from rsstudy.model import load_base
-    from rsstudy.settings import load_profile
+    from rsstudy.model.base import load_base
+    from rsstudy.common.settings import load_profile
     world = ensure_world(tmp_path_factory.mktemp("f")/"w", "target", 0, 0, 45, progress=False)
     name = next(k for k, v in json.loads((world/"lands.json").read_text()).items() if v == "ship")
     pairs = scene_pairs(world, [name])[name]

@@ -1,13 +1,14 @@
 """The gradient of a packed batch is that of its captions one by one, for every method; and chunks of the vocabulary's loss change nothing."""
 import pytest, torch
 from exact import CAPTIONS, distance, gradients, images, keep_float64, one_by_one, processed
-from rsstudy import batch as batches
-from rsstudy.batch import caption_loss, encode_example, pack
-from rsstudy.generate import Captioner
-from rsstudy.methods import methods
-from rsstudy.model import nano_model, nano_processor
-from rsstudy.settings import load_profile
-from rsstudy.tuning import attach
+from rsstudy.model import pack as batches
+from rsstudy.model.forward import caption_loss
+from rsstudy.model.pack import encode_example, pack
+from rsstudy.model.generate import Captioner
+from rsstudy.tuning.methods import methods
+from rsstudy.model.nano import nano_model, nano_processor
+from rsstudy.common.settings import load_profile
+from rsstudy.tuning.method import attach
 
 P = load_profile('nano', prompt_length=4, adapter_width=8, rank=4)
 TUNED = [name for name in methods(P) if name != 'none']

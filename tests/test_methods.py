@@ -1,15 +1,20 @@
 """What must always hold, for every tuning method: no leak, the base's own masks, labels, gradients, round trip, repeatability."""
 import dataclasses, json, re, subprocess, sys
 import numpy as np, pytest, torch
-from rsstudy.batch import caption_loss, core, encode_example, pack, pixel_tensor
-from rsstudy.generate import Captioner, generate_captions
-from rsstudy.methods import load_tuned, methods, tuned_folder
-from rsstudy.model import load_base
-from rsstudy.prompt_tuning import PromptTuning
-from rsstudy.settings import load_profile
-from rsstudy.rows import CaptionRows
-from rsstudy.train import TrainingPlan, fit
-from rsstudy.tuning import attach, save_tuned
+from rsstudy.model.forward import caption_loss, pixel_tensor
+from rsstudy.model.pack import encode_example, pack
+from rsstudy.model.parts import core
+from rsstudy.model.generate import Captioner, generate_captions
+from rsstudy.tuning.methods import methods
+from rsstudy.tuning.saved import tuned_folder
+from rsstudy.model.base import load_base
+from rsstudy.tuning.prompt import PromptTuning
+from rsstudy.common.settings import load_profile
+from rsstudy.training.loader import CaptionRows
+from rsstudy.training.fit import fit
+from rsstudy.training.plan import TrainingPlan
+from rsstudy.tuning.method import attach
+from rsstudy.tuning.saved import save_tuned
 
 P = load_profile('nano', prompt_length=4, adapter_width=8, rank=4)
 NAMES = list(methods(P))
@@ -125,8 +130,8 @@ LOAD = '''
 import json, sys
 sys.path.insert(0, sys.argv[2])
 from test_methods import CASES, case, images
-from rsstudy.generate import generate_captions
-from rsstudy.methods import load_tuned
+from rsstudy.model.generate import generate_captions
+from rsstudy.tuning.methods import load_tuned
 
 def captions(name):
     settings, method = case(name, work=f'{sys.argv[1]}/{name}')

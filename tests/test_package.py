@@ -13,7 +13,7 @@ RUN_ALL = '''import sys, nbformat
 from nbclient import NotebookClient
 nb = nbformat.read(sys.argv[1], 4)
 if len(sys.argv) > 3: nb.cells = nb.cells[:int(sys.argv[3])] + [nbformat.v4.new_code_cell(sys.argv[4])]
-NotebookClient(nb, kernel_name='python3', timeout=120, resources=dict(metadata=dict(path=sys.argv[2]))).execute()
+NotebookClient(nb, kernel_name='python3', timeout=900, resources=dict(metadata=dict(path=sys.argv[2]))).execute()
 print(''.join(o.get('text', '') for o in nb.cells[-1].get('outputs', [])))'''
 
 
@@ -76,7 +76,7 @@ def place(installed, tmp_path_factory):
 
 def rsstudy(installed, folder, *words):
     python, variables = installed
-    return subprocess.run([python.with_name('rsstudy'), *words], cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run([python.with_name('rsstudy'), *words], cwd=folder, env=variables, capture_output=True, text=True, timeout=900)
 
 
 def test_archives(archives):
@@ -91,7 +91,7 @@ def test_archives(archives):
     assert {n for n in first if '.dist-info/' not in n} == study | code
     assert len(NOTEBOOKS) == 7 and zipfile.ZipFile(wheel).read('rsstudy/study_files/settings.ini') == (ROOT/'settings.ini').read_bytes()
     names = {n.partition('/')[2] for n in tarfile.open(source).getnames()}
-    assert {'settings.ini', 'setup.py', 'constraints.txt', 'nbs/01_eda.ipynb', 'nbs/lib/00_settings.ipynb', 'tests/test_package.py'} <= names
+    assert {'settings.ini', 'setup.py', 'constraints.txt', 'nbs/01_eda.ipynb', 'nbs/lib/01_common/01_settings.ipynb', 'tests/test_package.py'} <= names
 
 
 def test_version():
@@ -123,7 +123,7 @@ def test_doctor_without_the_repository(installed, place):
     assert f'rsstudy {VERSION}'.split()[1] + ', /' in found['rsstudy']['says'] # no commit
     loaded = subprocess.run([python, '-X', 'importtime', python.with_name('rsstudy'), 'doctor'], cwd=place, env=variables, capture_output=True, text=True)
     modules = {line.rpartition('|')[2].strip() for line in loaded.stderr.splitlines() if line.startswith('import time:')}
-    assert loaded.returncode == 0 and 'rsstudy.doctor' in modules and 'torch' not in modules
+    assert loaded.returncode == 0 and 'rsstudy.runner.doctor' in modules and 'torch' not in modules
 
 
 def test_a_copy_of_ones_own(installed, place):
@@ -143,7 +143,7 @@ def test_a_copy_of_ones_own(installed, place):
 
 def test_a_notebook_alone_installs_what_is_missing(tree, packages, tmp_path):
     """As in Colab: one notebook, an environment without rsstudy, an empty folder. Its first cell installs from the repository; run again, it does nothing."""
-    from rsstudy.notebooks import repository
+    from rsstudy.runner.notebooks import repository
     subprocess.run('git init -q -b main && git add -A && git -c user.name=x -c user.email=x@x commit -q -m x', shell=True, cwd=tree, check=True)
     (tmp_path/'content').mkdir()
     shutil.copy(tree/'nbs/07_comparison.ipynb', tmp_path)
@@ -156,15 +156,15 @@ def test_a_notebook_alone_installs_what_is_missing(tree, packages, tmp_path):
         done = subprocess.run([python, '-c', RUN_ALL, tmp_path/'07_comparison.ipynb', tmp_path/'content', str(until), code], env=variables | more, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout.split()
-    module, results, dictionary = run('notebook_profile(globals())', 'import rsstudy\nfrom rsstudy.wordnet import find_wordnet\nprint(rsstudy.__file__, P.results_dir, find_wordnet() is not None)')
+    module, results, dictionary = run('notebook_profile(globals())', 'import rsstudy\nfrom rsstudy.metrics.wordnet import find_wordnet\nprint(rsstudy.__file__, P.results_dir, find_wordnet() is not None)')
     assert module.startswith(str(tmp_path/'environment')) and results == str(tmp_path/'content/results/nano')
     assert dictionary == 'True' or not (Path(sys.prefix)/'nltk_data').is_dir()
     assert run('find_spec', 'import rsstudy; print(rsstudy.__file__)', GIT_CONFIG_VALUE_0='nothing', PATH='/nowhere') == [module] # it is there: no git, no pip
 
 
 def test_badges_and_first_cells_name_the_repository():
-    """`python -m rsstudy.notebooks` would change nothing."""
-    from rsstudy.notebooks import colab_badge, install_cell, is_stamp, repository
+    """`python -m rsstudy.runner.notebooks` would change nothing."""
+    from rsstudy.runner.notebooks import colab_badge, install_cell, is_stamp, repository
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text())['cells']
         assert [''.join(c['source']) for c in cells if is_stamp(c)] == [colab_badge(repository(), path.stem), install_cell(repository())], path.name
@@ -208,7 +208,7 @@ def imports(code, folder):
 
 def test_what_stales_no_result_is_no_part_of_the_study():
     """`RUNNER` names modules whose change leaves finished results as they are: nothing that a study notebook imports, directly or not, but what only checks requests."""
-    from rsstudy.runs import RUNNER
+    from rsstudy.common.code import RUNNER
     code = [''.join(c['source']) for path in NOTEBOOKS for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code' and not c['metadata'].get('tags') == ['colab']]
     waiting, found = [f for cell in code for f in imports(cell, ROOT/'rsstudy')], set()
     while waiting:
@@ -216,7 +216,7 @@ def test_what_stales_no_result_is_no_part_of_the_study():
         found.add(file)
         waiting += imports(file.read_bytes(), file.parent)
     names = {f.relative_to(ROOT/'rsstudy').as_posix() for f in found}
-    assert {'train.py', 'attribution/shap.py', 'model.py'} <= names
-    assert {n for n in names if n.startswith(RUNNER)} <= {'request.py'}
+    assert {'training/fit.py', 'attribution/shap.py', 'model/base.py'} <= names
+    assert {n for n in names if n.startswith(RUNNER)} <= {'runner/request.py'}
     files = [p.relative_to(ROOT/'rsstudy').as_posix() for p in (ROOT/'rsstudy').rglob('*.py')]
     assert [r for r in RUNNER if not any(f.startswith(r) for f in files)] == [], 'names of modules that are gone'

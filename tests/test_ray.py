@@ -4,10 +4,10 @@ from functools import partial
 
 import nbformat
 import pytest
-from rsstudy.execute import KernelDied
-from rsstudy.ray_engine import run_on_ray
-from rsstudy.study import run_study
-from toys import alive, command, journal, project, rsstudy, start, wait_for
+from rsstudy.runner.execute import KernelDied
+from rsstudy.runner.ray import run_on_ray
+from rsstudy.runner.study import run_study
+from toys import STUCK, alive, command, journal, project, rsstudy, start, wait_for
 
 ray = pytest.importorskip('ray', reason='Ray is not installed: pip install ray')
 
@@ -51,8 +51,7 @@ def in_the_middle(folder, machines, **more):
     """A run that is inside its first two notebooks at once; with the kernel's and the worker's process number of each."""
     project(folder, **(dict(one=ONE, two=TWO, three=THREE) | more))
     run = start(folder, *on_cluster(machines))
-    wait_for(lambda: len(journal(folder)) == 2 or run.poll() is not None, 120)
-    assert run.poll() is None, run.communicate()[1]
+    wait_for(lambda: len(journal(folder)) == 2, run)
     return run, {word: (int(kernel), int(worker)) for word, kernel, worker in (line.split(':') for line in journal(folder))}
 
 
@@ -71,10 +70,10 @@ def test_worker_killed(tmp_path, machines):
     """A worker killed in mid-run: its notebook is started again, which is said; everything ends as with the local engine, and what that has finished is skipped."""
     run, first = in_the_middle(tmp_path/'ray', machines)
     os.kill(first['two'][1], signal.SIGKILL)
-    wait_for(lambda: len(journal(tmp_path/'ray')) == 3, 120)
+    wait_for(lambda: len(journal(tmp_path/'ray')) == 3, run)
     assert not alive(first['two'][0]) # the killed worker's kernel does not write beside the new one
     (tmp_path/'ray/go').touch()
-    _, said = run.communicate(timeout=120)
+    _, said = run.communicate(timeout=STUCK)
     assert run.returncode == 0, said
     again = rf"\[2/3\] 02_two: started again on \S+, process \d+, retry 1 of 3: the worker before it was lost \(process {first['two'][1]} on \S+\) \(at \d+:\d\d\)\n"
     assert re.search(again, said), said
@@ -117,9 +116,9 @@ def test_stopped_and_resumed(tmp_path, machines):
     second = rsstudy(tmp_path, *on_cluster(machines))
     assert second.returncode == 2 and f'in use by another run (process {run.pid})' in second.stderr, second.stderr
     run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=120)
+    _, said = run.communicate(timeout=STUCK)
     assert run.returncode == 130 and 'rsstudy: stopped' in said and 'Traceback' not in said, said
-    wait_for(lambda: not any(alive(kernel) for kernel, _ in first.values()), 15)
+    wait_for(lambda: not any(alive(kernel) for kernel, _ in first.values()))
     (tmp_path/'go').touch()
     assert rsstudy(tmp_path, 'run').stderr.count('done in') == 3
 
@@ -130,7 +129,7 @@ def test_machine_lost(tmp_path, machines):
     machines.remove_node(machines.lost, allow_graceful=False)
     wait_for(lambda: not all(alive(worker) for _, worker in first.values()))
     (tmp_path/'go').touch()
-    _, said = run.communicate(timeout=120)
+    _, said = run.communicate(timeout=STUCK)
     assert run.returncode == 0 and said.count('started again') == 1, said
     assert (tmp_path/'results/nano/03_three.json').read_text() == '3'
 
@@ -138,8 +137,8 @@ def test_machine_lost(tmp_path, machines):
 def test_wrong_requests(tmp_path):
     """What cannot work is said in one sentence, before anything runs."""
     project(tmp_path, one='journal("one")')
-    without = [sys.executable, '-c', "import sys; sys.modules['ray'] = None; from rsstudy.cli import main; sys.exit(main())", 'run', '--engine', 'ray']
+    without = [sys.executable, '-c', "import sys; sys.modules['ray'] = None; from rsstudy.commands.main import main; sys.exit(main())", 'run', '--engine', 'ray']
     for words, sentence in ((without, '--engine ray needs the package ray'), (command('run', '--cpus', '2'), '--cpus belongs to --engine ray')):
-        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        run = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=STUCK)
         assert run.returncode == 2 and run.stderr.startswith(f'rsstudy: {sentence}') and run.stderr.count('\n') == 1, run.stderr
     assert journal(tmp_path) == [] and not (tmp_path/'results').exists()

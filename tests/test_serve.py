@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsstudy.captioners import load_captioner
-from rsstudy.cli import main
-from rsstudy.generate import generate_captions
-from rsstudy.methods import methods
-from rsstudy.settings import load_profile
-from rsstudy.tuning import attach, save_tuned, tuned_folder
+from rsstudy.tuning.captioners import load_captioner
+from rsstudy.commands.main import main
+from rsstudy.model.generate import generate_captions
+from rsstudy.tuning.methods import methods
+from rsstudy.common.settings import load_profile
+from rsstudy.tuning.method import attach
+from rsstudy.tuning.saved import save_tuned, tuned_folder
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'rsstudy[serve]'")
 MOST_MB = 2
@@ -33,7 +34,7 @@ def note(event, args):
     else: return
     with open(os.environ["NOTES"], "a") as file: print(what, file=file)
 sys.addaudithook(note)
-from rsstudy.cli import main
+from rsstudy.commands.main import main
 sys.exit(main())
 """
 

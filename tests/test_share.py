@@ -17,15 +17,17 @@ import pytest
 import torch
 from PIL import Image
 
-import rsstudy.captioners
+import rsstudy.tuning.captioners
 import rsstudy.sharing.export
-from rsstudy.adapter import Adapted, Bottleneck
-from rsstudy.captioners import load_captioner, method_of
+from rsstudy.tuning.adapter import Adapted, Bottleneck
+from rsstudy.tuning.captioners import load_captioner
+from rsstudy.tuning.methods import method_of
 from rsstudy.commands import export
-from rsstudy.generate import generate_captions
-from rsstudy.settings import load_profile
+from rsstudy.model.generate import generate_captions
+from rsstudy.common.settings import load_profile
 from rsstudy.sharing.export import add_adapters, export_run
-from rsstudy.tuning import attach, save_tuned, tuned_folder
+from rsstudy.tuning.method import attach
+from rsstudy.tuning.saved import save_tuned, tuned_folder
 
 # run -> its method, its settings; and what is exported: the run, --merge
 RUNS = dict(lora={}, dora={}, lora_vision=dict(init='pissa'), qlora={}, prompt=dict(length=4), adapter=dict(activation='silu'), full={})
@@ -111,7 +113,7 @@ def snippet(folder):
 def plain(root, exports, photos):
     "What the cards' lines write, in one process for all."
     (root/'lines.json').write_text(json.dumps({name: (str(folder), snippet(folder)) for name, (folder, _) in exports.items()}))
-    done = subprocess.run([sys.executable, '-I', '-c', PLAIN, root/'lines.json', root/'plain.json', *photos], capture_output=True, text=True, timeout=300, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    done = subprocess.run([sys.executable, '-I', '-c', PLAIN, root/'lines.json', root/'plain.json', *photos], capture_output=True, text=True, timeout=900, env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads((root/'plain.json').read_text())
 
@@ -290,7 +292,7 @@ def test_nothing_private_is_sent_to_a_public_repository(tuned, tmp_path, hub):
 
 
 @pytest.mark.parametrize('what, expected', [
-    (('rsstudy.sharing.export.hub_reachable', lambda: False), 'the hub cannot be reached from here'),
+    (('rsstudy.common.files.hub_reachable', lambda: False), 'the hub cannot be reached from here'),
     (('huggingface_hub.get_token', lambda: None), '--push needs a login: make a write token, run `hf auth login`'),
     (('huggingface_hub.HfApi.upload_folder', lambda *_, **__: (_ for _ in ()).throw(ConnectionError('cut\noff'))), "'captioner' could not be pushed (ConnectionError: cut)"),
 ])

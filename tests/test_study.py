@@ -1,10 +1,17 @@
 """The runner: killed and resumed, one run at a time, failures told, copies fit to commit."""
-import io, os, signal, time
+import io, os, shutil, signal, time
+from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
-from rsstudy import study
-from toys import alive, journal, project, rsstudy, start, wait_for
+from rsstudy.common import code
+from rsstudy.common.settings import load_profile
+from rsstudy.runner import study
+from rsstudy.training.plan import TrainingPlan
+from rsstudy.tuning.methods import methods
+from rsstudy.tuning.run import run_key
+from toys import ROOT, STUCK, alive, journal, project, rsstudy, start, wait_for
 
 ONE = 'journal("one"); write("01_one", 1)'
 # the second notebook writes its result, then waits for a file that lets it end: the moment at which a test stops the run
@@ -20,7 +27,7 @@ def in_the_middle(folder):
     """A run of the toy study that is inside its second notebook; with the process number of that notebook's kernel."""
     project(folder, one=ONE, two=TWO, three=THREE)
     run = start(folder, 'run')
-    wait_for(lambda: len(journal(folder)) == 2)
+    wait_for(lambda: len(journal(folder)) == 2, run)
     return run, int(journal(folder)[1].split(':')[1])
 
 
@@ -29,10 +36,10 @@ def test_stopped_and_resumed(tmp_path, kind):
     """Stopped in the second notebook by any means, the next call does not repeat the first and finishes the rest."""
     run, kernel = in_the_middle(tmp_path)
     run.send_signal(kind)
-    _, said = run.communicate(timeout=30)
+    _, said = run.communicate(timeout=STUCK)
     assert run.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 130)
     if kind != signal.SIGKILL: assert 'rsstudy: stopped' in said and 'Traceback' not in said, said
-    wait_for(lambda: not alive(kernel), 15) # the kernel does not outlive its run
+    wait_for(lambda: not alive(kernel)) # the kernel does not outlive its run
     assert not (tmp_path/'results/nano/02_two.ipynb').exists()
     (tmp_path/'go').touch()
     again = rsstudy(tmp_path, 'run')
@@ -67,7 +74,7 @@ def test_done_before_and_stale(tmp_path, monkeypatch):
         (tmp_path/'results/nano'/f'{path.stem}.json').write_text('1')
         return nbformat.v4.new_notebook()
     monkeypatch.setattr(study, 'execute', execute)
-    monkeypatch.setattr(study, 'code_digest', lambda: library)
+    monkeypatch.setattr(study, 'code_digest', lambda *modules: library)
     def run(only=(), force=False, **settings):
         ran.clear()
         study.run_study('nano', dict(results=f'{tmp_path}/results', work=f'{tmp_path}/runs') | settings, only, force, tmp_path/'nbs', io.StringIO())
@@ -141,3 +148,52 @@ display(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
     images = [o for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
     assert len(images) == 1 and 'Figure' in images[0].data['text/plain']
     assert 'results are in ./results/nano' in text or 'results are in results/nano' in text
+
+
+def keys_with(folder, monkeypatch, change=lambda module, code: code, notebooks=None):
+    """Keys of the real chapters, and of a LoRA run, as if the library's code were changed."""
+    files = {}
+    def module_file(name):
+        if name not in files:
+            source = (ROOT/Path(*name.split('.'))).with_suffix('.py')
+            files[name] = folder/f'{len(files)}.py'
+            files[name].write_text(change(name, source.read_text()) if source.is_file() else '')
+        return files[name]
+    folder.mkdir()
+    monkeypatch.setattr(code, '_module_file', module_file)
+    code.code_digest.cache_clear()
+    P = load_profile('nano', results=str(folder/'results'), work=str(folder/'runs'))
+    toy = SimpleNamespace(material='the same')
+    run = run_key(P, methods(P)['lora'], toy, TrainingPlan.of(P, lr=1e-3, seed=0))
+    keys = study.notebook_keys(P, notebooks or study.study_notebooks())
+    code.code_digest.cache_clear()
+    return {name[:2]: keys[name] for name in keys}, run
+
+
+def test_what_stales_a_result(tmp_path, monkeypatch):
+    """Prose, docstrings and comments re-run nothing; the training step re-trains; a metric re-scores without training; a chapter waits for what it reads."""
+    def keys(name, **more):
+        shutil.rmtree(tmp_path/'x', ignore_errors=True)
+        return keys_with(tmp_path/'x', monkeypatch, **more)
+    before, run = keys('as it is')
+    assert keys('again') == (before, run)
+
+    words = lambda module, text: '"""Other words."""\n# and a comment\n' + text.partition('\n')[2]
+    assert keys('docstrings', change=words) == (before, run)
+
+    shutil.copytree(ROOT/'nbs', tmp_path/'nbs', ignore=shutil.ignore_patterns('lib'))
+    path = tmp_path/'nbs/01_eda.ipynb'
+    nb = nbformat.read(path, 4)
+    nb.cells[0].source += ' And one more sentence.'
+    nbformat.write(nb, path)
+    assert keys('prose', notebooks=study.study_notebooks(tmp_path/'nbs')) == (before, run)
+
+    def stale(module):
+        found, trained = keys(module, change=lambda name, text: text + ('\nADDED = 1\n' if name == f'rsstudy.{module}' else ''))
+        return {name for name in found if found[name] != before[name]}, trained != run
+    assert stale('training.step') == ({'03', '04', '05', '06', '07'}, True)
+    scored, trained = stale('metrics.cider')
+    assert {'02', '03', '04', '05', '07'} <= scored and not trained
+    assert stale('tuning.lora')[1] and not stale('tuning.adapter')[1]
+    assert stale('report.comparison') == ({'07'}, False)
+    assert stale('runner.study') == (set(), False)

@@ -2,13 +2,15 @@
 import shutil
 import pytest, torch
 from exact import CAPTIONS, distance, gradients, images
-from rsstudy.batch import caption_loss, encode_example, image_features, pack, pixel_tensor, target_logits
-from rsstudy.generate import Captioner, generate_captions
-from rsstudy.methods import methods
-from rsstudy.model import compile_layers, enable_checkpointing, load_base
+from rsstudy.model.forward import caption_loss, image_features, pixel_tensor, target_logits
+from rsstudy.model.pack import encode_example, pack
+from rsstudy.model.generate import Captioner, generate_captions
+from rsstudy.tuning.methods import methods
+from rsstudy.model.base import load_base
+from rsstudy.model.parts import compile_layers, enable_checkpointing
 from rsstudy.scenes.world import draw_scene
-from rsstudy.settings import load_profile
-from rsstudy.tuning import attach
+from rsstudy.common.settings import load_profile
+from rsstudy.tuning.method import attach
 
 P = load_profile('nano', prompt_length=4, adapter_width=8, rank=4, lora_dropout=.1)
 LR = dict(prompt=1e-1, full=1e-3) # enough to change the captions in a few steps; the others' is 1e-2

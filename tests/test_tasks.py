@@ -4,11 +4,11 @@ from collections import Counter
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-import rsstudy.tasks as tasks
-from rsstudy.answers import normalise_answer, vqa_accuracy
-from rsstudy.generate import Captioner, generate_captions
-from rsstudy.model import load_base
-from rsstudy.settings import load_profile
+import rsstudy.evaluation.tasks as tasks
+from rsstudy.evaluation.answers import normalise_answer, vqa_accuracy
+from rsstudy.model.generate import Captioner, generate_captions
+from rsstudy.model.base import load_base
+from rsstudy.common.settings import load_profile
 
 NAMES = ['coco_captions', 'nocaps', 'rsvqa_hr', 'rsvqa_lr', 'scenes_captions', 'scenes_questions', 'textvqa', 'vqav2']
 
@@ -175,8 +175,8 @@ def test_forgetting_is_seen(P, base, scenes, before):
 
 def test_prompt_tuning_forgets_nothing(P, scenes, before):
     "Whatever the soft vectors are, without them the base answers."
-    from rsstudy.methods import methods
-    from rsstudy.tuning import attach
+    from rsstudy.tuning.methods import methods
+    from rsstudy.tuning.method import attach
     tuned = attach(P, methods(P)['prompt'])
     with torch.no_grad():
         for p in tuned.model.parameters():

@@ -3,12 +3,13 @@ import dataclasses
 
 import numpy as np
 
-from rsstudy.generate import Captioner
-from rsstudy.lora import Lora
-from rsstudy.model import nano_model, nano_processor
-from rsstudy.rows import CaptionRows
-from rsstudy.settings import load_profile
-from rsstudy.train import TrainingPlan, fit
+from rsstudy.model.generate import Captioner
+from rsstudy.tuning.lora import Lora
+from rsstudy.model.nano import nano_model, nano_processor
+from rsstudy.training.loader import CaptionRows
+from rsstudy.common.settings import load_profile
+from rsstudy.training.fit import fit
+from rsstudy.training.plan import TrainingPlan
 
 
 def test_tensorboard(tmp_path):

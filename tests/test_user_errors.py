@@ -16,7 +16,7 @@ import tifffile
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from PIL import Image
 
-from rsstudy.cli import main
+from rsstudy.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = 'source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\n'
@@ -57,9 +57,10 @@ def place(tmp_path_factory):
     for name, config in dict(llama='{"model_type": "llama"}', scrap='{', bare='{"model_type": "paligemma"}').items():
         (place/name).mkdir()
         (place/name/'config.json').write_text(config)
-    from rsstudy.methods import methods
-    from rsstudy.settings import load_profile
-    from rsstudy.tuning import attach, save_tuned
+    from rsstudy.tuning.methods import methods
+    from rsstudy.common.settings import load_profile
+    from rsstudy.tuning.method import attach
+    from rsstudy.tuning.saved import save_tuned
     P = load_profile('nano')
     for run in ('prompt-seed3', 'adapter-seed0'):
         method = methods(P)[run.split('-')[0]]
@@ -75,22 +76,22 @@ def place(tmp_path_factory):
 
 
 def answer(kind, status): return kind('no', response=httpx.Response(status, request=httpx.Request('GET', 'https://huggingface.co')))
-def hub(error): return [patch('rsstudy.basemodel.hub_reachable', return_value=True), patch('huggingface_hub.HfApi.auth_check', side_effect=error)]
+def hub(error): return [patch('rsstudy.common.files.hub_reachable', return_value=True), patch('huggingface_hub.HfApi.auth_check', side_effect=error)]
 def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device', 'scores.json')
 def denied(*args, **kwargs): raise PermissionError(errno.EACCES, 'Permission denied', 'scores.json')
 def crowded(*args, **kwargs): raise MemoryError()
 
 WORLDS = { # what is to be different in the world
-    'offline': [patch('rsstudy.basemodel.hub_reachable', return_value=False)],
+    'offline': [patch('rsstudy.common.files.hub_reachable', return_value=False)],
     'gated': hub(answer(GatedRepoError, 403)),
     'unknown to the hub': hub(answer(RepositoryNotFoundError, 404)),
     'hub down': hub(ConnectionError('reset by peer')),
-    'disk full': [patch('rsstudy.runs.os.replace', side_effect=full)],
-    'no permission': [patch('rsstudy.runs.os.replace', side_effect=denied)],
-    'rasterio hidden': [patch('rsstudy.imagery.views.has_rasterio', return_value=False), patch('rsstudy.imagery.rasters.has_rasterio', return_value=False)],
-    'out of memory': [patch('rsstudy.metrics.score_captions', side_effect=crowded)],
-    'disk nearly full': [patch('rsstudy.request.shutil.disk_usage', return_value=SimpleNamespace(free=5e6))],
-    'folders locked': [patch('rsstudy.request.os.access', return_value=False)],
+    'disk full': [patch('rsstudy.common.results.os.replace', side_effect=full)],
+    'no permission': [patch('rsstudy.common.results.os.replace', side_effect=denied)],
+    'rasterio hidden': [patch('rsstudy.imagery.rasters.has_rasterio', return_value=False), patch('rsstudy.imagery.rasters.has_rasterio', return_value=False)],
+    'out of memory': [patch('rsstudy.metrics.registry.score_captions', side_effect=crowded)],
+    'disk nearly full': [patch('rsstudy.runner.request.shutil.disk_usage', return_value=SimpleNamespace(free=5e6))],
+    'folders locked': [patch('rsstudy.runner.request.os.access', return_value=False)],
 } | {f'without {package}': [patch.dict(sys.modules, {package: None})] for package in ('ray', 'wandb', 'gradio')}
 
 TINY = '--set train_images=4 --set val_images=2 --set test_images=2'

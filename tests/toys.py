@@ -6,10 +6,12 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
+RISCM = Path(os.environ.get('RSSTUDY_RISCM') or '/none') # folder with captions.csv and resized/
+NO_RISCM = 'needs the real images: set RSSTUDY_RISCM to a folder with captions.csv and resized/'
 
 # What a toy notebook starts with: its parameters, its results folder, and a line in a journal that tells what ran and how often.
 HEAD = '''import json
-from rsstudy.settings import notebook_profile
+from rsstudy.common.settings import notebook_profile
 P = notebook_profile(globals())
 P.results_dir.mkdir(parents=True, exist_ok=True)
 def journal(word):
@@ -33,12 +35,15 @@ def project(folder, **sources):
 
 def command(*words):
     """The command line of this very interpreter."""
-    return [sys.executable, '-c', 'import sys; from rsstudy.cli import main; sys.exit(main())', *map(str, words)]
+    return [sys.executable, '-c', 'import sys; from rsstudy.commands.main import main; sys.exit(main())', *map(str, words)]
+
+
+STUCK = 900 # seconds without what a test waits for: it is stuck, on however slow a machine
 
 
 def rsstudy(folder, *words):
     """Runs the command in a folder to its end."""
-    return subprocess.run(command(*words), cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command(*words), cwd=folder, capture_output=True, text=True, timeout=STUCK)
 
 
 def start(folder, *words):
@@ -51,11 +56,12 @@ def journal(folder):
     return file.read_text().split() if file.is_file() else []
 
 
-def wait_for(condition, seconds=60):
-    """Waits until `condition()` is true."""
-    end = time.monotonic() + seconds
+def wait_for(condition, run=None):
+    """Waits until `condition()` is true; a process that ends before that fails the test at once, with what it said."""
+    end = time.monotonic() + STUCK
     while not condition():
-        assert time.monotonic() < end, f'not within {seconds} s'
+        if run is not None and run.poll() is not None and not condition(): raise AssertionError(f'ended with {run.returncode}: {run.communicate()[1]}')
+        assert time.monotonic() < end, f'stuck: {STUCK} s without what the test waits for'
         time.sleep(0.05)
 
 
