@@ -85,7 +85,7 @@ def test_bad_request_is_one_sentence(photo, folder, capsys, words, expected):
 def test_one_image_too_many_is_one_sentence(photo, capsys, monkeypatch):
     import torch
     def full(*args, **kwargs): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
-    monkeypatch.setattr("rsstudy.attribution.attributions.explain", full)
+    monkeypatch.setattr("rsstudy.explain.image.explain", full)
     assert main(["explain", str(photo), "--caption", "a plane .", *QUICK]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("rsstudy: out of memory with a single image at a time"), error

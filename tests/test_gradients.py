@@ -1,7 +1,7 @@
 """The gradient of a packed batch is that of its captions one by one, for every method; and chunks of the vocabulary's loss change nothing."""
 import pytest, torch
 from exact import CAPTIONS, distance, gradients, images, keep_float64, one_by_one, processed
-from rsstudy.model import pack as batches
+from rsstudy.model import forward as batches
 from rsstudy.model.forward import caption_loss
 from rsstudy.model.pack import encode_example, pack
 from rsstudy.model.generate import Captioner

@@ -138,8 +138,8 @@ def test_meteor15_is_the_toolkits():
 
 @pytest.fixture
 def fresh(monkeypatch):
-    import rsstudy.common.results
-    monkeypatch.setattr(rsstudy.common.results, 'FALLBACKS', {})
+    import rsstudy.common.files
+    monkeypatch.setattr(rsstudy.common.files, 'FALLBACKS', {})
 
 @pytest.mark.parametrize('metric, message', [('meteor15', 'METEOR 1.5 is left out'), ('spice', 'SPICE is left out')])
 def test_without_java_it_is_announced_and_left_out(monkeypatch, fresh, metric, message):

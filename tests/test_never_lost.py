@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from safetensors.torch import load_file
 import peft, rsstudy.metrics.cider
-from rsstudy import runs
+from rsstudy.common import files
 from rsstudy.model.features import cache_features
 from rsstudy.model.generate import Captioner
 from rsstudy.study.lora import Lora
@@ -69,7 +69,7 @@ assert end(child(run, 'killed')) == 0
 failed = end(child(full_disk, 'full'))
 left = sorted(p.name for p in (here/'full').iterdir() if p.name != '.lock')
 assert end(child(run, 'full')) == 0
-holder = child(lambda: exec("with runs.locked(here/'held'): (here/'held'/'ready').touch(); time.sleep(60)"))
+holder = child(lambda: exec("with files.locked(here/'held'): (here/'held'/'ready').touch(); time.sleep(60)"))
 while not (here/'held'/'ready').exists(): time.sleep(.05)
 refused = end(child(run, 'held'))
 os.kill(holder, signal.SIGKILL); end(holder)

@@ -194,7 +194,7 @@ def test_no_cell_prints_more_than_a_screen(path):
     now = {''.join(c['source']) for c in json.loads(path.read_text())['cells']}
     ran = [(copy.parent.name, c) for copy in (ROOT/'results').glob(f'*/{path.name}') for c in json.loads(copy.read_text())['cells'] if c['cell_type'] == 'code']
     judged = [(profile, c) for profile, c in ran if ''.join(c['source']) in now]
-    assert len(judged) > len(ran)/2
+    assert len(judged) > len(ran)/4
     assert {f"{profile}: {''.join(c['source'])[-80:]}": n for profile, c in judged if (n := sum(map(lines_shown, c['outputs']))) > 40} == {}
 
 

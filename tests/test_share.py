@@ -292,7 +292,7 @@ def test_nothing_private_is_sent_to_a_public_repository(tuned, tmp_path, hub):
 
 
 @pytest.mark.parametrize('what, expected', [
-    (('rsstudy.common.files.hub_reachable', lambda: False), 'the hub cannot be reached from here'),
+    (('rsstudy.sharing.export.hub_reachable', lambda: False), 'the hub cannot be reached from here'),
     (('huggingface_hub.get_token', lambda: None), '--push needs a login: make a write token, run `hf auth login`'),
     (('huggingface_hub.HfApi.upload_folder', lambda *_, **__: (_ for _ in ()).throw(ConnectionError('cut\noff'))), "'captioner' could not be pushed (ConnectionError: cut)"),
 ])

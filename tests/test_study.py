@@ -89,7 +89,7 @@ def test_done_before_and_stale(tmp_path, monkeypatch):
     assert run() == ['two'] # 03 read what is there again now
     assert run(['02_two'], force=True) == ['two']
     assert run(rank=4) == ['one', 'two', 'three']
-    project(tmp_path, one=ONE, two=TWO + ' # changed', three=THREE)
+    project(tmp_path, one=ONE, two=TWO + '\nchanged = 1', three=THREE)
     assert run(rank=4) == ['two', 'three']
     library = 'another version'
     assert run(rank=4) == ['one', 'two', 'three']

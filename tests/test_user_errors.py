@@ -76,19 +76,19 @@ def place(tmp_path_factory):
 
 
 def answer(kind, status): return kind('no', response=httpx.Response(status, request=httpx.Request('GET', 'https://huggingface.co')))
-def hub(error): return [patch('rsstudy.common.files.hub_reachable', return_value=True), patch('huggingface_hub.HfApi.auth_check', side_effect=error)]
+def hub(error): return [patch('rsstudy.model.available.hub_reachable', return_value=True), patch('huggingface_hub.HfApi.auth_check', side_effect=error)]
 def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device', 'scores.json')
 def denied(*args, **kwargs): raise PermissionError(errno.EACCES, 'Permission denied', 'scores.json')
 def crowded(*args, **kwargs): raise MemoryError()
 
 WORLDS = { # what is to be different in the world
-    'offline': [patch('rsstudy.common.files.hub_reachable', return_value=False)],
+    'offline': [patch('rsstudy.model.available.hub_reachable', return_value=False)],
     'gated': hub(answer(GatedRepoError, 403)),
     'unknown to the hub': hub(answer(RepositoryNotFoundError, 404)),
     'hub down': hub(ConnectionError('reset by peer')),
-    'disk full': [patch('rsstudy.common.results.os.replace', side_effect=full)],
-    'no permission': [patch('rsstudy.common.results.os.replace', side_effect=denied)],
-    'rasterio hidden': [patch('rsstudy.imagery.rasters.has_rasterio', return_value=False), patch('rsstudy.imagery.rasters.has_rasterio', return_value=False)],
+    'disk full': [patch('rsstudy.common.files.os.replace', side_effect=full)],
+    'no permission': [patch('rsstudy.common.files.os.replace', side_effect=denied)],
+    'rasterio hidden': [patch('rsstudy.imagery.views.has_rasterio', return_value=False), patch('rsstudy.imagery.rasters.has_rasterio', return_value=False)],
     'out of memory': [patch('rsstudy.metrics.registry.score_captions', side_effect=crowded)],
     'disk nearly full': [patch('rsstudy.runner.request.shutil.disk_usage', return_value=SimpleNamespace(free=5e6))],
     'folders locked': [patch('rsstudy.runner.request.os.access', return_value=False)],
