@@ -14,8 +14,8 @@ import peft, rsstudy.metrics.cider
 from rsstudy.common import files
 from rsstudy.model.features import cache_features
 from rsstudy.model.generate import Captioner
-from rsstudy.study.lora import Lora
-from rsstudy.model.base import nano_model, nano_processor
+from rsstudy.tuning.lora import Lora
+from rsstudy.model.nano import nano_model, nano_processor
 from rsstudy.training.loader import CaptionRows
 from rsstudy.training.fit import TrainingPlan, fit
 here = Path(sys.argv[1])
