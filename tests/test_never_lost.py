@@ -17,7 +17,8 @@ from rsstudy.model.generate import Captioner
 from rsstudy.tuning.lora import Lora
 from rsstudy.model.nano import nano_model, nano_processor
 from rsstudy.training.loader import CaptionRows
-from rsstudy.training.fit import TrainingPlan, fit
+from rsstudy.training.fit import fit
+from rsstudy.training.plan import TrainingPlan
 here = Path(sys.argv[1])
 PLAN = TrainingPlan(lr=5e-3, epochs=6, batch_images=2, evaluate_every=7, checkpoint_every=3, val_captions=3, max_new_tokens=5, patience=3, warmup=.2)
 

@@ -150,6 +150,12 @@ display(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
     assert 'results are in ./results/nano' in text or 'results are in results/nano' in text
 
 
+def forget():
+    """The library's code is read again."""
+    code.module_code.cache_clear()
+    code.code_digest.cache_clear()
+
+
 def keys_with(folder, monkeypatch, change=lambda module, code: code, notebooks=None):
     """Keys of the real chapters, and of a LoRA run, as if the library's code were changed."""
     files = {}
@@ -161,12 +167,12 @@ def keys_with(folder, monkeypatch, change=lambda module, code: code, notebooks=N
         return files[name]
     folder.mkdir()
     monkeypatch.setattr(code, '_module_file', module_file)
-    code.code_digest.cache_clear()
+    forget()
     P = load_profile('nano', results=str(folder/'results'), work=str(folder/'runs'))
     toy = SimpleNamespace(material='the same')
     run = run_key(P, methods(P)['lora'], toy, TrainingPlan.of(P, lr=1e-3, seed=0))
     keys = study.notebook_keys(P, notebooks or study.study_notebooks())
-    code.code_digest.cache_clear()
+    forget()
     return {name[:2]: keys[name] for name in keys}, run
 
 
