@@ -23,7 +23,7 @@ def find_spec(name, package=None): return None if name.split(".")[0] in ABSENT e
 importlib.util.find_spec = find_spec # how transformers and peft ask what is there
 from rsstudy.bench.train import bench_gpu
 bench_gpu(Path(sys.argv[1]), tiny=True, images=4, rounds=1, seconds=.01, backend="eager")
-from rsstudy.bench.xai import bench_gpu_explanations
+from rsstudy.bench.xai_gpu import bench_gpu_explanations
 bench_gpu_explanations(Path(sys.argv[1]), tiny=True, rounds=1)
 assert not ABSENT & {name.split(".")[0] for name in sys.modules}
 '''
