@@ -1,4 +1,5 @@
 """All is said in pyproject.toml but one step: the study's notebooks and settings travel in the wheel, so that a study runs without the repository."""
+
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,13 @@ ROOT = Path(__file__).resolve().parent
 
 class WithStudy(build_py):
     """Copies settings.ini and the numbered notebooks to rsstudy/study_files of the build, never of the source tree."""
+
     def run(self):
         super().run()
-        if self.editable_mode: return # an editable install reads them where they lie
-        for file in [ROOT/'settings.ini', *sorted((ROOT/'nbs').glob('[0-9][0-9]_*.ipynb'))]:
-            target = Path(self.build_lib, 'rsstudy', 'study_files', file.relative_to(ROOT))
+        if self.editable_mode:
+            return  # an editable install reads them where they lie
+        for file in [ROOT / "settings.ini", *sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))]:
+            target = Path(self.build_lib, "rsstudy", "study_files", file.relative_to(ROOT))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
 

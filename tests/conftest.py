@@ -1,4 +1,5 @@
 """What several test files explain, and the browser that they look through."""
+
 import os
 import shutil
 
@@ -17,10 +18,13 @@ def image():
 @pytest.fixture(scope="module")
 def browser():
     "Headless Chromium: the machine's own, or playwright's."
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright: pip install 'rsstudy[dev]'")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="the browser test needs playwright: pip install 'rsstudy[dev]'"
+    )
     where = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with playwright.sync_playwright() as p:
-        if not where and not os.path.exists(p.chromium.executable_path): pytest.skip("the browser test needs Chromium: playwright install chromium, or one on the path")
+        if not where and not os.path.exists(p.chromium.executable_path):
+            pytest.skip("the browser test needs Chromium: playwright install chromium, or one on the path")
         chromium = p.chromium.launch(executable_path=where, args=["--no-sandbox"])
         yield chromium
         chromium.close()

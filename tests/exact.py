@@ -1,9 +1,18 @@
 """What the exactness tests share: pictures, transformers' own loss of captions written out one by one, and an arithmetic without float32 in it."""
-import numpy as np, torch
+
+import numpy as np
+import torch
 import torch.nn.functional as F
+
 from rsstudy.model.parts import core
 
-CAPTIONS = ['two planes are parked near a runway .', 'two planes .', 'a gray runway with two white planes .', 'two planes .', 'some trees near a runway .']
+CAPTIONS = [
+    "two planes are parked near a runway .",
+    "two planes .",
+    "a gray runway with two white planes .",
+    "two planes .",
+    "some trees near a runway .",
+]
 
 
 def images(n=2, size=224):
@@ -17,23 +26,31 @@ def keep_float64(monkeypatch):
     Here these casts leave float64 alone, so that two ways of computing one thing can be compared to float64's last digits.
     """
     to_float, softmax = torch.Tensor.float, F.softmax
-    monkeypatch.setattr(torch.Tensor, 'float', lambda x: x if x.dtype == torch.float64 else to_float(x))
-    monkeypatch.setattr(F, 'softmax', lambda x, dim=None, dtype=None, **k: softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype, **k))
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float(x))
+    monkeypatch.setattr(
+        F,
+        "softmax",
+        lambda x, dim=None, dtype=None, **k: softmax(x, dim, dtype=None if x.dtype == torch.float64 else dtype, **k),
+    )
 
 
 def processed(captioner, image, caption):
     "An image and a caption as PaliGemma's own processor writes them, with its labels."
-    return captioner.processor(images=[image], text=[f'<image>{captioner.prompt}'], suffix=[caption], return_tensors='pt')
+    return captioner.processor(
+        images=[image], text=[f"<image>{captioner.prompt}"], suffix=[caption], return_tensors="pt"
+    )
 
 
 def one_by_one(captioner, pictures, captions):
     "Sum of the losses in nats, a sequence a caption, by the model's own forward pass and the processor's labels."
-    total = 0.
+    total = 0.0
     for image, texts in zip(pictures, captions):
         for text in texts:
             inputs = processed(captioner, image, text)
-            labels = inputs.pop('labels')
-            total = total + F.cross_entropy(core(captioner.model)(**inputs).logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction='sum')
+            labels = inputs.pop("labels")
+            total = total + F.cross_entropy(
+                core(captioner.model)(**inputs).logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum"
+            )
     return total
 
 
@@ -50,5 +67,8 @@ def distance(found, wanted, floor=1e-6):
     A tensor smaller than `floor` of the whole is measured against that: SigLIP's key biases have no gradient at all (a softmax does not see a shift), only its rounding.
     """
     assert found.keys() == wanted.keys()
-    whole = sum(g.norm() ** 2 for g in wanted.values()) ** .5
-    return max(float((found[name] - wanted[name]).norm() / torch.maximum(wanted[name].norm(), floor * whole)) for name in wanted)
+    whole = sum(g.norm() ** 2 for g in wanted.values()) ** 0.5
+    return max(
+        float((found[name] - wanted[name]).norm() / torch.maximum(wanted[name].norm(), floor * whole))
+        for name in wanted
+    )

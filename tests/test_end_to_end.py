@@ -1,54 +1,103 @@
 """The seven notebooks, one after the other through the command line, on the smallest study there is."""
-import json, subprocess, sys
+
+import json
+import subprocess
+import sys
+
 import pytest
+
 from rsstudy.evaluation.floors import FLOORS
 
-TINY = dict(train_images=8, val_images=4, test_images=8, epochs=1, batch_images=4, lr=1e-3, xai_images=1, ig_steps=4, shap_evaluations=12, segments=4,
-    pixelshap_samples=8, rise_masks=8, noise_samples=2, xai_checks=0, resamples=20, rank=2, prompt_length=4, adapter_width=4, max_new_tokens=12, task_images=4)
-NOTEBOOKS = ['01_eda', '02_baseline', '03_lora', '04_prompt_tuning', '05_adapter', '06_xai', '07_comparison']
-METHODS = {'none', 'lora', 'qlora', 'prompt', 'adapter', 'full'}
+TINY = dict(
+    train_images=8,
+    val_images=4,
+    test_images=8,
+    epochs=1,
+    batch_images=4,
+    lr=1e-3,
+    xai_images=1,
+    ig_steps=4,
+    shap_evaluations=12,
+    segments=4,
+    pixelshap_samples=8,
+    rise_masks=8,
+    noise_samples=2,
+    xai_checks=0,
+    resamples=20,
+    rank=2,
+    prompt_length=4,
+    adapter_width=4,
+    max_new_tokens=12,
+    task_images=4,
+)
+NOTEBOOKS = ["01_eda", "02_baseline", "03_lora", "04_prompt_tuning", "05_adapter", "06_xai", "07_comparison"]
+METHODS = {"none", "lora", "qlora", "prompt", "adapter", "full"}
 
 
 def run(folder):
-    settings = TINY | dict(results=folder/'results', work=folder/'runs')
-    words = [word for key, value in settings.items() for word in ('--set', f'{key}={value}')]
-    return subprocess.run([sys.executable, '-c', 'import sys; from rsstudy.commands.main import main; sys.exit(main())', 'run', '--seeds', '0', *words], capture_output=True, text=True)
+    settings = TINY | dict(results=folder / "results", work=folder / "runs")
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from rsstudy.commands.main import main; sys.exit(main())",
+            "run",
+            "--seeds",
+            "0",
+            *words,
+        ],
+        capture_output=True,
+        text=True,
+    )
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('study')
+    folder = tmp_path_factory.mktemp("study")
     said = run(folder)
     assert said.returncode == 0, (said.stdout + said.stderr)[-4000:]
     return folder, said
 
 
-def result(study, notebook): return json.loads((study[0]/'results'/'nano'/f'{notebook}.json').read_text())
+def result(study, notebook):
+    return json.loads((study[0] / "results" / "nano" / f"{notebook}.json").read_text())
 
 
 def test_every_notebook_leaves_its_result(study):
     for notebook in NOTEBOOKS:
-        manifest = result(study, notebook)['manifest']
-        assert manifest['settings']['train_images'] == 8 and manifest['versions']['torch'] and manifest['seconds'] > 0
-        assert (study[0]/'results'/'nano'/f'{notebook}.ipynb').is_file()
+        manifest = result(study, notebook)["manifest"]
+        assert manifest["settings"]["train_images"] == 8 and manifest["versions"]["torch"] and manifest["seconds"] > 0
+        assert (study[0] / "results" / "nano" / f"{notebook}.ipynb").is_file()
 
 
 def test_the_comparison_is_tidy(study):
-    found = result(study, '07_comparison')
-    assert {row['method'] for row in found['scores'] if row['kind'] == 'method'} == METHODS == {row['method'] for row in found['cost']}
-    assert {row['method'] for row in found['scores'] if row['kind'] == 'floor'} == set(FLOORS)
-    assert {row['method'] for row in found['faithfulness']} == METHODS | {'lora_vision'} # the one variant that is explained as well
-    for row in found['scores']: assert set(row) == {'kind', 'method', 'source', 'metric', 'value', 'low', 'high', 'n', 'seed'}
-    for row in found['cost']: assert set(row) == {'method', 'trainable_parameters', 'seconds', 'peak_memory_bytes', 'adapter_bytes'}
-    for row in found['faithfulness']: assert set(row) == {'method', 'attribution', 'metric', 'value', 'low', 'high', 'n'}
-    assert 'all' in {row['source'] for row in found['scores']}
+    found = result(study, "07_comparison")
+    assert (
+        {row["method"] for row in found["scores"] if row["kind"] == "method"}
+        == METHODS
+        == {row["method"] for row in found["cost"]}
+    )
+    assert {row["method"] for row in found["scores"] if row["kind"] == "floor"} == set(FLOORS)
+    assert {row["method"] for row in found["faithfulness"]} == METHODS | {
+        "lora_vision"
+    }  # the one variant that is explained as well
+    for row in found["scores"]:
+        assert set(row) == {"kind", "method", "source", "metric", "value", "low", "high", "n", "seed"}
+    for row in found["cost"]:
+        assert set(row) == {"method", "trainable_parameters", "seconds", "peak_memory_bytes", "adapter_bytes"}
+    for row in found["faithfulness"]:
+        assert set(row) == {"method", "attribution", "metric", "value", "low", "high", "n"}
+    assert "all" in {row["source"] for row in found["scores"]}
 
 
 def test_the_final_table_is_printed(study):
-    for label in ('LoRA', 'QLoRA', 'prompt', 'adapter', 'full'): assert label in study[1].stdout
+    for label in ("LoRA", "QLoRA", "prompt", "adapter", "full"):
+        assert label in study[1].stdout
 
 
 def test_nothing_is_run_twice(study):
     again = run(study[0])
     assert again.returncode == 0
-    for notebook in NOTEBOOKS: assert f'{notebook}: done before' in again.stdout + again.stderr
+    for notebook in NOTEBOOKS:
+        assert f"{notebook}: done before" in again.stdout + again.stderr

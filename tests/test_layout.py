@@ -1,4 +1,5 @@
 """The house: a module's path is its notebook's without numbers, imports run downhill, every name is defined once."""
+
 import ast
 import graphlib
 import json

@@ -1,5 +1,8 @@
 """A run that is killed, at any moment, ends bit for bit where an undisturbed run ends."""
-import json, subprocess, sys
+
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -79,32 +82,39 @@ print(json.dumps(dict(kills=kills, steps=steps, failed=failed, left=left, refuse
 '''
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('runs')
-    said = subprocess.run([sys.executable, '-c', SCRIPT, str(folder)], capture_output=True, text=True, timeout=900)
+    folder = tmp_path_factory.mktemp("runs")
+    said = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True, timeout=900)
     assert said.returncode == 0, said.stderr[-3000:]
     return folder, json.loads(said.stdout.splitlines()[-1]), said.stderr
 
 
-def outcome(folder, name): return json.loads((folder/f'{name}.json').read_text())
+def outcome(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
 
 
 def test_killed_at_random_moments(story):
     folder, facts, _ = story
-    assert facts['kills'] >= 3 and facts['steps'] == sorted(set(facts['steps']))  # each time in its middle, and further on
-    assert outcome(folder, 'killed') == outcome(folder, 'undisturbed')
-    assert len(outcome(folder, 'killed')['losses']) > 7  # more than one evaluation
+    assert facts["kills"] >= 3 and facts["steps"] == sorted(
+        set(facts["steps"])
+    )  # each time in its middle, and further on
+    assert outcome(folder, "killed") == outcome(folder, "undisturbed")
+    assert len(outcome(folder, "killed")["losses"]) > 7  # more than one evaluation
 
 
 def test_disk_full(story):
     folder, facts, said = story
-    assert facts['failed'] == 1 and 'could not be written, the one before it is whole' in said and 'No space left' in said
-    assert facts['left'] == ['step-00000006']  # the last whole one, and nothing half-written
-    assert outcome(folder, 'full') == outcome(folder, 'undisturbed')
+    assert (
+        facts["failed"] == 1 and "could not be written, the one before it is whole" in said and "No space left" in said
+    )
+    assert facts["left"] == ["step-00000006"]  # the last whole one, and nothing half-written
+    assert outcome(folder, "full") == outcome(folder, "undisturbed")
 
 
 def test_second_process_refuses(story):
     folder, facts, said = story
-    assert facts['refused'] == 1 and 'is in use by another run' in said
-    assert facts['again'] == 0 and outcome(folder, 'held') == outcome(folder, 'undisturbed')  # the lock goes with its process
+    assert facts["refused"] == 1 and "is in use by another run" in said
+    assert facts["again"] == 0 and outcome(folder, "held") == outcome(
+        folder, "undisturbed"
+    )  # the lock goes with its process

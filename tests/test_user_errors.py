@@ -1,4 +1,5 @@
 """Whatever a user can do wrong: one sentence on standard error that says what was wrong and what is allowed, exit status 2, no traceback, nothing written."""
+
 import contextlib
 import errno
 import json
@@ -19,83 +20,116 @@ from PIL import Image
 from rsstudy.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = 'source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\n'
+HEAD = "source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\n"
 
 
-def table(folder, rows='', head=HEAD, images=('x.jpg',), content=None):
+def table(folder, rows="", head=HEAD, images=("x.jpg",), content=None):
     """A data folder in RISC's layout; `content` makes each image a file of these bytes."""
-    (folder/'resized').mkdir(parents=True)
-    (folder/'captions.csv').write_text(head + rows)
+    (folder / "resized").mkdir(parents=True)
+    (folder / "captions.csv").write_text(head + rows)
     for name in images:
-        if content is None: Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder/'resized'/name)
-        else: (folder/'resized'/name).write_bytes(content)
+        if content is None:
+            Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+                folder / "resized" / name
+            )
+        else:
+            (folder / "resized" / name).write_bytes(content)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A user's folder with everything that can be wrong in it."""
-    place = tmp_path_factory.mktemp('place')
-    shutil.copy(ROOT/'settings.ini', place)
-    (place/'nbs').mkdir()
-    for notebook in (ROOT/'nbs').glob('0*.ipynb'): shutil.copy(notebook, place/'nbs')
-    (place/'empty').mkdir()
-    table(place/'no_columns', head='a,b\n')
-    table(place/'no_rows')
-    table(place/'broken', 'UCM,train,x.jpg,a,b,c,d,e\n', content=b'no image')
-    table(place/'only_test', 'UCM,test,x.jpg,a lake .,b,c,d,e\n')
-    shutil.copytree(place/'only_test', place/'no_folder')
-    shutil.rmtree(place/'no_folder/resized')
+    place = tmp_path_factory.mktemp("place")
+    shutil.copy(ROOT / "settings.ini", place)
+    (place / "nbs").mkdir()
+    for notebook in (ROOT / "nbs").glob("0*.ipynb"):
+        shutil.copy(notebook, place / "nbs")
+    (place / "empty").mkdir()
+    table(place / "no_columns", head="a,b\n")
+    table(place / "no_rows")
+    table(place / "broken", "UCM,train,x.jpg,a,b,c,d,e\n", content=b"no image")
+    table(place / "only_test", "UCM,test,x.jpg,a lake .,b,c,d,e\n")
+    shutil.copytree(place / "only_test", place / "no_folder")
+    shutil.rmtree(place / "no_folder/resized")
     noise = np.random.default_rng(0)
-    Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(place/'photo.png')
-    Image.new('RGB', (64, 64), (9, 9, 9)).save(place/'flat.png')
-    (place/'text.png').write_text('hello')
-    (place/'broken.zip').write_text('no archive')
-    tifffile.imwrite(place/'deep.tif', noise.integers(0, 65536, (64, 64, 3), dtype=np.uint16), photometric='rgb')
-    for name, lines in dict(good=[dict(image='a.jpg', caption='x')], people=[dict(image='a.jpg', captions=['x'])], others=[dict(image='b.jpg', captions=['x'])]).items():
-        (place/f'{name}.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    (place/'bad.jsonl').write_text('{"image": "a.jpg", "caption": "x"}\n{"image": "a.jpg"\n')
-    for name, config in dict(llama='{"model_type": "llama"}', scrap='{', bare='{"model_type": "paligemma"}').items():
-        (place/name).mkdir()
-        (place/name/'config.json').write_text(config)
-    from rsstudy.tuning.methods import methods
+    Image.fromarray(noise.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(place / "photo.png")
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(place / "flat.png")
+    (place / "text.png").write_text("hello")
+    (place / "broken.zip").write_text("no archive")
+    tifffile.imwrite(place / "deep.tif", noise.integers(0, 65536, (64, 64, 3), dtype=np.uint16), photometric="rgb")
+    for name, lines in dict(
+        good=[dict(image="a.jpg", caption="x")],
+        people=[dict(image="a.jpg", captions=["x"])],
+        others=[dict(image="b.jpg", captions=["x"])],
+    ).items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (place / "bad.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n{"image": "a.jpg"\n')
+    for name, config in dict(llama='{"model_type": "llama"}', scrap="{", bare='{"model_type": "paligemma"}').items():
+        (place / name).mkdir()
+        (place / name / "config.json").write_text(config)
     from rsstudy.common.settings import load_profile
     from rsstudy.tuning.method import attach
+    from rsstudy.tuning.methods import methods
     from rsstudy.tuning.saved import save_tuned
-    P = load_profile('nano')
-    for run in ('prompt-seed3', 'adapter-seed0'):
-        method = methods(P)[run.split('-')[0]]
-        save_tuned(attach(P, method), method, place/'runs/nano/weights'/run, base=P.base_model)
-    damaged = place/'runs/nano/weights/prompt-seed5'
-    shutil.copytree(place/'runs/nano/weights/prompt-seed3', damaged)
-    with open(damaged/'adapter.safetensors', 'r+b') as file: file.truncate(100)
-    other = place/'runs/nano/weights/prompt-seed6'
-    shutil.copytree(place/'runs/nano/weights/prompt-seed3', other)
-    facts = json.loads((other/'method.json').read_text())
-    (other/'method.json').write_text(json.dumps(facts | dict(base_version='0123')))
+
+    P = load_profile("nano")
+    for run in ("prompt-seed3", "adapter-seed0"):
+        method = methods(P)[run.split("-")[0]]
+        save_tuned(attach(P, method), method, place / "runs/nano/weights" / run, base=P.base_model)
+    damaged = place / "runs/nano/weights/prompt-seed5"
+    shutil.copytree(place / "runs/nano/weights/prompt-seed3", damaged)
+    with open(damaged / "adapter.safetensors", "r+b") as file:
+        file.truncate(100)
+    other = place / "runs/nano/weights/prompt-seed6"
+    shutil.copytree(place / "runs/nano/weights/prompt-seed3", other)
+    facts = json.loads((other / "method.json").read_text())
+    (other / "method.json").write_text(json.dumps(facts | dict(base_version="0123")))
     return place
 
 
-def answer(kind, status): return kind('no', response=httpx.Response(status, request=httpx.Request('GET', 'https://huggingface.co')))
-def hub(error): return [patch('rsstudy.model.available.hub_reachable', return_value=True), patch('huggingface_hub.HfApi.auth_check', side_effect=error)]
-def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device', 'scores.json')
-def denied(*args, **kwargs): raise PermissionError(errno.EACCES, 'Permission denied', 'scores.json')
-def crowded(*args, **kwargs): raise MemoryError()
+def answer(kind, status):
+    return kind("no", response=httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co")))
 
-WORLDS = { # what is to be different in the world
-    'offline': [patch('rsstudy.model.available.hub_reachable', return_value=False)],
-    'gated': hub(answer(GatedRepoError, 403)),
-    'unknown to the hub': hub(answer(RepositoryNotFoundError, 404)),
-    'hub down': hub(ConnectionError('reset by peer')),
-    'disk full': [patch('rsstudy.common.files.os.replace', side_effect=full)],
-    'no permission': [patch('rsstudy.common.files.os.replace', side_effect=denied)],
-    'rasterio hidden': [patch('rsstudy.imagery.views.has_rasterio', return_value=False), patch('rsstudy.imagery.rasters.has_rasterio', return_value=False)],
-    'out of memory': [patch('rsstudy.metrics.registry.score_captions', side_effect=crowded)],
-    'disk nearly full': [patch('rsstudy.runner.request.shutil.disk_usage', return_value=SimpleNamespace(free=5e6))],
-    'folders locked': [patch('rsstudy.runner.request.os.access', return_value=False)],
-} | {f'without {package}': [patch.dict(sys.modules, {package: None})] for package in ('ray', 'wandb', 'gradio')}
 
-TINY = '--set train_images=4 --set val_images=2 --set test_images=2'
-ERRORS = [line for line in f'''
+def hub(error):
+    return [
+        patch("rsstudy.model.available.hub_reachable", return_value=True),
+        patch("huggingface_hub.HfApi.auth_check", side_effect=error),
+    ]
+
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device", "scores.json")
+
+
+def denied(*args, **kwargs):
+    raise PermissionError(errno.EACCES, "Permission denied", "scores.json")
+
+
+def crowded(*args, **kwargs):
+    raise MemoryError()
+
+
+WORLDS = {  # what is to be different in the world
+    "offline": [patch("rsstudy.model.available.hub_reachable", return_value=False)],
+    "gated": hub(answer(GatedRepoError, 403)),
+    "unknown to the hub": hub(answer(RepositoryNotFoundError, 404)),
+    "hub down": hub(ConnectionError("reset by peer")),
+    "disk full": [patch("rsstudy.common.files.os.replace", side_effect=full)],
+    "no permission": [patch("rsstudy.common.files.os.replace", side_effect=denied)],
+    "rasterio hidden": [
+        patch("rsstudy.imagery.views.has_rasterio", return_value=False),
+        patch("rsstudy.imagery.rasters.has_rasterio", return_value=False),
+    ],
+    "out of memory": [patch("rsstudy.metrics.registry.score_captions", side_effect=crowded)],
+    "disk nearly full": [patch("rsstudy.runner.request.shutil.disk_usage", return_value=SimpleNamespace(free=5e6))],
+    "folders locked": [patch("rsstudy.runner.request.os.access", return_value=False)],
+} | {f"without {package}": [patch.dict(sys.modules, {package: None})] for package in ("ray", "wandb", "gradio")}
+
+TINY = "--set train_images=4 --set val_images=2 --set test_images=2"
+ERRORS = [
+    line
+    for line in f"""
 fly                                                            | argument COMMAND: invalid choice: 'fly'
 run --onyl 03_lora                                             | unrecognized arguments: --onyl 03_lora
 tune                                                           | the following arguments are required: METHOD
@@ -209,62 +243,75 @@ score good.jsonl --references people.jsonl --resamples 0       | --resamples mus
 score good.jsonl --references people.jsonl --metrics bleu --out scores.json | no space left on the disk for scores.json: make room and give the same command again | disk full
 score good.jsonl --references people.jsonl --metrics bleu --out scores.json | no permission for scores.json: choose another place | no permission
 score good.jsonl --references people.jsonl --metrics bleu      | out of memory: take smaller portions | out of memory
-'''.splitlines() if line.strip()]
+""".splitlines()
+    if line.strip()
+]
 
 
 @contextlib.contextmanager
 def world(name):
     with contextlib.ExitStack() as stack:
-        for change in WORLDS.get(name, []): stack.enter_context(change)
+        for change in WORLDS.get(name, []):
+            stack.enter_context(change)
         yield
 
 
-def listing(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if 'runs' not in p.relative_to(folder).parts) # runs: the drawn world, kept for the next command
+def listing(folder):
+    return sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if "runs" not in p.relative_to(folder).parts
+    )  # runs: the drawn world, kept for the next command
 
 
 def one_sentence(words, capsys):
     """Runs a command that must be refused; what it said."""
-    try: status = main(shlex.split(words))
-    except SystemExit as left: status = left.code
+    try:
+        status = main(shlex.split(words))
+    except SystemExit as left:
+        status = left.code
     said = capsys.readouterr()
-    lines = [line for line in said.err.replace('\r', '\n').splitlines() if line.startswith('rsstudy: ')]
+    lines = [line for line in said.err.replace("\r", "\n").splitlines() if line.startswith("rsstudy: ")]
     assert status == 2 and len(lines) == 1, said.err
-    assert said.err.rstrip().endswith(lines[0]) and 'Traceback' not in said.err and said.out == '', said
-    return lines[0].removeprefix('rsstudy: ')
+    assert said.err.rstrip().endswith(lines[0]) and "Traceback" not in said.err and said.out == "", said
+    return lines[0].removeprefix("rsstudy: ")
 
 
-@pytest.mark.parametrize('row', ERRORS, ids=[' '.join(row.replace('|', ' ').split())[:70] for row in ERRORS])
+@pytest.mark.parametrize("row", ERRORS, ids=[" ".join(row.replace("|", " ").split())[:70] for row in ERRORS])
 def test_user_error_is_one_sentence(place, row, monkeypatch, capsys):
-    words, sentence, *name = (part.strip() for part in row.split(' | '))
+    words, sentence, *name = (part.strip() for part in row.split(" | "))
     assert not name or name[0] in WORLDS, name
     monkeypatch.chdir(place)
-    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = listing(place)
-    with world(*name or ['']): said = one_sentence(words, capsys)
-    assert said.startswith(sentence.replace('PLACE', str(place))), said
+    with world(*name or [""]):
+        said = one_sentence(words, capsys)
+    assert said.startswith(sentence.replace("PLACE", str(place))), said
     assert listing(place) == before
 
 
-@pytest.mark.parametrize('text, sentence', [
-    (b'rank = 4\n[nano]\n', "PLACE/settings.ini line 1: 'rank = 4' stands before the first section"),
-    (b'[nano]\nrank = 4\nrank = 8\n', "PLACE/settings.ini line 3: setting 'rank' is given twice in section [nano]"),
-    (b'[nano]\n[nano]\n', 'PLACE/settings.ini line 2: section [nano] is there twice'),
-    (b'[nano]\nrank\n', "PLACE/settings.ini line 2: 'rank' is neither SETTING = VALUE nor [SECTION]"),
-    (b'[nano]\nrank = 4\xff\n', 'PLACE/settings.ini is not text in UTF-8'),
-    (b'', "unknown profile 'nano': settings.ini has none"),
-    (b'[nano]\nrank = 4\n', "setting 'data' is missing in section [nano]"),
-    (b'[DEFAULT]\nlib_name = x\n[nano]\n', "unknown setting 'lib_name': the settings are"),
-])
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        (b"rank = 4\n[nano]\n", "PLACE/settings.ini line 1: 'rank = 4' stands before the first section"),
+        (b"[nano]\nrank = 4\nrank = 8\n", "PLACE/settings.ini line 3: setting 'rank' is given twice in section [nano]"),
+        (b"[nano]\n[nano]\n", "PLACE/settings.ini line 2: section [nano] is there twice"),
+        (b"[nano]\nrank\n", "PLACE/settings.ini line 2: 'rank' is neither SETTING = VALUE nor [SECTION]"),
+        (b"[nano]\nrank = 4\xff\n", "PLACE/settings.ini is not text in UTF-8"),
+        (b"", "unknown profile 'nano': settings.ini has none"),
+        (b"[nano]\nrank = 4\n", "setting 'data' is missing in section [nano]"),
+        (b"[DEFAULT]\nlib_name = x\n[nano]\n", "unknown setting 'lib_name': the settings are"),
+    ],
+)
 def test_settings_file(tmp_path, text, sentence, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'settings.ini').write_bytes(text)
-    said = one_sentence('run', capsys)
-    assert said.startswith(sentence.replace('PLACE', str(tmp_path))), said
+    (tmp_path / "settings.ini").write_bytes(text)
+    said = one_sentence("run", capsys)
+    assert said.startswith(sentence.replace("PLACE", str(tmp_path))), said
 
 
 def test_debug_shows_the_traceback(place, monkeypatch):
     monkeypatch.chdir(place)
-    with pytest.raises(ValueError, match="setting 'rank' must be at least 1"): main('run --set rank=0 --debug'.split())
+    with pytest.raises(ValueError, match="setting 'rank' must be at least 1"):
+        main("run --set rank=0 --debug".split())
 
 
 def test_there_are_enough_of_them():

@@ -7,40 +7,45 @@ __all__ = ['grid_regions', 'region_sizes', 'spread_values', 'Attribution', 'chec
            'at_patch_scale', 'enlarge']
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-002
-import numpy as np
 import time
-import torch
 from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
 from .scorer import Scorer
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-004
 def grid_regions(
-    shape:tuple[int, int], # Height and width in pixels
-    grid:int, # Cells along each side
-) -> np.ndarray: # (H, W) int: the cell of each pixel, row by row from 0
+    shape: tuple[int, int],  # Height and width in pixels
+    grid: int,  # Cells along each side
+) -> np.ndarray:  # (H, W) int: the cell of each pixel, row by row from 0
     "Cut an image into grid x grid equal cells."
     rows, columns = (np.arange(n) * grid // n for n in shape)
     return rows[:, None] * grid + columns[None]
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-006
 def region_sizes(
-    regions:np.ndarray, # (H, W) int: region of each pixel
-    shape:tuple[int, int], # Height and width of the image
-    least:int=2, # Fewest regions allowed
-) -> np.ndarray: # (R,) pixels of each region
+    regions: np.ndarray,  # (H, W) int: region of each pixel
+    shape: tuple[int, int],  # Height and width of the image
+    least: int = 2,  # Fewest regions allowed
+) -> np.ndarray:  # (R,) pixels of each region
     "Check a cut of the image. Raises `ValueError` for another shape, a gap in the numbers, or too few regions."
-    if regions.shape != tuple(shape): raise ValueError(f"segments are {regions.shape}, the image is {tuple(shape)}: they must agree.")
+    if regions.shape != tuple(shape):
+        raise ValueError(f"segments are {regions.shape}, the image is {tuple(shape)}: they must agree.")
     size = np.bincount(regions.ravel())
     if len(size) < least or not size.all():
-        raise ValueError(f"segments must be numbered from 0 without gaps and be at least {least}, not {len(size)} numbers with "
-                         f"{int((size == 0).sum())} empty (superpixels find nothing to cut in a constant image).")
+        raise ValueError(
+            f"segments must be numbered from 0 without gaps and be at least {least}, not {len(size)} numbers with "
+            f"{int((size == 0).sum())} empty (superpixels find nothing to cut in a constant image)."
+        )
     return size
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-007
 def spread_values(
-    values:np.ndarray, # Values of regions, (R, U)
-    regions:np.ndarray, # Region of each pixel, (H, W)
-) -> np.ndarray: # (U, H, W): every region's value shared equally among its pixels
+    values: np.ndarray,  # Values of regions, (R, U)
+    regions: np.ndarray,  # Region of each pixel, (H, W)
+) -> np.ndarray:  # (U, H, W): every region's value shared equally among its pixels
     "Values of regions as maps that add up to them."
     return np.stack([(v / np.bincount(regions.ravel()))[regions] for v in values.T])
 
@@ -48,19 +53,20 @@ def spread_values(
 @dataclass
 class Attribution:
     "Maps of what made spans of a caption likely, and how far to trust them."
-    method:str # Name of the method
-    names:list[str] # What was explained, U
-    heat:np.ndarray # (U, H, W) float32, positive: made the span more likely; in nats a pixel where values add up, else as the method says
-    log_probability:np.ndarray # (U,) of each span on the whole image, in nats
-    error:np.ndarray # (U,) the method's own error, nan where it has none
-    error_name:str # What `error` measures
-    seconds:float # Wall time
-    calls:int # Images evaluated
-    standard_error:np.ndarray=None # (U, H, W) of `heat`, for sampled methods
-    batch:int=None # Images evaluated at once in the end: smaller than asked for where memory ran out
-    prompt_words:list[str]=None # W words of the prompt, for methods that alter it
-    text:np.ndarray=None # (U, W) in nats: what each of them added
-    text_error:np.ndarray=None # (U, W) standard error of `text`, 0 where it is exact
+
+    method: str  # Name of the method
+    names: list[str]  # What was explained, U
+    heat: np.ndarray  # (U, H, W) float32, positive: made the span more likely; in nats a pixel where values add up, else as the method says
+    log_probability: np.ndarray  # (U,) of each span on the whole image, in nats
+    error: np.ndarray  # (U,) the method's own error, nan where it has none
+    error_name: str  # What `error` measures
+    seconds: float  # Wall time
+    calls: int  # Images evaluated
+    standard_error: np.ndarray = None  # (U, H, W) of `heat`, for sampled methods
+    batch: int = None  # Images evaluated at once in the end: smaller than asked for where memory ran out
+    prompt_words: list[str] = None  # W words of the prompt, for methods that alter it
+    text: np.ndarray = None  # (U, W) in nats: what each of them added
+    text_error: np.ndarray = None  # (U, W) standard error of `text`, 0 where it is exact
 
     def __post_init__(self):
         self.heat = np.asarray(self.heat, dtype=np.float32)
@@ -68,46 +74,60 @@ class Attribution:
 
     def each(self) -> list["Attribution"]:
         "One attribution a span; seconds and calls stay those of all, which were evaluated together."
-        def one(u, value): return value if value is None else value[u:u+1]
+
+        def one(u, value):
+            return value if value is None else value[u : u + 1]
+
         parts = "names", "heat", "log_probability", "error", "standard_error", "text", "text_error"
         return [replace(self, **{k: one(u, getattr(self, k)) for k in parts}) for u in range(len(self.names))]
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-011
 def checked(
-    attribution:Attribution, # What a method found
-) -> Attribution: # The same
+    attribution: Attribution,  # What a method found
+) -> Attribution:  # The same
     "Raise `ValueError`, with the likely causes, for a map that is zero everywhere or not finite."
     a = attribution
     for u, (h, name) in enumerate(zip(a.heat, a.names)):
         if not np.isfinite(h).all():
-            cause = ("values overflow on the way back to the pixels (float16? use bfloat16 or float32)" if np.isfinite(a.log_probability[u]) else
-                     f"the log-probability itself is {a.log_probability[u]}: weights that are not finite, or float16")
+            cause = (
+                "values overflow on the way back to the pixels (float16? use bfloat16 or float32)"
+                if np.isfinite(a.log_probability[u])
+                else f"the log-probability itself is {a.log_probability[u]}: weights that are not finite, or float16"
+            )
             raise ValueError(f"{a.method} gave a map that is not finite for {name!r}: likely {cause}.")
         if not h.any():
-            raise ValueError(f"{a.method} gave a map that is zero everywhere for {name!r}: likely the output does not depend on the image (cached "
-                             "image features, detached gradients, captions that stay the same whatever is hidden), the image equals its fill "
-                             "(a constant image), or a rectifier left nothing positive.")
+            raise ValueError(
+                f"{a.method} gave a map that is zero everywhere for {name!r}: likely the output does not depend on the image (cached "
+                "image features, detached gradients, captions that stay the same whatever is hidden), the image equals its fill "
+                "(a constant image), or a rectifier left nothing positive."
+            )
     return attribution
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-013
 class Stopwatch:
     "Seconds and evaluated images since it was made, and how many were evaluated at once."
-    def __init__(self, scorer:Scorer): self.scorer, self.calls, self.start = scorer, scorer.calls, time.perf_counter()
-    def read(self) -> dict: return dict(seconds=time.perf_counter() - self.start, calls=self.scorer.calls - self.calls, batch=self.scorer.batch)
+
+    def __init__(self, scorer: Scorer):
+        self.scorer, self.calls, self.start = scorer, scorer.calls, time.perf_counter()
+
+    def read(self) -> dict:
+        return dict(
+            seconds=time.perf_counter() - self.start, calls=self.scorer.calls - self.calls, batch=self.scorer.batch
+        )
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-014
 def relative_gap(
-    shared:np.ndarray, # What the map shares out, (U,): the sum of its values
-    whole:np.ndarray, # What there is to share out, (U,): score of the image minus score of the fill
-) -> np.ndarray: # (U,) |shared - whole| / |whole|
+    shared: np.ndarray,  # What the map shares out, (U,): the sum of its values
+    whole: np.ndarray,  # What there is to share out, (U,): score of the image minus score of the fill
+) -> np.ndarray:  # (U,) |shared - whole| / |whole|
     "How far a map is from adding up: completeness (Sundararajan et al. 2017, sec. 3) or efficiency (Shapley 1953)."
     return np.abs(shared - whole) / np.maximum(np.abs(whole), 1e-9)
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-016
 def at_patch_scale(
-    heat:np.ndarray, # Maps, (..., H, W)
-    grid:int, # Cells along each side; H and W are at least that
-) -> np.ndarray: # (..., grid, grid): mean of each cell
+    heat: np.ndarray,  # Maps, (..., H, W)
+    grid: int,  # Cells along each side; H and W are at least that
+) -> np.ndarray:  # (..., grid, grid): mean of each cell
     "Maps averaged over the model's patches: the scale at which methods of different resolution are compared."
     regions = grid_regions(heat.shape[-2:], grid).ravel()
     size = np.bincount(regions, minlength=grid * grid)
@@ -117,9 +137,11 @@ def at_patch_scale(
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-018
 def enlarge(
-    cells:np.ndarray, # (U, h, w)
-    shape:tuple[int, int], # Height and width wanted, in pixels
-) -> np.ndarray: # (U, H, W) float32, bilinear
+    cells: np.ndarray,  # (U, h, w)
+    shape: tuple[int, int],  # Height and width wanted, in pixels
+) -> np.ndarray:  # (U, H, W) float32, bilinear
     "Bring a map of patches to image pixels."
-    out = torch.nn.functional.interpolate(torch.as_tensor(cells, dtype=torch.float32)[None], shape, mode="bilinear", align_corners=False)
+    out = torch.nn.functional.interpolate(
+        torch.as_tensor(cells, dtype=torch.float32)[None], shape, mode="bilinear", align_corners=False
+    )
     return out[0].numpy()

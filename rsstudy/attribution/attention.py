@@ -7,9 +7,11 @@ __all__ = ['eager_attention', 'attention_weights', 'follow_back', 'predicting_ro
            'relevance_layer', 'gradient_attention']
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-002
+from contextlib import contextmanager
+
 import numpy as np
 import torch
-from contextlib import contextmanager
+
 from .answer import Attribution, Stopwatch, enlarge
 from .gradcam import as_square
 from .scorer import Scorer
@@ -18,105 +20,143 @@ from ..model.parts import core
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-005
 @contextmanager
 def eager_attention(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped
 ):
     "Plain attention inside the block, in tower and decoder; afterwards each part has its own implementation again."
-    configs = list({id(m.config): m.config for m in core(model).modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}.values())
-    before = [c._attn_implementation for c in configs] # outer ones first: setting one also sets those inside it
+    configs = list(
+        {
+            id(m.config): m.config
+            for m in core(model).modules()
+            if hasattr(getattr(m, "config", None), "_attn_implementation")
+        }.values()
+    )
+    before = [c._attn_implementation for c in configs]  # outer ones first: setting one also sets those inside it
     try:
-        for c in configs: c._attn_implementation = "eager"
+        for c in configs:
+            c._attn_implementation = "eager"
         yield
     finally:
-        for c, implementation in zip(configs, before): c._attn_implementation = implementation
+        for c, implementation in zip(configs, before):
+            c._attn_implementation = implementation
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-006
 def attention_weights(
-    scorer:Scorer, # Of a caption, with a model
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]: # Scores (U,); weights of the decoder's layers (heads, L, L) and of the tower's (heads, N, N)
+    scorer: Scorer,  # Of a caption, with a model
+) -> tuple[
+    torch.Tensor, list[torch.Tensor], list[torch.Tensor]
+]:  # Scores (U,); weights of the decoder's layers (heads, L, L) and of the tower's (heads, N, N)
     "One forward pass that keeps every layer's attention weights, in the graph. Raises `ValueError` where a layer gives none."
     inner = core(scorer.model).model
-    parts, kept = (inner.language_model.layers, getattr(inner.vision_tower, "vision_model", inner.vision_tower).encoder.layers), ([], [])
-    handles = [layer.self_attn.register_forward_hook(lambda module, inputs, output, to=to: to.append(output[1])) for layers, to in zip(parts, kept) for layer in layers]
+    parts, kept = (
+        (inner.language_model.layers, getattr(inner.vision_tower, "vision_model", inner.vision_tower).encoder.layers),
+        ([], []),
+    )
+    handles = [
+        layer.self_attn.register_forward_hook(lambda module, inputs, output, to=to: to.append(output[1]))
+        for layers, to in zip(parts, kept)
+        for layer in layers
+    ]
     try:
-        with eager_attention(scorer.model), torch.enable_grad(): scores = scorer(scorer.pixels.clone().requires_grad_())[0]
+        with eager_attention(scorer.model), torch.enable_grad():
+            scores = scorer(scorer.pixels.clone().requires_grad_())[0]
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     for layers, found in zip(parts, kept):
         if len(found) != len(layers) or any(w is None for w in found):
-            raise ValueError(f"{sum(w is not None for w in found)} of {len(layers)} layers gave attention weights: compiled layers hide them, explain the model before it is compiled.")
+            raise ValueError(
+                f"{sum(w is not None for w in found)} of {len(layers)} layers gave attention weights: compiled layers hide them, explain the model before it is compiled."
+            )
     return scores, *kept
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-007
 def follow_back(
-    rows:torch.Tensor, # Where to start, (K, L) one row a start
-    layers:list[torch.Tensor], # What each layer mixes, (L, L), first layer first
-) -> torch.Tensor: # (K, L): rows x last layer x ... x first layer
+    rows: torch.Tensor,  # Where to start, (K, L) one row a start
+    layers: list[torch.Tensor],  # What each layer mixes, (L, L), first layer first
+) -> torch.Tensor:  # (K, L): rows x last layer x ... x first layer
     "Rows of a product of layers, without forming the product."
-    for layer in reversed(layers): rows = rows @ layer
+    for layer in reversed(layers):
+        rows = rows @ layer
     return rows
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-008
 def predicting_rows(
-    scorer:Scorer, # Of U spans of a caption
-    length:int, # Positions that the decoder read, L
-) -> torch.Tensor: # (U, L): shares of the positions that predict the span's tokens, they add up to 1
+    scorer: Scorer,  # Of U spans of a caption
+    length: int,  # Positions that the decoder read, L
+) -> torch.Tensor:  # (U, L): shares of the positions that predict the span's tokens, they add up to 1
     "Where the words are written: the position before each token. Raises `ValueError` for a scorer that knows no caption."
-    if scorer.target is None: raise ValueError("Attention needs a caption's tokens: make the scorer with caption_scorer.")
+    if scorer.target is None:
+        raise ValueError("Attention needs a caption's tokens: make the scorer with caption_scorer.")
     first, rows = int((scorer.target.token_type_ids[0] == 0).sum()), torch.zeros(len(scorer.spans), length)
-    for u, s in enumerate(scorer.spans): rows[u, [first - 1 + t for t in s.tokens]] = 1 / len(s.tokens)
+    for u, s in enumerate(scorer.spans):
+        rows[u, [first - 1 + t for t in s.tokens]] = 1 / len(s.tokens)
     return rows
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-010
 def _as_attribution(name, scorer, scores, cells, watch):
     heat = enlarge(as_square(cells), scorer.pixels.shape[-2:])
-    return Attribution(name, scorer.names, heat, scores.detach().double().cpu().numpy(), np.full(len(scorer.names), np.nan), "none", **watch.read())
+    return Attribution(
+        name,
+        scorer.names,
+        heat,
+        scores.detach().double().cpu().numpy(),
+        np.full(len(scorer.names), np.nan),
+        "none",
+        **watch.read(),
+    )
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-011
 def rollout_layer(
-    weights:torch.Tensor, # (heads, L, L)
-) -> torch.Tensor: # (L, L) float32, rows add up to 1
+    weights: torch.Tensor,  # (heads, L, L)
+) -> torch.Tensor:  # (L, L) float32, rows add up to 1
     "Half attention, averaged over heads, half residual connection. Source: Abnar and Zuidema 2020, sec. 3."
-    return .5 * weights.detach().float().mean(0) + .5 * torch.eye(weights.shape[-1], device=weights.device)
+    return 0.5 * weights.detach().float().mean(0) + 0.5 * torch.eye(weights.shape[-1], device=weights.device)
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-012
 def attention_rollout(
-    scorer:Scorer, # What is explained, from `caption_scorer`
-    vision:bool=False, # Follow the vision tower's layers too?
-) -> Attribution: # Shares of attention, not negative; `error` is nan
+    scorer: Scorer,  # What is explained, from `caption_scorer`
+    vision: bool = False,  # Follow the vision tower's layers too?
+) -> Attribution:  # Shares of attention, not negative; `error` is nan
     """Attention rollout from the positions that predict each span to the image tokens. One forward pass, no gradients needed.
 
     Source: Abnar and Zuidema 2020, Quantifying attention flow in transformers, eq. 1, https://arxiv.org/abs/2005.00928"""
-    watch, n = Stopwatch(scorer), scorer.grid ** 2
+    watch, n = Stopwatch(scorer), scorer.grid**2
     scores, decoder, tower = attention_weights(scorer)
     rows = predicting_rows(scorer, decoder[0].shape[-1]).to(decoder[0].device)
     cells = follow_back(rows, [rollout_layer(w[0]) for w in decoder])[:, :n]
-    if vision: cells = follow_back(cells, [rollout_layer(w[0]) for w in tower])
+    if vision:
+        cells = follow_back(cells, [rollout_layer(w[0]) for w in tower])
     return _as_attribution("attention_rollout", scorer, scores, cells, watch)
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-013
 def relevance_layer(
-    weights:torch.Tensor, # (1, heads, L, L)
-    gradient:torch.Tensor, # Of the score, the same shape
-) -> torch.Tensor: # (L, L) float32
+    weights: torch.Tensor,  # (1, heads, L, L)
+    gradient: torch.Tensor,  # Of the score, the same shape
+) -> torch.Tensor:  # (L, L) float32
     "Positive part of gradient x attention, averaged over heads, and the residual connection. Source: Chefer et al. 2021, eq. 5 and 6."
-    return (gradient[0].float() * weights[0].detach().float()).relu().mean(0) + torch.eye(weights.shape[-1], device=weights.device)
+    return (gradient[0].float() * weights[0].detach().float()).relu().mean(0) + torch.eye(
+        weights.shape[-1], device=weights.device
+    )
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-014
 def gradient_attention(
-    scorer:Scorer, # What is explained, from `caption_scorer`
-    vision:bool=False, # Follow the vision tower's layers too?
-) -> Attribution: # Relevance, not negative, no unit; `error` is nan
+    scorer: Scorer,  # What is explained, from `caption_scorer`
+    vision: bool = False,  # Follow the vision tower's layers too?
+) -> Attribution:  # Relevance, not negative, no unit; `error` is nan
     """Gradient-weighted attention from the positions that predict each span to the image tokens: one forward pass, one backward pass a span.
 
     Raises `ValueError` where no attention has a gradient, and for a map that the rectifier leaves empty.
     Source: Chefer, Gur and Wolf 2021, Generic attention-model explainability, eq. 5 and 6, https://arxiv.org/abs/2103.15679"""
-    watch, n = Stopwatch(scorer), scorer.grid ** 2
+    watch, n = Stopwatch(scorer), scorer.grid**2
     scores, decoder, tower = attention_weights(scorer)
-    if not scores.requires_grad: raise ValueError("The score has no gradient at the attention weights: the model ran without gradients (inference mode).")
+    if not scores.requires_grad:
+        raise ValueError(
+            "The score has no gradient at the attention weights: the model ran without gradients (inference mode)."
+        )
     rows, cells = predicting_rows(scorer, decoder[0].shape[-1]).to(decoder[0].device), []
     for u, score in enumerate(scores):
         grads = torch.autograd.grad(score, decoder + (tower if vision else []), retain_graph=u < len(scores) - 1)
         layers = [relevance_layer(w, g) for w, g in zip(decoder + tower, grads)]
-        found = follow_back(rows[u:u+1], layers[:len(decoder)])[:, :n]
-        cells.append(follow_back(found, layers[len(decoder):]))
+        found = follow_back(rows[u : u + 1], layers[: len(decoder)])[:, :n]
+        cells.append(follow_back(found, layers[len(decoder) :]))
     return _as_attribution("gradient_attention", scorer, scores, torch.cat(cells), watch)

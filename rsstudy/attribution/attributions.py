@@ -9,6 +9,7 @@ __all__ = ['ATTRIBUTIONS', 'CONTROLS', 'UNSIGNED', 'UNITLESS', 'IN_NATS', 'ADDS_
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-002
 from collections.abc import Callable
 from dataclasses import replace
+
 from .answer import Attribution
 from .attention import attention_rollout, gradient_attention
 from .controls import centred_blob, edge_map, random_map
@@ -24,28 +25,50 @@ from .shap import kernel_shap, partition_shap
 from ..common.settings import Profile
 
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-005
-ATTRIBUTIONS = dict(integrated_gradients="Integrated\nGradients", ig_tokens="IG on\nimage tokens", smooth_grad="SmoothGrad", gradient_x_input="gradient\nx input", grad_cam="Grad-CAM", layer_cam="LayerCAM",
-    attention_rollout="attention\nrollout", gradient_attention="gradient x\nattention", occlusion="occlusion", shap="SHAP", kernel_shap="KernelSHAP", pixelshap="PixelSHAP", rise="RISE",
-    random="random", blob="blob", edges="edges")
+ATTRIBUTIONS = dict(
+    integrated_gradients="Integrated\nGradients",
+    ig_tokens="IG on\nimage tokens",
+    smooth_grad="SmoothGrad",
+    gradient_x_input="gradient\nx input",
+    grad_cam="Grad-CAM",
+    layer_cam="LayerCAM",
+    attention_rollout="attention\nrollout",
+    gradient_attention="gradient x\nattention",
+    occlusion="occlusion",
+    shap="SHAP",
+    kernel_shap="KernelSHAP",
+    pixelshap="PixelSHAP",
+    rise="RISE",
+    random="random",
+    blob="blob",
+    edges="edges",
+)
 CONTROLS = "random", "blob", "edges"
 
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-006
 def label(
-    method:str, # Key of `ATTRIBUTIONS`, or any other name
+    method: str,  # Key of `ATTRIBUTIONS`, or any other name
 ) -> str:
     "What a method is called, on one line."
     return ATTRIBUTIONS.get(method, method.replace("_", " ")).replace("\n", " ")
 
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-007
-UNSIGNED = {"layer_cam", "attention_rollout", "gradient_attention", "blob", "edges"} # methods that know strength only
-UNITLESS = UNSIGNED | {"grad_cam", "random"} # their values mean something beside each other only
-IN_NATS = {"occlusion", "rise"} # nats at each place; the maps of all others share nats out among the pixels
+UNSIGNED = {"layer_cam", "attention_rollout", "gradient_attention", "blob", "edges"}  # methods that know strength only
+UNITLESS = UNSIGNED | {"grad_cam", "random"}  # their values mean something beside each other only
+IN_NATS = {"occlusion", "rise"}  # nats at each place; the maps of all others share nats out among the pixels
 
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-008
-ADDS_UP = {"integrated_gradients", "ig_tokens", "shap", "kernel_shap", "pixelshap"} # their sum is the score of the photo minus that of its blur
+ADDS_UP = {
+    "integrated_gradients",
+    "ig_tokens",
+    "shap",
+    "kernel_shap",
+    "pixelshap",
+}  # their sum is the score of the photo minus that of its blur
 
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-010
-def _segments(scorer, P): return superpixels(scorer.target.image, P.segments)
+def _segments(scorer, P):
+    return superpixels(scorer.target.image, P.segments)
 
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-011
 def _occlusion(scorer):
@@ -53,42 +76,51 @@ def _occlusion(scorer):
     return occlusion(scorer, side // 4, side // 8)
 
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-012
-EXPLAINERS:dict[str, Callable[[Scorer, Profile, int, Prompt|None], Attribution]] = dict( # scorer, budgets, seed, prompt
-    integrated_gradients=lambda s, P, seed, prompt: integrated_gradients(s, P.ig_steps, batch=P.batch_images, most=4 * P.ig_steps, prompt=prompt),
-    ig_tokens=lambda s, P, seed, prompt: replace(integrated_gradients(s, P.ig_steps, batch=P.batch_images, most=4 * P.ig_steps, at="tokens"), method="ig_tokens"),
-    smooth_grad=lambda s, P, seed, prompt: smooth_grad(s, P.noise_samples, batch=P.batch_images, seed=seed),
-    gradient_x_input=lambda s, P, seed, prompt: gradient_x_input(s, prompt=prompt),
-    grad_cam=lambda s, P, seed, prompt: grad_cam(s, rectify=False),
-    layer_cam=lambda s, P, seed, prompt: layer_cam(s),
-    attention_rollout=lambda s, P, seed, prompt: attention_rollout(s),
-    gradient_attention=lambda s, P, seed, prompt: gradient_attention(s),
-    occlusion=lambda s, P, seed, prompt: _occlusion(s),
-    shap=lambda s, P, seed, prompt: partition_shap(s, P.shap_evaluations, seed=seed),
-    kernel_shap=lambda s, P, seed, prompt: kernel_shap(s, _segments(s, P), P.shap_evaluations, seed=seed),
-    pixelshap=lambda s, P, seed, prompt: pixel_shap(s, _segments(s, P), P.pixelshap_samples, seed=seed),
-    rise=lambda s, P, seed, prompt: rise(s, P.rise_masks, seed=seed),
-    random=lambda s, P, seed, prompt: random_map(s, seed),
-    blob=lambda s, P, seed, prompt: centred_blob(s),
-    edges=lambda s, P, seed, prompt: edge_map(s))
-SAMPLED = "smooth_grad", "shap", "kernel_shap", "pixelshap", "rise", "random" # those whose map depends on the seed
+EXPLAINERS: dict[str, Callable[[Scorer, Profile, int, Prompt | None], Attribution]] = (
+    dict(  # scorer, budgets, seed, prompt
+        integrated_gradients=lambda s, P, seed, prompt: integrated_gradients(
+            s, P.ig_steps, batch=P.batch_images, most=4 * P.ig_steps, prompt=prompt
+        ),
+        ig_tokens=lambda s, P, seed, prompt: replace(
+            integrated_gradients(s, P.ig_steps, batch=P.batch_images, most=4 * P.ig_steps, at="tokens"),
+            method="ig_tokens",
+        ),
+        smooth_grad=lambda s, P, seed, prompt: smooth_grad(s, P.noise_samples, batch=P.batch_images, seed=seed),
+        gradient_x_input=lambda s, P, seed, prompt: gradient_x_input(s, prompt=prompt),
+        grad_cam=lambda s, P, seed, prompt: grad_cam(s, rectify=False),
+        layer_cam=lambda s, P, seed, prompt: layer_cam(s),
+        attention_rollout=lambda s, P, seed, prompt: attention_rollout(s),
+        gradient_attention=lambda s, P, seed, prompt: gradient_attention(s),
+        occlusion=lambda s, P, seed, prompt: _occlusion(s),
+        shap=lambda s, P, seed, prompt: partition_shap(s, P.shap_evaluations, seed=seed),
+        kernel_shap=lambda s, P, seed, prompt: kernel_shap(s, _segments(s, P), P.shap_evaluations, seed=seed),
+        pixelshap=lambda s, P, seed, prompt: pixel_shap(s, _segments(s, P), P.pixelshap_samples, seed=seed),
+        rise=lambda s, P, seed, prompt: rise(s, P.rise_masks, seed=seed),
+        random=lambda s, P, seed, prompt: random_map(s, seed),
+        blob=lambda s, P, seed, prompt: centred_blob(s),
+        edges=lambda s, P, seed, prompt: edge_map(s),
+    )
+)
+SAMPLED = "smooth_grad", "shap", "kernel_shap", "pixelshap", "rise", "random"  # those whose map depends on the seed
 
 
 def known_methods(
-    names:list[str], # Keys of `EXPLAINERS`
-) -> list[str]: # Without repeats
+    names: list[str],  # Keys of `EXPLAINERS`
+) -> list[str]:  # Without repeats
     "Raises `ValueError` for an unknown name, listing the known ones."
     names = list(dict.fromkeys(names))
     for name in names:
-        if name not in EXPLAINERS: raise ValueError(f"unknown attribution method {name!r}: the methods are {', '.join(EXPLAINERS)}")
+        if name not in EXPLAINERS:
+            raise ValueError(f"unknown attribution method {name!r}: the methods are {', '.join(EXPLAINERS)}")
     return names
 
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-013
 def explain(
-    scorer:Scorer, # What is explained, from `caption_scorer`
-    method:str, # Key of `EXPLAINERS`
-    P:Profile, # Budgets
-    seed:int=0, # Of sampled methods
-    prompt:Prompt=None, # From `prompt_words`: methods of gradients explain the prompt's words as well
+    scorer: Scorer,  # What is explained, from `caption_scorer`
+    method: str,  # Key of `EXPLAINERS`
+    P: Profile,  # Budgets
+    seed: int = 0,  # Of sampled methods
+    prompt: Prompt = None,  # From `prompt_words`: methods of gradients explain the prompt's words as well
 ) -> Attribution:
     "Run a method by its name. Raises `ValueError` for an unknown name and as the method itself."
     known_methods([method])

@@ -7,39 +7,65 @@ __all__ = ['random_map', 'centred_blob', 'edge_map']
 
 # %% ../../nbs/lib/10_attribution/15_controls.ipynb #cell-002
 import numpy as np
+
 from .answer import Attribution, Stopwatch, enlarge
 from .scorer import Scorer
 
 # %% ../../nbs/lib/10_attribution/15_controls.ipynb #cell-004
 def random_map(
-    scorer:Scorer, # Gives shape, names and patch grid; it is evaluated once, for the log-probability
-    seed:int=0, # Seed of the noise
-) -> Attribution: # Standard normal noise, one value a patch, enlarged bilinearly
+    scorer: Scorer,  # Gives shape, names and patch grid; it is evaluated once, for the log-probability
+    seed: int = 0,  # Seed of the noise
+) -> Attribution:  # Standard normal noise, one value a patch, enlarged bilinearly
     "A map that knows nothing: another one for each span and seed."
     watch, rng = Stopwatch(scorer), np.random.default_rng(seed)
     heat = enlarge(rng.normal(size=(len(scorer.names), scorer.grid, scorer.grid)), scorer.pixels.shape[-2:])
-    return Attribution("random", scorer.names, heat, scorer.evaluate(scorer.pixels)[0], np.full(len(heat), np.nan), "none", **watch.read())
+    return Attribution(
+        "random",
+        scorer.names,
+        heat,
+        scorer.evaluate(scorer.pixels)[0],
+        np.full(len(heat), np.nan),
+        "none",
+        **watch.read(),
+    )
 
 # %% ../../nbs/lib/10_attribution/15_controls.ipynb #cell-005
 def centred_blob(
-    scorer:Scorer, # Gives shape and names; it is evaluated once, for the log-probability
-    width:float=.25, # Standard deviation as a share of the side
-) -> Attribution: # Values from 0 to 1
+    scorer: Scorer,  # Gives shape and names; it is evaluated once, for the log-probability
+    width: float = 0.25,  # Standard deviation as a share of the side
+) -> Attribution:  # Values from 0 to 1
     "A Gaussian at the centre of the image, the same for every span."
     watch, (h, w) = Stopwatch(scorer), scorer.pixels.shape[-2:]
-    y, x = (np.exp(-((np.arange(n) + .5) / n - .5) ** 2 / (2 * width ** 2)) for n in (h, w))
+    y, x = (np.exp(-(((np.arange(n) + 0.5) / n - 0.5) ** 2) / (2 * width**2)) for n in (h, w))
     heat = np.broadcast_to(y[:, None] * x[None], (len(scorer.names), h, w))
-    return Attribution("blob", scorer.names, heat, scorer.evaluate(scorer.pixels)[0], np.full(len(heat), np.nan), "none", **watch.read())
+    return Attribution(
+        "blob",
+        scorer.names,
+        heat,
+        scorer.evaluate(scorer.pixels)[0],
+        np.full(len(heat), np.nan),
+        "none",
+        **watch.read(),
+    )
 
 # %% ../../nbs/lib/10_attribution/15_controls.ipynb #cell-006
 def edge_map(
-    scorer:Scorer, # Gives image, shape and names; it is evaluated once, for the log-probability
-) -> Attribution: # Strength of edges, the same for every span
+    scorer: Scorer,  # Gives image, shape and names; it is evaluated once, for the log-probability
+) -> Attribution:  # Strength of edges, the same for every span
     """Edges of the image's brightness. Raises `ValueError` for a constant image: it has none.
 
     Source: Sobel 1968, as skimage.filters.sobel; as a control of saliency maps: Adebayo et al. 2018, sec. 4.1, https://arxiv.org/abs/1810.03292"""
     from skimage.filters import sobel
+
     watch = Stopwatch(scorer)
     edges = sobel(scorer.pixels[0].float().mean(0).cpu().numpy())
     heat = np.broadcast_to(edges, (len(scorer.names), *edges.shape))
-    return Attribution("edges", scorer.names, heat, scorer.evaluate(scorer.pixels)[0], np.full(len(heat), np.nan), "none", **watch.read())
+    return Attribution(
+        "edges",
+        scorer.names,
+        heat,
+        scorer.evaluate(scorer.pixels)[0],
+        np.full(len(heat), np.nan),
+        "none",
+        **watch.read(),
+    )

@@ -7,14 +7,15 @@ __all__ = ['MODELS', 'compact_map', 'expand_map', 'draw_map', 'draw_grid']
 
 # %% ../../nbs/lib/10_attribution/17_draw.ipynb #cell-002
 import numpy as np
+
 from .answer import at_patch_scale, enlarge
 from .attributions import ATTRIBUTIONS
 
 # %% ../../nbs/lib/10_attribution/17_draw.ipynb #cell-005
 def compact_map(
-    heat:np.ndarray, # (H, W)
-    side:int=28, # Cells along one side that are kept
-) -> dict: # scale: the value of level 99; levels: side lists of integers from -99 to 99
+    heat: np.ndarray,  # (H, W)
+    side: int = 28,  # Cells along one side that are kept
+) -> dict:  # scale: the value of level 99; levels: side lists of integers from -99 to 99
     "A map small enough for a results file."
     cells = at_patch_scale(heat, side)
     scale = float(np.abs(cells).max())
@@ -22,53 +23,71 @@ def compact_map(
 
 # %% ../../nbs/lib/10_attribution/17_draw.ipynb #cell-006
 def expand_map(
-    kept:dict, # As from `compact_map`
-) -> np.ndarray: # (side, side) float64
+    kept: dict,  # As from `compact_map`
+) -> np.ndarray:  # (side, side) float64
     "The map that `compact_map` made small."
     return np.array(kept["levels"]) * kept["scale"] / 99
 
 # %% ../../nbs/lib/10_attribution/17_draw.ipynb #cell-008
-MODELS = dict(none="untuned", lora="LoRA", lora_vision="LoRA + vision", qlora="QLoRA", prompt="prompt tuning", adapter="adapter", full="full tuning")
+MODELS = dict(
+    none="untuned",
+    lora="LoRA",
+    lora_vision="LoRA + vision",
+    qlora="QLoRA",
+    prompt="prompt tuning",
+    adapter="adapter",
+    full="full tuning",
+)
 
 # %% ../../nbs/lib/10_attribution/17_draw.ipynb #cell-009
 def draw_map(
-    ax, # matplotlib axes
-    image:np.ndarray, # (H, W, 3) uint8
-    heat:np.ndarray, # (h, w), signed
-    scale:float, # Value of the darkest colour
-): # The coloured layer, for a colour bar
+    ax,  # matplotlib axes
+    image: np.ndarray,  # (H, W, 3) uint8
+    heat: np.ndarray,  # (h, w), signed
+    scale: float,  # Value of the darkest colour
+):  # The coloured layer, for a colour bar
     "A map over its image in grey; small values are transparent."
     h, w = image.shape[:2]
     heat = np.clip(enlarge(heat[None], (h, w))[0] / scale, -1, 1)
     ax.imshow(image.mean(2), cmap="gray", vmin=-120, vmax=330)
-    layer = ax.imshow(heat, cmap="RdBu_r", vmin=-1, vmax=1, alpha=np.minimum(np.abs(heat) * 1.6, .85))
+    layer = ax.imshow(heat, cmap="RdBu_r", vmin=-1, vmax=1, alpha=np.minimum(np.abs(heat) * 1.6, 0.85))
     ax.set(xticks=[], yticks=[])
     return layer
 
 # %% ../../nbs/lib/10_attribution/17_draw.ipynb #cell-010
 def draw_grid(
-    maps:dict[tuple[str, str], np.ndarray], # (row, column) to map
-    image:np.ndarray, # (H, W, 3) uint8, shown first in every row's place
-    rows:list[str], # Rows, top to bottom
-    columns:list[str], # Columns, left to right
-    title:str, # Above the figure
-): # matplotlib Figure
+    maps: dict[tuple[str, str], np.ndarray],  # (row, column) to map
+    image: np.ndarray,  # (H, W, 3) uint8, shown first in every row's place
+    rows: list[str],  # Rows, top to bottom
+    columns: list[str],  # Columns, left to right
+    title: str,  # Above the figure
+):  # matplotlib Figure
     "Maps over one image, a row an attribution method, with one colour scale a row. The image itself is the first column."
     import matplotlib.pyplot as plt
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    fig, axes = plt.subplots(len(rows), len(columns) + 1, figsize=(1.75 * (len(columns) + 1) + .6, 1.75 * len(rows) + .7), squeeze=False, layout="constrained")
+
+    fig, axes = plt.subplots(
+        len(rows),
+        len(columns) + 1,
+        figsize=(1.75 * (len(columns) + 1) + 0.6, 1.75 * len(rows) + 0.7),
+        squeeze=False,
+        layout="constrained",
+    )
     for i, row in enumerate(rows):
         cells = np.abs(np.stack([maps[row, c] for c in columns if (row, c) in maps]))
-        scale = float(np.quantile(cells, .98) or cells.max())
+        scale = float(np.quantile(cells, 0.98) or cells.max())
         axes[i, 0].imshow(image)
         axes[i, 0].set(xticks=[], yticks=[])
         axes[i, 0].set_ylabel(ATTRIBUTIONS.get(row, row))
         for ax, column in zip(axes[i, 1:], columns):
-            if (row, column) in maps: draw_map(ax, image, maps[row, column], scale)
-            else: ax.set_axis_off()
-            if i == 0: ax.set_title(MODELS.get(column, column), fontsize=11)
-    bar = fig.colorbar(ScalarMappable(Normalize(-1, 1), "RdBu_r"), ax=axes, shrink=.6, aspect=30, ticks=[-1, 0, 1])
+            if (row, column) in maps:
+                draw_map(ax, image, maps[row, column], scale)
+            else:
+                ax.set_axis_off()
+            if i == 0:
+                ax.set_title(MODELS.get(column, column), fontsize=11)
+    bar = fig.colorbar(ScalarMappable(Normalize(-1, 1), "RdBu_r"), ax=axes, shrink=0.6, aspect=30, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["less\nlikely", "0", "more\nlikely"])
     fig.suptitle(title, fontsize=11)
     return fig

@@ -6,64 +6,72 @@
 __all__ = ['exact_shapley', 'sampled_shapley', 'shapley']
 
 # %% ../../nbs/lib/10_attribution/04_games.ipynb #cell-002
+from collections.abc import Callable
+
 import numpy as np
-from typing import Callable
 
 # %% ../../nbs/lib/10_attribution/04_games.ipynb #cell-005
 def exact_shapley(
-    game:Callable[[np.ndarray], np.ndarray], # Coalitions (B, S) bool -> scores (B, U)
-    parts:int, # S
-) -> np.ndarray: # (S, U)
+    game: Callable[[np.ndarray], np.ndarray],  # Coalitions (B, S) bool -> scores (B, U)
+    parts: int,  # S
+) -> np.ndarray:  # (S, U)
     "Shapley values from all 2**S coalitions. Source: Shapley 1953, A value for n-person games"
     from math import factorial
-    every = (np.arange(2 ** parts)[:, None] >> np.arange(parts) & 1).astype(bool) # row i holds i's bits
+
+    every = (np.arange(2**parts)[:, None] >> np.arange(parts) & 1).astype(bool)  # row i holds i's bits
     scores, size = game(every), every.sum(1)
     weight = np.array([factorial(s) * factorial(parts - s - 1) / factorial(parts) for s in range(parts)])
     values = []
     for p in range(parts):
         without = np.flatnonzero(~every[:, p])
-        values.append((weight[size[without], None] * (scores[without + 2 ** p] - scores[without])).sum(0))
+        values.append((weight[size[without], None] * (scores[without + 2**p] - scores[without])).sum(0))
     return np.stack(values)
 
 # %% ../../nbs/lib/10_attribution/04_games.ipynb #cell-007
 def sampled_shapley(
-    game:Callable[[np.ndarray], np.ndarray], # Coalitions (B, S) bool -> scores (B, U)
-    parts:int, # S, 2 or more
-    budget:int, # Coalitions that may be scored; fewer than 2 S are raised to one forward and backward walk
-    seed:int=0, # Seed of the orders
-) -> tuple[np.ndarray, np.ndarray]: # Values (S, U) and their standard errors (S, U), nan from a single pair
+    game: Callable[[np.ndarray], np.ndarray],  # Coalitions (B, S) bool -> scores (B, U)
+    parts: int,  # S, 2 or more
+    budget: int,  # Coalitions that may be scored; fewer than 2 S are raised to one forward and backward walk
+    seed: int = 0,  # Seed of the orders
+) -> tuple[np.ndarray, np.ndarray]:  # Values (S, U) and their standard errors (S, U), nan from a single pair
     """Shapley values from random orders, each walked forward and backward.
 
     Source: Castro et al. 2009, Polynomial calculation of the Shapley value based on sampling; Mitchell et al. 2022, sec. 3 (antithetic)"""
     rng, pairs = np.random.default_rng(seed), max(1, (budget - 2) // (2 * (parts - 1)))
-    orders = np.stack([o for _ in range(pairs) for p in [rng.permutation(parts)] for o in (p, p[::-1])]) # (2 pairs, S)
-    place = orders.argsort(1) # (2 pairs, S): when each part comes
-    walks = place[:, None] < np.arange(parts + 1)[None, :, None] # (2 pairs, S + 1, S)
+    orders = np.stack([o for _ in range(pairs) for p in [rng.permutation(parts)] for o in (p, p[::-1])])  # (2 pairs, S)
+    place = orders.argsort(1)  # (2 pairs, S): when each part comes
+    walks = place[:, None] < np.arange(parts + 1)[None, :, None]  # (2 pairs, S + 1, S)
     coalitions, where = np.unique(walks.reshape(-1, parts), axis=0, return_inverse=True)
     scores = game(coalitions)[where.ravel()].reshape(len(orders), parts + 1, -1)
-    added = np.take_along_axis(np.diff(scores, axis=1), place[..., None], 1) # (2 pairs, S, U)
+    added = np.take_along_axis(np.diff(scores, axis=1), place[..., None], 1)  # (2 pairs, S, U)
     means = added.reshape(pairs, 2, parts, -1).mean(1)
     error = means.std(0, ddof=1) / np.sqrt(pairs) if pairs > 1 else np.full(means.shape[1:], np.nan)
     return means.mean(0), error
 
 # %% ../../nbs/lib/10_attribution/04_games.ipynb #cell-010
 def shapley(
-    game:Callable[[np.ndarray], np.ndarray], # Coalitions (B, S) bool -> scores (B, U)
-    parts:int, # S, 1 or more
-    budget:int, # Coalitions that may be scored where the values are sampled
-    exact:int=10, # Up to so many parts every coalition is scored, whatever the budget; above, too, where the budget allows it
-    seed:int=0, # Seed of the sampled orders
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Values (S, U); standard errors (S, U), 0 where exact; scores of all parts and of none (2, U)
+    game: Callable[[np.ndarray], np.ndarray],  # Coalitions (B, S) bool -> scores (B, U)
+    parts: int,  # S, 1 or more
+    budget: int,  # Coalitions that may be scored where the values are sampled
+    exact: int = 10,  # Up to so many parts every coalition is scored, whatever the budget; above, too, where the budget allows it
+    seed: int = 0,  # Seed of the sampled orders
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # Values (S, U); standard errors (S, U), 0 where exact; scores of all parts and of none (2, U)
     "Shapley values, exact or sampled, with one call of the game. Raises `ValueError` where the budget is too small to sample."
     ends = {}
+
     def watched(coalitions):
         scores = game(coalitions)
         ends.update(all=scores[coalitions.all(1)][0], none=scores[~coalitions.any(1)][0])
         return scores
-    if parts <= exact or 2 ** parts <= budget:
+
+    if parts <= exact or 2**parts <= budget:
         values = exact_shapley(watched, parts)
         return values, np.zeros_like(values), np.stack([ends["all"], ends["none"]])
     if budget < 2 * parts:
-        raise ValueError(f"{parts} parts need at least {2 * parts} evaluations, {budget} are allowed: raise the budget or cut the image into fewer segments.")
+        raise ValueError(
+            f"{parts} parts need at least {2 * parts} evaluations, {budget} are allowed: raise the budget or cut the image into fewer segments."
+        )
     values, error = sampled_shapley(watched, parts, budget, seed)
     return values, error, np.stack([ends["all"], ends["none"]])

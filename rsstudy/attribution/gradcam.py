@@ -8,63 +8,89 @@ __all__ = ['siglip_layer', 'layer_gradients', 'as_square', 'grad_cam', 'layer_ca
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-002
 import numpy as np
 import torch
+
 from .answer import Attribution, Stopwatch, enlarge
 from .scorer import Scorer
 from ..model.parts import core
 
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-004
 def siglip_layer(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped by peft
-    which:int|str=-1, # Encoder layer, counted as in a list, or a module's name: its whole name inside the vision tower, or the end of it
-) -> torch.nn.Module: # Its output is (B, patches, channels)
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped by peft
+    which: int
+    | str = -1,  # Encoder layer, counted as in a list, or a module's name: its whole name inside the vision tower, or the end of it
+) -> torch.nn.Module:  # Its output is (B, patches, channels)
     "A layer of the vision tower. Raises `ValueError` where there is no such layer, or several of that name."
     tower = core(model).model.vision_tower
     if isinstance(which, str):
-        found = [m for name, m in tower.named_modules() if name == which] or [m for name, m in tower.named_modules() if name.endswith("." + which)]
-        if len(found) != 1: raise ValueError(f"layer {which!r} names {len(found)} modules of the vision tower; one is needed, such as 'encoder.layers.0'.")
+        found = [m for name, m in tower.named_modules() if name == which] or [
+            m for name, m in tower.named_modules() if name.endswith("." + which)
+        ]
+        if len(found) != 1:
+            raise ValueError(
+                f"layer {which!r} names {len(found)} modules of the vision tower; one is needed, such as 'encoder.layers.0'."
+            )
         return found[0]
     layers = getattr(tower, "vision_model", tower).encoder.layers
-    if not -len(layers) <= which < len(layers): raise ValueError(f"layer {which} does not exist: the vision tower has {len(layers)} layers.")
+    if not -len(layers) <= which < len(layers):
+        raise ValueError(f"layer {which} does not exist: the vision tower has {len(layers)} layers.")
     return layers[which]
 
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-005
 def layer_gradients(
-    scorer:Scorer, # What is explained
-    layers:list[torch.nn.Module|int|str], # L layers of patch tokens
-) -> tuple[np.ndarray, list[torch.Tensor], list[torch.Tensor]]: # Scores (U,); per layer the features (N, C) and their gradients (U, N, C), float32
+    scorer: Scorer,  # What is explained
+    layers: list[torch.nn.Module | int | str],  # L layers of patch tokens
+) -> tuple[
+    np.ndarray, list[torch.Tensor], list[torch.Tensor]
+]:  # Scores (U,); per layer the features (N, C) and their gradients (U, N, C), float32
     "Features of layers and their gradients for every span: one forward pass, one backward pass a span. Raises `ValueError` for a layer without a square of patches."
     modules, kept = [l if isinstance(l, torch.nn.Module) else siglip_layer(scorer.model, l) for l in layers], {}
+
     def keep(place):
-        def hook(module, inputs, output): kept.setdefault(place, []).append(output[0] if isinstance(output, tuple) else output)
+        def hook(module, inputs, output):
+            kept.setdefault(place, []).append(output[0] if isinstance(output, tuple) else output)
+
         return hook
+
     handles = [m.register_forward_hook(keep(i)) for i, m in enumerate(modules)]
     try:
-        with torch.enable_grad(): out = scorer(scorer.pixels.clone().requires_grad_())[0] # (U,)
+        with torch.enable_grad():
+            out = scorer(scorer.pixels.clone().requires_grad_())[0]  # (U,)
     finally:
-        for h in handles: h.remove()
+        for h in handles:
+            h.remove()
     for i in range(len(modules)):
         shapes = [tuple(k.shape) for k in kept.get(i, [])]
-        if len(shapes) != 1 or len(shapes[0]) != 3 or round(shapes[0][1] ** .5) ** 2 != shapes[0][1]:
-            raise ValueError(f"The layer gave {shapes}; Grad-CAM needs one output (1, patches, channels) with a square number of patches.")
+        if len(shapes) != 1 or len(shapes[0]) != 3 or round(shapes[0][1] ** 0.5) ** 2 != shapes[0][1]:
+            raise ValueError(
+                f"The layer gave {shapes}; Grad-CAM needs one output (1, patches, channels) with a square number of patches."
+            )
     features = [kept[i][0] for i in range(len(modules))]
     if not out.requires_grad or not all(f.requires_grad for f in features):
-        raise ValueError("The score has no gradient at the layer: the model ran without gradients (inference mode or detached features); SHAP, PixelSHAP, RISE and occlusion need none.")
+        raise ValueError(
+            "The score has no gradient at the layer: the model ran without gradients (inference mode or detached features); SHAP, PixelSHAP, RISE and occlusion need none."
+        )
     grads = [torch.autograd.grad(o, features, retain_graph=i < len(out) - 1) for i, o in enumerate(out)]
-    return out.detach().double().cpu().numpy(), [f[0].detach().float() for f in features], [torch.stack([g[i][0].float() for g in grads]) for i in range(len(modules))]
+    return (
+        out.detach().double().cpu().numpy(),
+        [f[0].detach().float() for f in features],
+        [torch.stack([g[i][0].float() for g in grads]) for i in range(len(modules))],
+    )
 
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-006
 def as_square(
-    cells:torch.Tensor, # (U, N), row by row
-) -> torch.Tensor: # (U, n, n) on the CPU
+    cells: torch.Tensor,  # (U, N), row by row
+) -> torch.Tensor:  # (U, n, n) on the CPU
     "Patch values as maps."
-    return cells.reshape(len(cells), round(cells.shape[1] ** .5), -1).cpu()
+    return cells.reshape(len(cells), round(cells.shape[1] ** 0.5), -1).cpu()
 
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-007
 def grad_cam(
-    scorer:Scorer, # What is explained
-    layer:torch.nn.Module|int|str=None, # Layer with output (B, patches, channels), or what `siglip_layer` takes; None: the last of the scorer's SigLIP
-    rectify:bool=True, # Keep positive evidence only, as in the paper? False keeps the sign
-) -> Attribution: # Maps enlarged bilinearly from the patches; they do not add up to anything, so `error` is nan
+    scorer: Scorer,  # What is explained
+    layer: torch.nn.Module
+    | int
+    | str = None,  # Layer with output (B, patches, channels), or what `siglip_layer` takes; None: the last of the scorer's SigLIP
+    rectify: bool = True,  # Keep positive evidence only, as in the paper? False keeps the sign
+) -> Attribution:  # Maps enlarged bilinearly from the patches; they do not add up to anything, so `error` is nan
     """Grad-CAM of every span on a layer of patch tokens.
 
     Costs one image forward and one backward pass a span. Raises `ValueError` for a layer that does not give a square of patches, and for a map
@@ -78,10 +104,11 @@ def grad_cam(
 
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-009
 def layer_cam(
-    scorer:Scorer, # What is explained
-    layers:list[torch.nn.Module|int|str]=None, # Layers to join, as `grad_cam` takes them; None: every encoder layer of the scorer's SigLIP
-    gain:float=2., # Steepness of tanh for joined layers; a single layer is left as it is
-) -> Attribution: # Maps from 0 to 1 where layers are joined, nothing negative; `error` is nan
+    scorer: Scorer,  # What is explained
+    layers: list[torch.nn.Module | int | str]
+    | None = None,  # Layers to join, as `grad_cam` takes them; None: every encoder layer of the scorer's SigLIP
+    gain: float = 2.0,  # Steepness of tanh for joined layers; a single layer is left as it is
+) -> Attribution:  # Maps from 0 to 1 where layers are joined, nothing negative; `error` is nan
     """LayerCAM of every span over several layers, for the costs of one Grad-CAM. Raises `ValueError` as `grad_cam`, and without layers.
 
     Source: Jiang, Zhang, Hou, Cheng and Wei 2021, LayerCAM, eq. 4 to 7, https://doi.org/10.1109/TIP.2021.3089943"""
@@ -89,10 +116,12 @@ def layer_cam(
     if layers is None:
         tower = core(scorer.model).model.vision_tower
         layers = list(getattr(tower, "vision_model", tower).encoder.layers)
-    if not layers: raise ValueError("There is nothing to join: give at least one layer.")
+    if not layers:
+        raise ValueError("There is nothing to join: give at least one layer.")
     scores, features, grads = layer_gradients(scorer, layers)
-    maps = [(g.relu() * f).sum(-1).relu() for f, g in zip(features, grads)] # (U, N) each
-    if len(maps) > 1: maps = [(gain * m / m.amax(1, keepdim=True).clamp(min=1e-12)).tanh() for m in maps]
+    maps = [(g.relu() * f).sum(-1).relu() for f, g in zip(features, grads)]  # (U, N) each
+    if len(maps) > 1:
+        maps = [(gain * m / m.amax(1, keepdim=True).clamp(min=1e-12)).tanh() for m in maps]
     shape = scorer.pixels.shape[-2:]
     heat = np.stack([enlarge(as_square(m), shape) for m in maps]).max(0)
     return Attribution("layer_cam", scorer.names, heat, scores, np.full(len(scores), np.nan), "none", **watch.read())

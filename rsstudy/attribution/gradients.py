@@ -8,6 +8,7 @@ __all__ = ['gradient_x_input', 'smooth_grad']
 # %% ../../nbs/lib/10_attribution/07_gradients.ipynb #cell-002
 import numpy as np
 import torch
+
 from .answer import Attribution, Stopwatch, relative_gap
 from .paths import gradient_batches, shared_gradients
 from .prompt_words import Prompt, prompt_fields
@@ -15,10 +16,10 @@ from .scorer import Scorer, fill_image
 
 # %% ../../nbs/lib/10_attribution/07_gradients.ipynb #cell-005
 def gradient_x_input(
-    scorer:Scorer, # What is explained
-    fill:str="blur", # What the input is compared with; "black" is the paper's own
-    prompt:Prompt=None, # From `prompt_words`: adds gradient x embedding of the prompt's words
-) -> Attribution: # In nats; `error` is the relative completeness gap: how far the model is from linear
+    scorer: Scorer,  # What is explained
+    fill: str = "blur",  # What the input is compared with; "black" is the paper's own
+    prompt: Prompt = None,  # From `prompt_words`: adds gradient x embedding of the prompt's words
+) -> Attribution:  # In nats; `error` is the relative completeness gap: how far the model is from linear
     """Gradient at the image times the difference from the fill, one forward pass and a backward pass a span.
 
     Source: Shrikumar, Greenside, Shcherbina and Kundaje 2016, Not just a black box, sec. 2, https://arxiv.org/abs/1605.01713"""
@@ -31,34 +32,59 @@ def gradient_x_input(
     if prompt is not None:
         words = shared_gradients(prompt.scorer, prompt.scorer.pixels, every)[1][:, 0] * prompt.scorer.pixels
         scorer.calls += 1
-    return Attribution("gradient_x_input", scorer.names, heat, scores, gap, "relative completeness gap", **prompt_fields(prompt, words), **watch.read())
+    return Attribution(
+        "gradient_x_input",
+        scorer.names,
+        heat,
+        scores,
+        gap,
+        "relative completeness gap",
+        **prompt_fields(prompt, words),
+        **watch.read(),
+    )
 
 # %% ../../nbs/lib/10_attribution/07_gradients.ipynb #cell-006
 def smooth_grad(
-    scorer:Scorer, # What is explained
-    samples:int=32, # Noisy copies, 2 or more
-    noise:float=.15, # Standard deviation of the noise as a share of the image's range, above 0; the paper advises .1 to .2
-    fill:str|None="blur", # Times the difference from this fill, in nats, signed; None: the size of the gradient itself, as in the paper's figures
-    batch:int=None, # Copies at once
-    seed:int=0, # Seed of the noise
-) -> Attribution: # `standard_error` says how much noise is left (none where `fill` is None)
+    scorer: Scorer,  # What is explained
+    samples: int = 32,  # Noisy copies, 2 or more
+    noise: float = 0.15,  # Standard deviation of the noise as a share of the image's range, above 0; the paper advises .1 to .2
+    fill: str
+    | None = "blur",  # Times the difference from this fill, in nats, signed; None: the size of the gradient itself, as in the paper's figures
+    batch: int | None = None,  # Copies at once
+    seed: int = 0,  # Seed of the noise
+) -> Attribution:  # `standard_error` says how much noise is left (none where `fill` is None)
     """Gradient averaged over noisy copies of the image. Raises `ValueError` for fewer than 2 samples or noise that is not positive.
 
     Source: Smilkov, Thorat, Kim, Viegas and Wattenberg 2017, SmoothGrad, sec. 3, https://arxiv.org/abs/1706.03825"""
-    if samples < 2 or not noise > 0: raise ValueError(f"samples must be at least 2 and noise above 0, not {samples} and {noise}.")
+    if samples < 2 or not noise > 0:
+        raise ValueError(f"samples must be at least 2 and noise above 0, not {samples} and {noise}.")
     watch, p, every = Stopwatch(scorer), scorer.pixels, list(range(len(scorer.names)))
     change = torch.ones_like(p) if fill is None else p - fill_image(scorer, fill)
     sigma = noise * (p.max() - p.min()).item()
+
     def make(index):
-        drawn = np.stack([np.random.default_rng((seed, i)).standard_normal(p.shape[1:], dtype=np.float32) for i in index])
+        drawn = np.stack(
+            [np.random.default_rng((seed, i)).standard_normal(p.shape[1:], dtype=np.float32) for i in index]
+        )
         return p + sigma * torch.from_numpy(drawn).to(p)
-    total, first, square = 0., 0., 0.
+
+    total, first, square = 0.0, 0.0, 0.0
     for _, _, grads in gradient_batches(scorer, make, samples, every, batch):
-        total = total + grads.double().sum(1) # (U, 3, H, W)
-        each = (grads * change).double().sum(2) # (U, B, H, W)
+        total = total + grads.double().sum(1)  # (U, 3, H, W)
+        each = (grads * change).double().sum(2)  # (U, B, H, W)
         first, square = first + each.sum(1), square + each.square().sum(1)
     heat, error = first / samples, None
-    if fill is None: heat = (total / samples).abs().sum(1)
-    else: error = (((square / samples - heat ** 2).clamp(min=0) / (samples - 1)) ** .5).cpu().numpy()
-    return Attribution("smooth_grad", scorer.names, heat.cpu().numpy(), scorer.evaluate(p)[0], np.full(len(every), np.nan), "none",
-                       standard_error=error, **watch.read())
+    if fill is None:
+        heat = (total / samples).abs().sum(1)
+    else:
+        error = (((square / samples - heat**2).clamp(min=0) / (samples - 1)) ** 0.5).cpu().numpy()
+    return Attribution(
+        "smooth_grad",
+        scorer.names,
+        heat.cpu().numpy(),
+        scorer.evaluate(p)[0],
+        np.full(len(every), np.nan),
+        "none",
+        standard_error=error,
+        **watch.read(),
+    )

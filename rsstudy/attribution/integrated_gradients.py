@@ -6,9 +6,11 @@
 __all__ = ['PLACES', 'patch_embedding', 'standing_in', 'scorer_inside', 'gradients_at_pixels', 'integrated_gradients']
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-002
-import torch
 from contextlib import contextmanager
 from types import SimpleNamespace
+
+import torch
+
 from .answer import Attribution, Stopwatch, grid_regions, spread_values
 from .paths import integrate_path
 from .prompt_words import Prompt, prompt_fields
@@ -18,9 +20,11 @@ from ..model.parts import core
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-005
 PLACES = "pixels", "patches", "tokens"
+
+
 def patch_embedding(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped
-) -> torch.nn.Module: # (B, 3, H, W) -> (B, N, C)
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+) -> torch.nn.Module:  # (B, 3, H, W) -> (B, N, C)
     "The vision tower's patch embedding, positions included."
     tower = core(model).model.vision_tower
     return getattr(tower, "vision_model", tower).embeddings
@@ -28,75 +32,104 @@ def patch_embedding(
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-006
 @contextmanager
 def standing_in(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped
-    at:str, # "patches" or "tokens"
-    values:torch.Tensor, # (B, N, C)
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    at: str,  # "patches" or "tokens"
+    values: torch.Tensor,  # (B, N, C)
 ):
     "Inside the block the model reads these patch embeddings or image tokens, whatever the image."
     inner = core(model).model
     if at == "patches":
         handle = patch_embedding(model).register_forward_hook(lambda module, inputs, output: values.to(output.dtype))
-        try: yield
-        finally: handle.remove()
+        try:
+            yield
+        finally:
+            handle.remove()
     else:
-        inner.get_image_features = lambda *args, **kwargs: SimpleNamespace(pooler_output=values.to(inner.language_model.dtype))
-        try: yield
-        finally: del inner.get_image_features # the class's own is back
+        inner.get_image_features = lambda *args, **kwargs: SimpleNamespace(
+            pooler_output=values.to(inner.language_model.dtype)
+        )
+        try:
+            yield
+        finally:
+            del inner.get_image_features  # the class's own is back
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-007
 def scorer_inside(
-    scorer:Scorer, # Of pixels, with a model
-    at:str, # "patches" or "tokens"
-    pixels:torch.Tensor, # Images, (B, 3, H, W)
-) -> tuple[Scorer, torch.Tensor]: # Scorer of (B, N, C), and the images there, float32
+    scorer: Scorer,  # Of pixels, with a model
+    at: str,  # "patches" or "tokens"
+    pixels: torch.Tensor,  # Images, (B, 3, H, W)
+) -> tuple[Scorer, torch.Tensor]:  # Scorer of (B, N, C), and the images there, float32
     "The same score as a function of patch embeddings or image tokens."
     model = scorer.model
     with torch.no_grad():
-        parts = patch_embedding(model)(pixels.to(patch_embedding(model).patch_embedding.weight.dtype)) if at == "patches" else image_features(model, pixels)
+        parts = (
+            patch_embedding(model)(pixels.to(patch_embedding(model).patch_embedding.weight.dtype))
+            if at == "patches"
+            else image_features(model, pixels)
+        )
+
     def function(values):
-        with standing_in(model, at, values): return scorer.function(scorer.pixels.expand(len(values), -1, -1, -1))
+        with standing_in(model, at, values):
+            return scorer.function(scorer.pixels.expand(len(values), -1, -1, -1))
+
     return Scorer(function, parts[:1].float(), scorer.names, scorer.grid, scorer.batch, model=model), parts.float()
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-008
 def gradients_at_pixels(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped
-    gradients:torch.Tensor, # At patch embeddings, (U, N, C)
-    pixels:torch.Tensor, # Where the embedding is linear any image will do: gives shape and device, (1, 3, H, W)
-) -> torch.Tensor: # (U, 3, H, W)
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    gradients: torch.Tensor,  # At patch embeddings, (U, N, C)
+    pixels: torch.Tensor,  # Where the embedding is linear any image will do: gives shape and device, (1, 3, H, W)
+) -> torch.Tensor:  # (U, 3, H, W)
     "What gradients at patch embeddings are at the pixels."
     embedding, out = patch_embedding(model), []
     with torch.enable_grad():
         p = pixels.detach().clone().requires_grad_()
         parts = embedding(p.to(embedding.patch_embedding.weight.dtype)).float()
-        for i, g in enumerate(gradients): out.append(torch.autograd.grad((parts[0] * g).sum(), p, retain_graph=i < len(gradients) - 1)[0][0])
+        for i, g in enumerate(gradients):
+            out.append(torch.autograd.grad((parts[0] * g).sum(), p, retain_graph=i < len(gradients) - 1)[0][0])
     return torch.stack(out)
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-010
 def integrated_gradients(
-    scorer:Scorer, # What is explained
-    steps:int=8, # Intervals on the path at first, 1 or more; there is one point more than intervals
-    fill:str="blur", # Baseline image, one of `rsstudy.attribution.scorer.FILLS`
-    batch:int=None, # Points at once; backward passes need several times the memory of forward ones. None: the scorer's
-    at:str="pixels", # One of `PLACES`
-    tolerance:float=.01, # Intervals are doubled until every span's relative completeness gap is at most this
-    most:int=512, # ... or until another doubling would exceed this many (more than `steps`, else there is none)
-    prompt:Prompt=None, # From `prompt_words`, to explain the prompt's words as well, on a path of their own
-) -> Attribution: # In nats, adds up over the map; `error` is the relative completeness gap, `error_name` says where it stayed above the tolerance
+    scorer: Scorer,  # What is explained
+    steps: int = 8,  # Intervals on the path at first, 1 or more; there is one point more than intervals
+    fill: str = "blur",  # Baseline image, one of `rsstudy.attribution.scorer.FILLS`
+    batch: int
+    | None = None,  # Points at once; backward passes need several times the memory of forward ones. None: the scorer's
+    at: str = "pixels",  # One of `PLACES`
+    tolerance: float = 0.01,  # Intervals are doubled until every span's relative completeness gap is at most this
+    most: int = 512,  # ... or until another doubling would exceed this many (more than `steps`, else there is none)
+    prompt: Prompt = None,  # From `prompt_words`, to explain the prompt's words as well, on a path of their own
+) -> Attribution:  # In nats, adds up over the map; `error` is the relative completeness gap, `error_name` says where it stayed above the tolerance
     """Integrated Gradients of every span, refined until complete.
 
     Costs a forward pass a point (one more than intervals), and a backward pass a span that is not complete yet. `text` adds up to the score
     minus that of a prompt without words. Raises `ValueError` for an unknown place and where the score has no gradient.
     Source: Sundararajan, Taly and Yan 2017, Axiomatic attribution for deep networks, eq. 1, https://arxiv.org/abs/1703.01365"""
-    if at not in PLACES: raise ValueError(f"at {at!r} is unknown; allowed: {', '.join(PLACES)}.")
-    if scorer.model is None and at != "pixels": raise ValueError(f"at {at!r} needs a scorer with a model; allowed for a bare function: pixels.")
-    watch, shape, images = Stopwatch(scorer), scorer.pixels.shape[-2:], torch.cat([scorer.pixels, fill_image(scorer, fill)])
-    if scorer.model is None: inside, ends = scorer, images # a function of pixels and nothing known of it
-    else: inside, ends = scorer_inside(scorer, "patches" if at == "pixels" else at, images)
-    path = integrate_path(inside, ends[1:], ends[:1], steps, most, tolerance, batch)
-    if inside is not scorer: scorer.calls += inside.calls
-    if at != "pixels": heat = spread_values(path.values.double().sum(-1).cpu().numpy().T, grid_regions(shape, round(ends.shape[1] ** .5)))
+    if at not in PLACES:
+        raise ValueError(f"at {at!r} is unknown; allowed: {', '.join(PLACES)}.")
+    if scorer.model is None and at != "pixels":
+        raise ValueError(f"at {at!r} needs a scorer with a model; allowed for a bare function: pixels.")
+    watch, shape, images = (
+        Stopwatch(scorer),
+        scorer.pixels.shape[-2:],
+        torch.cat([scorer.pixels, fill_image(scorer, fill)]),
+    )
+    if scorer.model is None:
+        inside, ends = scorer, images  # a function of pixels and nothing known of it
     else:
-        gradients = path.gradients if inside is scorer else gradients_at_pixels(scorer.model, path.gradients, scorer.pixels)
+        inside, ends = scorer_inside(scorer, "patches" if at == "pixels" else at, images)
+    path = integrate_path(inside, ends[1:], ends[:1], steps, most, tolerance, batch)
+    if inside is not scorer:
+        scorer.calls += inside.calls
+    if at != "pixels":
+        heat = spread_values(
+            path.values.double().sum(-1).cpu().numpy().T, grid_regions(shape, round(ends.shape[1] ** 0.5))
+        )
+    else:
+        gradients = (
+            path.gradients if inside is scorer else gradients_at_pixels(scorer.model, path.gradients, scorer.pixels)
+        )
         heat = (gradients * (images[:1] - images[1:])).sum(1).cpu().numpy()
     if prompt is not None:
         before, own = prompt.scorer.calls, prompt.scorer.pixels
@@ -104,5 +137,17 @@ def integrated_gradients(
         scorer.calls += prompt.scorer.calls - before
     gaps = [path] if prompt is None else [path, words]
     late = [g for g in gaps if not (g.gap <= tolerance).all()]
-    name = "relative completeness gap" + "".join(f"; above {tolerance:.0%} at the maximum of {g.steps} steps" + (" (prompt)" if g is not path else "") for g in late)
-    return Attribution("integrated_gradients", scorer.names, heat, path.scores[1], path.gap, name, **prompt_fields(prompt, words.values if prompt else None), **watch.read())
+    name = "relative completeness gap" + "".join(
+        f"; above {tolerance:.0%} at the maximum of {g.steps} steps" + (" (prompt)" if g is not path else "")
+        for g in late
+    )
+    return Attribution(
+        "integrated_gradients",
+        scorer.names,
+        heat,
+        path.scores[1],
+        path.gap,
+        name,
+        **prompt_fields(prompt, words.values if prompt else None),
+        **watch.read(),
+    )

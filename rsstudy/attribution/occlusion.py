@@ -7,42 +7,56 @@ __all__ = ['window_starts', 'occlusion']
 
 # %% ../../nbs/lib/10_attribution/11_occlusion.ipynb #cell-002
 import numpy as np
+
 from .answer import Attribution, Stopwatch
 from .scorer import Scorer, fill_image, in_batches
 
 # %% ../../nbs/lib/10_attribution/11_occlusion.ipynb #cell-004
 def window_starts(
-    length:int, # Side of the image in pixels
-    window:int, # Side of the window in pixels
-    stride:int, # Pixels from one window to the next
-) -> np.ndarray: # First pixel of every window
+    length: int,  # Side of the image in pixels
+    window: int,  # Side of the window in pixels
+    stride: int,  # Pixels from one window to the next
+) -> np.ndarray:  # First pixel of every window
     "Where windows lie along one side; together they reach the last pixel, which the last one may pass and be cut off at."
     return np.arange(-(-(length - window) // stride) + 1) * stride
 
 # %% ../../nbs/lib/10_attribution/11_occlusion.ipynb #cell-006
 def occlusion(
-    scorer:Scorer, # What is explained
-    window:int=32, # Side of the covered square in pixels
-    stride:int=16, # Pixels from one window to the next, at most `window`, so that every pixel is covered
-    fill:str="blur", # What the window shows, one of `rsstudy.attribution.scorer.FILLS`
-) -> Attribution: # Maps in nats: mean drop over the windows that cover a pixel; drops do not add up to anything, so `error` is nan
+    scorer: Scorer,  # What is explained
+    window: int = 32,  # Side of the covered square in pixels
+    stride: int = 16,  # Pixels from one window to the next, at most `window`, so that every pixel is covered
+    fill: str = "blur",  # What the window shows, one of `rsstudy.attribution.scorer.FILLS`
+) -> (
+    Attribution
+):  # Maps in nats: mean drop over the windows that cover a pixel; drops do not add up to anything, so `error` is nan
     """Sliding-window occlusion of every span at once, in batches.
 
     Raises `ValueError` for a window or stride that does not fit, a constant image, or a map that is zero everywhere.
     Source: Zeiler and Fergus 2014, Visualizing and understanding convolutional networks, sec. 2.1, https://arxiv.org/abs/1311.2901"""
     watch, (height, width) = Stopwatch(scorer), scorer.pixels.shape[-2:]
-    if not 1 <= window < min(height, width): raise ValueError(f"window must be from 1 to {min(height, width) - 1} pixels (smaller than the image), not {window}.")
-    if not 1 <= stride <= window: raise ValueError(f"stride must be from 1 to {window} pixels (the window), not {stride}: pixels between windows would be left out.")
+    if not 1 <= window < min(height, width):
+        raise ValueError(
+            f"window must be from 1 to {min(height, width) - 1} pixels (smaller than the image), not {window}."
+        )
+    if not 1 <= stride <= window:
+        raise ValueError(
+            f"stride must be from 1 to {window} pixels (the window), not {stride}: pixels between windows would be left out."
+        )
     filled = fill_image(scorer, fill)
     corners = [(y, x) for y in window_starts(height, window, stride) for x in window_starts(width, window, stride)]
+
     def covered(some):
         images = scorer.pixels.repeat(len(some), 1, 1, 1)
-        for image, (y, x) in zip(images, some): image[:, y:y+window, x:x+window] = filled[0, :, y:y+window, x:x+window]
+        for image, (y, x) in zip(images, some):
+            image[:, y : y + window, x : x + window] = filled[0, :, y : y + window, x : x + window]
         return scorer(images)
-    whole = scorer.evaluate(scorer.pixels)[0] # (U,)
-    drops = whole - in_batches(scorer, corners, covered) # (B, U)
+
+    whole = scorer.evaluate(scorer.pixels)[0]  # (U,)
+    drops = whole - in_batches(scorer, corners, covered)  # (B, U)
     heat, times = np.zeros((len(whole), height, width)), np.zeros((height, width))
     for drop, (y, x) in zip(drops, corners):
-        heat[:, y:y+window, x:x+window] += drop[:, None, None]
-        times[y:y+window, x:x+window] += 1
-    return Attribution("occlusion", scorer.names, heat / times, whole, np.full(len(whole), np.nan), "none", **watch.read())
+        heat[:, y : y + window, x : x + window] += drop[:, None, None]
+        times[y : y + window, x : x + window] += 1
+    return Attribution(
+        "occlusion", scorer.names, heat / times, whole, np.full(len(whole), np.nan), "none", **watch.read()
+    )

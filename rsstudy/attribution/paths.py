@@ -6,48 +6,61 @@
 __all__ = ['shared_gradients', 'gradient_batches', 'clenshaw_curtis', 'Path', 'integrate_path']
 
 # %% ../../nbs/lib/10_attribution/06_paths.ipynb #cell-002
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
 from .answer import relative_gap
 from .scorer import Scorer
 from ..common.files import announce
 
 # %% ../../nbs/lib/10_attribution/06_paths.ipynb #cell-005
 def shared_gradients(
-    scorer:Callable[[torch.Tensor], torch.Tensor], # (B, ...) -> (B, U)
-    points:torch.Tensor, # Where, (B, ...)
-    outputs:list[int], # Which of the U outputs, A of them
-) -> tuple[torch.Tensor, torch.Tensor]: # Scores (B, U) and gradients (A, B, ...)
+    scorer: Callable[[torch.Tensor], torch.Tensor],  # (B, ...) -> (B, U)
+    points: torch.Tensor,  # Where, (B, ...)
+    outputs: list[int],  # Which of the U outputs, A of them
+) -> tuple[torch.Tensor, torch.Tensor]:  # Scores (B, U) and gradients (A, B, ...)
     "Gradients of several outputs from one forward pass. Raises `ValueError` where the model gives none."
     points = points.detach().clone().requires_grad_()
-    with torch.enable_grad(): scores = scorer(points)
+    with torch.enable_grad():
+        scores = scorer(points)
     if not scores.requires_grad:
-        raise ValueError("The score has no gradient at its input: the model ran without gradients (inference mode, detached or integer inputs); "
-                         "SHAP, PixelSHAP, RISE and occlusion need none.")
-    grads = [torch.autograd.grad(scores[:, u].sum(), points, retain_graph=i < len(outputs) - 1)[0] for i, u in enumerate(outputs)]
+        raise ValueError(
+            "The score has no gradient at its input: the model ran without gradients (inference mode, detached or integer inputs); "
+            "SHAP, PixelSHAP, RISE and occlusion need none."
+        )
+    grads = [
+        torch.autograd.grad(scores[:, u].sum(), points, retain_graph=i < len(outputs) - 1)[0]
+        for i, u in enumerate(outputs)
+    ]
     return scores.detach(), torch.stack(grads)
 
 # %% ../../nbs/lib/10_attribution/06_paths.ipynb #cell-006
 def gradient_batches(
-    scorer:Scorer, # Function, and how many at once
-    make:Callable[[np.ndarray], torch.Tensor], # Indices (B,) -> points (B, ...)
-    n:int, # Points
-    outputs:list[int], # Which outputs
-    batch:int=None, # Points at once; None: the scorer's
-) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]: # Indices, scores (B, U), gradients (A, B, ...)
+    scorer: Scorer,  # Function, and how many at once
+    make: Callable[[np.ndarray], torch.Tensor],  # Indices (B,) -> points (B, ...)
+    n: int,  # Points
+    outputs: list[int],  # Which outputs
+    batch: int | None = None,  # Points at once; None: the scorer's
+) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:  # Indices, scores (B, U), gradients (A, B, ...)
     "`shared_gradients` in batches, halved where memory runs out. Raises what the model raises, out of memory included where one point does not fit."
     start, batch = 0, min(batch or scorer.batch, scorer.batch)
     while start < n:
         index, found = np.arange(start, min(n, start + batch)), None
-        try: found = shared_gradients(scorer, make(index), outputs)
+        try:
+            found = shared_gradients(scorer, make(index), outputs)
         except RuntimeError as error:
-            if len(index) == 1 or not should_reduce_batch_size(error): raise
-        if found is None: # outside the handler, where the failed tensors are no longer held
+            if len(index) == 1 or not should_reduce_batch_size(error):
+                raise
+        if found is None:  # outside the handler, where the failed tensors are no longer held
             batch = scorer.batch = len(index) // 2
-            announce("gradients", f"{len(index)} images at once do not fit in memory on the way back: {batch} at a time from here on.")
+            announce(
+                "gradients",
+                f"{len(index)} images at once do not fit in memory on the way back: {batch} at a time from here on.",
+            )
             clear_device_cache(garbage_collection=True)
             continue
         yield index, *found
@@ -55,11 +68,11 @@ def gradient_batches(
 
 # %% ../../nbs/lib/10_attribution/06_paths.ipynb #cell-008
 def clenshaw_curtis(
-    n:int, # Intervals, 1 or more
-) -> tuple[np.ndarray, np.ndarray]: # (n + 1,) ascending positions from 0 to 1, and their weights
+    n: int,  # Intervals, 1 or more
+) -> tuple[np.ndarray, np.ndarray]:  # (n + 1,) ascending positions from 0 to 1, and their weights
     "Nested quadrature on [0, 1]; exact for polynomials of degree n. Source: Clenshaw and Curtis 1960; Waldvogel 2006, eq. 2.4."
     angle, j = np.pi * np.arange(n + 1) / n, np.arange(1, n // 2 + 1)
-    weights = (1 - (np.where(2 * j == n, 1, 2) / (4 * j ** 2 - 1) * np.cos(2 * np.outer(angle, j))).sum(1)) / n
+    weights = (1 - (np.where(2 * j == n, 1, 2) / (4 * j**2 - 1) * np.cos(2 * np.outer(angle, j))).sum(1)) / n
     weights[[0, -1]] /= 2
     return (1 - np.cos(angle)) / 2, weights
 
@@ -67,46 +80,54 @@ def clenshaw_curtis(
 @dataclass
 class Path:
     "What the integral along a straight path found."
-    gradients:torch.Tensor # (U, ...) mean gradients along the path
-    change:torch.Tensor # (1, ...) of every input, from start to end
-    scores:np.ndarray # (2, U) at the start and at the end
-    gap:np.ndarray # (U,) relative completeness gap
-    steps:int # Intervals in the end
+
+    gradients: torch.Tensor  # (U, ...) mean gradients along the path
+    change: torch.Tensor  # (1, ...) of every input, from start to end
+    scores: np.ndarray  # (2, U) at the start and at the end
+    gap: np.ndarray  # (U,) relative completeness gap
+    steps: int  # Intervals in the end
 
     @property
-    def values(self) -> torch.Tensor: # (U, ...)
+    def values(self) -> torch.Tensor:  # (U, ...)
         "Shares of every input; they add up to scores[1] - scores[0], nearly."
         return self.gradients * self.change
 
 # %% ../../nbs/lib/10_attribution/06_paths.ipynb #cell-012
 def integrate_path(
-    scorer:Scorer, # Function of (B, ...) with U outputs
-    start:torch.Tensor, # Baseline, (1, ...)
-    end:torch.Tensor, # Input, (1, ...)
-    steps:int=8, # Intervals at first
-    most:int=64, # Doubled up to this
-    tolerance:float=.01, # Relative completeness gap that is good enough
-    batch:int=None, # Points at once
+    scorer: Scorer,  # Function of (B, ...) with U outputs
+    start: torch.Tensor,  # Baseline, (1, ...)
+    end: torch.Tensor,  # Input, (1, ...)
+    steps: int = 8,  # Intervals at first
+    most: int = 64,  # Doubled up to this
+    tolerance: float = 0.01,  # Relative completeness gap that is good enough
+    batch: int | None = None,  # Points at once
 ) -> Path:
     "Integrated gradients from `start` to `end`. Raises `ValueError` for no steps, and as `shared_gradients`."
-    if steps < 1: raise ValueError(f"steps must be at least 1, not {steps}.")
-    levels = [steps * 2 ** i for i in range(max(0, int(np.log2(most / steps))) + 1)]
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}.")
+    levels = [steps * 2**i for i in range(max(0, int(np.log2(most / steps))) + 1)]
     change, extra = end - start, (1,) * (end.dim() - 1)
     active, done, gap, ends = list(range(len(scorer.names))), {}, np.full(len(scorer.names), np.inf), {}
     sums = torch.zeros(len(levels), len(active), *end.shape[1:], device=end.device)
     for level, n in enumerate(levels):
         positions = clenshaw_curtis(n)[0]
         new = np.arange(n + 1) if level == 0 else np.arange(1, n, 2)
-        weights = np.stack([clenshaw_curtis(m)[1][new * (m // n)] for m in levels[level:]]) # (levels left, new)
-        make = lambda i: start + torch.tensor(positions[new[i]], dtype=end.dtype, device=end.device).view(-1, *extra) * change
+        weights = np.stack([clenshaw_curtis(m)[1][new * (m // n)] for m in levels[level:]])  # (levels left, new)
+
+        def make(i):
+            return start + torch.tensor(positions[new[i]], dtype=end.dtype, device=end.device).view(-1, *extra) * change
+
         for index, scores, grads in gradient_batches(scorer, make, len(new), active, batch):
             w = torch.tensor(weights[:, index], dtype=sums.dtype, device=sums.device)
             sums[level:, active] += torch.einsum("lb,ub...->lu...", w, grads.to(sums.dtype))
-            if level == 0: ends |= {i: scores[k].double().cpu().numpy() for k, i in enumerate(index) if i in (0, n)}
-        if level == 0: whole = np.stack([ends[0], ends[n]])
+            if level == 0:
+                ends |= {i: scores[k].double().cpu().numpy() for k, i in enumerate(index) if i in (0, n)}
+        if level == 0:
+            whole = np.stack([ends[0], ends[n]])
         for u in active:
             done[u] = sums[level, u].clone()
             gap[u] = relative_gap((done[u] * change[0]).double().sum().item(), whole[1, u] - whole[0, u])
         active = [u for u in active if not gap[u] <= tolerance]
-        if not active: break
+        if not active:
+            break
     return Path(torch.stack([done[u] for u in range(len(scorer.names))]), change, whole, gap, n)

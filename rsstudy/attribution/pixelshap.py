@@ -6,9 +6,11 @@
 __all__ = ['superpixels', 'mask_segments', 'pixel_shap', 'tfidf_similarity', 'pixel_shap_text']
 
 # %% ../../nbs/lib/10_attribution/14_pixelshap.ipynb #cell-002
+from collections.abc import Callable
+
 import numpy as np
 import torch
-from typing import Callable
+
 from .answer import Attribution, Stopwatch, region_sizes, relative_gap, spread_values
 from .games import shapley
 from .scorer import Scorer, caption_scorer, fill_image, in_batches, masked_scores
@@ -18,35 +20,39 @@ from ..model.generate import Captioner, generate_captions
 
 # %% ../../nbs/lib/10_attribution/14_pixelshap.ipynb #cell-005
 def superpixels(
-    image:np.ndarray, # (H, W, 3) uint8
-    segments:int=16, # About how many, 1 or more
-    compactness:float=20., # SLIC's balance: high gives squares, low follows colours
-) -> np.ndarray: # (H, W) int: segment of each pixel, from 0 without gaps
+    image: np.ndarray,  # (H, W, 3) uint8
+    segments: int = 16,  # About how many, 1 or more
+    compactness: float = 20.0,  # SLIC's balance: high gives squares, low follows colours
+) -> np.ndarray:  # (H, W) int: segment of each pixel, from 0 without gaps
     "Superpixels with SLIC; a constant image gives a single one. Source: Achanta et al. 2012; skimage.segmentation.slic"
     from skimage.segmentation import slic
+
     labels = slic(image, n_segments=segments, compactness=compactness, start_label=0, channel_axis=-1)
     return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
 
 # %% ../../nbs/lib/10_attribution/14_pixelshap.ipynb #cell-007
 def mask_segments(
-    masks:list[np.ndarray], # Objects' masks, (H, W) bool each
-    image:np.ndarray, # (H, W, 3) uint8
-    background:int=8, # About how many superpixels for what no mask covers
-) -> np.ndarray: # (H, W) int: segment of each pixel, from 0 without gaps
+    masks: list[np.ndarray],  # Objects' masks, (H, W) bool each
+    image: np.ndarray,  # (H, W, 3) uint8
+    background: int = 8,  # About how many superpixels for what no mask covers
+) -> np.ndarray:  # (H, W) int: segment of each pixel, from 0 without gaps
     "Segments from known objects; what is left is cut into superpixels. Where masks overlap, the smaller object is in front."
     labels = superpixels(image, background) + len(masks)
-    for i in sorted(range(len(masks)), key=lambda i: -masks[i].sum()): labels[masks[i]] = i
+    for i in sorted(range(len(masks)), key=lambda i: -masks[i].sum()):
+        labels[masks[i]] = i
     return np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
 
 # %% ../../nbs/lib/10_attribution/14_pixelshap.ipynb #cell-010
 def pixel_shap(
-    scorer:Scorer, # What is explained
-    segments:np.ndarray, # (H, W) int: segment of each pixel, from 0 without gaps
-    samples:int=128, # Coalitions that may be scored where the values are sampled, at least two a segment
-    fill:str="blur", # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
-    seed:int=0, # Seed of the sampled orders
-    exact:int=10, # Up to so many segments the values are exact, from 2**segments coalitions; above, too, where `samples` allows it
-) -> Attribution: # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
+    scorer: Scorer,  # What is explained
+    segments: np.ndarray,  # (H, W) int: segment of each pixel, from 0 without gaps
+    samples: int = 128,  # Coalitions that may be scored where the values are sampled, at least two a segment
+    fill: str = "blur",  # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
+    seed: int = 0,  # Seed of the sampled orders
+    exact: int = 10,  # Up to so many segments the values are exact, from 2**segments coalitions; above, too, where `samples` allows it
+) -> (
+    Attribution
+):  # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
     """Shapley values of segments for every span at once, with standard errors where they are sampled.
 
     Raises `ValueError` for fewer than two segments, a wrong shape, too few samples, a constant image, or a map that is zero everywhere.
@@ -55,50 +61,84 @@ def pixel_shap(
     watch, filled = Stopwatch(scorer), fill_image(scorer, fill)
     parts = len(region_sizes(segments, scorer.pixels.shape[-2:]))
     values, error, ends = shapley(lambda c: masked_scores(scorer, c, segments, filled), parts, samples, exact, seed)
-    return Attribution("pixelshap", scorer.names, spread_values(values, segments), ends[0], relative_gap(values.sum(0), ends[0] - ends[1]),
-                       "relative efficiency gap", standard_error=spread_values(error, segments), **watch.read())
+    return Attribution(
+        "pixelshap",
+        scorer.names,
+        spread_values(values, segments),
+        ends[0],
+        relative_gap(values.sum(0), ends[0] - ends[1]),
+        "relative efficiency gap",
+        standard_error=spread_values(error, segments),
+        **watch.read(),
+    )
 
 # %% ../../nbs/lib/10_attribution/14_pixelshap.ipynb #cell-015
 def tfidf_similarity(
-    captions:list[str], # Captions of altered images
-    reference:str, # Caption of the whole image
-) -> np.ndarray: # From 0, no word in common, to 1, the same words
+    captions: list[str],  # Captions of altered images
+    reference: str,  # Caption of the whole image
+) -> np.ndarray:  # From 0, no word in common, to 1, the same words
     "Cosine similarity of TF-IDF vectors of words, fitted on these captions. Raises `ValueError` for a reference without words. Source: sklearn.feature_extraction.text"
     from sklearn.feature_extraction.text import TfidfVectorizer
-    if not any(c.isalnum() for c in reference): raise ValueError("The model wrote no word for the whole image: there is nothing to compare with.")
+
+    if not any(c.isalnum() for c in reference):
+        raise ValueError("The model wrote no word for the whole image: there is nothing to compare with.")
     vectors = TfidfVectorizer(token_pattern=r"\w+").fit_transform([reference, *captions])
     return (vectors[1:] @ vectors[0].T).toarray()[:, 0]
 
 # %% ../../nbs/lib/10_attribution/14_pixelshap.ipynb #cell-017
 def pixel_shap_text(
-    captioner:Captioner, # Whose captions, under any tuning method
-    target:CaptionTarget, # Image and prompt; its caption is not used
-    segments:np.ndarray, # (H, W) int: segment of each pixel, from 0 without gaps
-    samples:int=128, # Captions that may be written where the values are sampled, at least two a segment
-    fill:str="blur", # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
-    seed:int=0, # Seed of the sampled orders
-    exact:int=10, # Up to so many segments the values are exact, from 2**segments captions
-    similarity:Callable[[list[str], str], np.ndarray]=tfidf_similarity, # Captions and reference -> similarities
-    batch:int=32, # Captions written at once
-    max_new_tokens:int=30, # Longest caption
-) -> Attribution: # One map in units of similarity; `names` holds the caption of the whole image, `log_probability` its similarity to itself
+    captioner: Captioner,  # Whose captions, under any tuning method
+    target: CaptionTarget,  # Image and prompt; its caption is not used
+    segments: np.ndarray,  # (H, W) int: segment of each pixel, from 0 without gaps
+    samples: int = 128,  # Captions that may be written where the values are sampled, at least two a segment
+    fill: str = "blur",  # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
+    seed: int = 0,  # Seed of the sampled orders
+    exact: int = 10,  # Up to so many segments the values are exact, from 2**segments captions
+    similarity: Callable[[list[str], str], np.ndarray] = tfidf_similarity,  # Captions and reference -> similarities
+    batch: int = 32,  # Captions written at once
+    max_new_tokens: int = 30,  # Longest caption
+) -> Attribution:  # One map in units of similarity; `names` holds the caption of the whole image, `log_probability` its similarity to itself
     """Shapley values of segments for the similarity of the caption that is written without them to the caption of the whole image.
 
     Raises `ValueError` as `pixel_shap` does, and where the model writes nothing, or the same caption whatever is hidden.
     Source: Goldshmidt 2025, https://arxiv.org/abs/2503.06670, sec. 3"""
     scorer = caption_scorer(captioner.model, target, target.span(), batch)
-    watch, filled, parts = Stopwatch(scorer), fill_image(scorer, fill), len(region_sizes(segments, scorer.pixels.shape[-2:]))
+    watch, filled, parts = (
+        Stopwatch(scorer),
+        fill_image(scorer, fill),
+        len(region_sizes(segments, scorer.pixels.shape[-2:])),
+    )
     index, known = torch.from_numpy(segments).to(scorer.pixels.device), []
+
     def write(shown):
         features = image_features(captioner.model, torch.where(shown[:, index][:, None], scorer.pixels, filled))
-        known.extend(generate_captions(captioner, None, features=features, prompts=target.prompt, max_new_tokens=max_new_tokens, batch_size=scorer.batch))
+        known.extend(
+            generate_captions(
+                captioner,
+                None,
+                features=features,
+                prompts=target.prompt,
+                max_new_tokens=max_new_tokens,
+                batch_size=scorer.batch,
+            )
+        )
         scorer.calls += len(shown)
         return torch.zeros(len(shown), 1)
+
     def captions(coalitions):
         start = len(known)
         in_batches(scorer, torch.from_numpy(coalitions).to(index.device), write)
         return known[start:]
-    reference, = captions(np.ones((1, parts), dtype=bool))
+
+    (reference,) = captions(np.ones((1, parts), dtype=bool))
     values, error, ends = shapley(lambda c: similarity(captions(c), reference)[:, None], parts, samples, exact, seed)
-    return Attribution("pixelshap_text", [reference], spread_values(values, segments), ends[0], relative_gap(values.sum(0), ends[0] - ends[1]),
-                       "relative efficiency gap", standard_error=spread_values(error, segments), **watch.read())
+    return Attribution(
+        "pixelshap_text",
+        [reference],
+        spread_values(values, segments),
+        ends[0],
+        relative_gap(values.sum(0), ends[0] - ends[1]),
+        "relative efficiency gap",
+        standard_error=spread_values(error, segments),
+        **watch.read(),
+    )

@@ -6,10 +6,12 @@
 __all__ = ['Prompt', 'prompt_words', 'prompt_fields', 'prompt_parts', 'prompt_shap']
 
 # %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-002
-import numpy as np
 import re
-import torch
 from dataclasses import dataclass
+
+import numpy as np
+import torch
+
 from .answer import Attribution, Stopwatch, region_sizes, relative_gap, spread_values
 from .games import shapley
 from .scorer import Scorer, caption_scorer, fill_image, in_batches
@@ -23,91 +25,148 @@ from ..model.parts import core
 @dataclass
 class Prompt:
     "The prompt's words as inputs of the score, the image fixed."
-    scorer:Scorer # Of embeddings (B, T, C); its `pixels` are the prompt's own (1, T, C)
-    words:list[Span] # W words, with positions among the T embeddings
 
-    def text(self, values:torch.Tensor) -> np.ndarray:
+    scorer: Scorer  # Of embeddings (B, T, C); its `pixels` are the prompt's own (1, T, C)
+    words: list[Span]  # W words, with positions among the T embeddings
+
+    def text(self, values: torch.Tensor) -> np.ndarray:
         "Word scores (U, W) of values (U, T, C)."
         each = values.double().sum(-1).cpu().numpy()
         return np.stack([each[:, list(w.tokens)].sum(1) for w in self.words], 1)
 
 # %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-006
 def prompt_words(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped
-    processor, # Its processor
-    target:CaptionTarget, # Image, prompt and caption
-    spans:list[Span|str]|Span|str|None=None, # What is explained, as for `caption_scorer`; in the same order
-    batch:int=32, # Prompts at once
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    processor,  # Its processor
+    target: CaptionTarget,  # Image, prompt and caption
+    spans: list[Span | str] | Span | str | None = None,  # What is explained, as for `caption_scorer`; in the same order
+    batch: int = 32,  # Prompts at once
 ) -> Prompt:
     "The prompt for `integrated_gradients` and its kind. Raises `ValueError` for a prompt without words."
     front = processor.image_token * processor.image_seq_length + processor.tokenizer.bos_token
     coded = processor.tokenizer(front + target.prompt + "\n", add_special_tokens=False, return_offsets_mapping=True)
-    if coded["input_ids"] != target.input_ids[0, :len(coded["input_ids"])].tolist():
-        raise ValueError(f"The tokenizer splits the prompt {target.prompt!r} differently than the target does: its words cannot be placed.")
+    if coded["input_ids"] != target.input_ids[0, : len(coded["input_ids"])].tolist():
+        raise ValueError(
+            f"The tokenizer splits the prompt {target.prompt!r} differently than the target does: its words cannot be placed."
+        )
     words = word_spans(target.prompt, [(a - len(front), b - len(front)) for a, b in coded["offset_mapping"]])
-    if not words: raise ValueError(f"The prompt {target.prompt!r} has no words to explain.")
+    if not words:
+        raise ValueError(f"The prompt {target.prompt!r} has no words to explain.")
     places = sorted({t for w in words for t in w.tokens})
     like = caption_scorer(model, target, spans, batch)
     tokens, sums = span_sums(like.spans)
     embed = core(model).model.get_input_embeddings()
-    with torch.no_grad(): features, own = image_features(model, like.pixels), embed(target.input_ids.to(like.pixels.device))[:, places].float()
+    with torch.no_grad():
+        features, own = (
+            image_features(model, like.pixels),
+            embed(target.input_ids.to(like.pixels.device))[:, places].float(),
+        )
     at = torch.tensor(places, device=own.device)
+
     def function(values):
-        handle = embed.register_forward_hook(lambda module, inputs, output: output.index_copy(1, at, values.to(output.dtype)))
-        try: return read_caption(model, target, features.expand(len(values), -1, -1), tokens) @ sums.to(values.device)
-        finally: handle.remove()
-    return Prompt(Scorer(function, own, like.names, 1, batch, model=model), [Span(w.text, tuple(places.index(t) for t in w.tokens)) for w in words])
+        handle = embed.register_forward_hook(
+            lambda module, inputs, output: output.index_copy(1, at, values.to(output.dtype))
+        )
+        try:
+            return read_caption(model, target, features.expand(len(values), -1, -1), tokens) @ sums.to(values.device)
+        finally:
+            handle.remove()
+
+    return Prompt(
+        Scorer(function, own, like.names, 1, batch, model=model),
+        [Span(w.text, tuple(places.index(t) for t in w.tokens)) for w in words],
+    )
 
 # %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-007
 def prompt_fields(
-    prompt:Prompt|None, # From `prompt_words`
-    values:torch.Tensor|None, # Of its embeddings, (U, T, C)
-) -> dict: # Fields of an `Attribution`; none without a prompt
+    prompt: Prompt | None,  # From `prompt_words`
+    values: torch.Tensor | None,  # Of its embeddings, (U, T, C)
+) -> dict:  # Fields of an `Attribution`; none without a prompt
     "The prompt's words and their scores."
-    if prompt is None: return {}
+    if prompt is None:
+        return {}
     return dict(prompt_words=[w.text for w in prompt.words], text=prompt.text(values))
 
 # %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-009
 def prompt_parts(
-    prompt:str, # As the captioner's
-) -> list[tuple[str, str]]: # Name and text of each part; the texts in a row are the prompt
+    prompt: str,  # As the captioner's
+) -> list[tuple[str, str]]:  # Name and text of each part; the texts in a row are the prompt
     "Words of a prompt; special tokens in a row, such as a soft prompt, are one part."
-    return [("soft prompt" if m[1].startswith("<") and len(m[1]) > 1 else m[1], m[0]) for m in re.finditer(r"((?:<[^<>\s]+>)+|[^\s<]+|<)\s*", prompt)]
+    return [
+        ("soft prompt" if m[1].startswith("<") and len(m[1]) > 1 else m[1], m[0])
+        for m in re.finditer(r"((?:<[^<>\s]+>)+|[^\s<]+|<)\s*", prompt)
+    ]
 
 # %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-011
 def prompt_shap(
-    captioner:Captioner, # Model and processor, under any tuning method
-    target:CaptionTarget, # Image, prompt and caption
-    spans:list[Span|str]|Span|str|None=None, # What is explained, as for `caption_scorer`; None: every word of the caption
-    segments:np.ndarray=None, # (H, W) int: parts of the image; None: the whole image is one part
-    samples:int=256, # Coalitions that may be scored with more than ten parts
-    fill:str="blur", # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
-    seed:int=0, # Seed of sampled orders
-    batch:int=32, # Coalitions evaluated at once
-) -> Attribution: # `text`: nats that each word of the prompt adds; maps: nats of the image's parts; together they add up
+    captioner: Captioner,  # Model and processor, under any tuning method
+    target: CaptionTarget,  # Image, prompt and caption
+    spans: list[Span | str]
+    | Span
+    | str
+    | None = None,  # What is explained, as for `caption_scorer`; None: every word of the caption
+    segments: np.ndarray = None,  # (H, W) int: parts of the image; None: the whole image is one part
+    samples: int = 256,  # Coalitions that may be scored with more than ten parts
+    fill: str = "blur",  # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
+    seed: int = 0,  # Seed of sampled orders
+    batch: int = 32,  # Coalitions evaluated at once
+) -> (
+    Attribution
+):  # `text`: nats that each word of the prompt adds; maps: nats of the image's parts; together they add up
     """Shapley values of the prompt's words and the image's parts in one game, for every span at once; exact with up to ten parts.
 
     Raises `ValueError` for a prompt without words, a constant image, or a budget too small to sample.
     Source: Lundberg and Lee 2017, https://arxiv.org/abs/1705.07874; Goldshmidt and Horovicz 2024, TokenSHAP, https://arxiv.org/abs/2407.10114"""
     model, words = captioner.model, prompt_parts(target.prompt)
-    if not words: raise ValueError("The prompt has no words: there is nothing to leave out.")
+    if not words:
+        raise ValueError("The prompt has no words: there is nothing to leave out.")
     scorer = caption_scorer(model, target, spans, batch)
     watch, filled, (tokens, sums) = Stopwatch(scorer), fill_image(scorer, fill), span_sums(scorer.spans)
     segments = np.zeros(scorer.pixels.shape[-2:], dtype=int) if segments is None else segments
-    parts, index = len(region_sizes(segments, scorer.pixels.shape[-2:], least=1)), torch.from_numpy(segments).to(scorer.pixels.device)
-    def prefix(shown): return encode_prompt(captioner.processor, target.prompt if shown.all() else "".join(t for (_, t), s in zip(words, shown) if s).strip())
-    def game(coalitions): # (B, words + parts)
-        shown, image = np.unique(coalitions[:, len(words):], axis=0, return_inverse=True)
+    parts, index = (
+        len(region_sizes(segments, scorer.pixels.shape[-2:], least=1)),
+        torch.from_numpy(segments).to(scorer.pixels.device),
+    )
+
+    def prefix(shown):
+        return encode_prompt(
+            captioner.processor,
+            target.prompt if shown.all() else "".join(t for (_, t), s in zip(words, shown) if s).strip(),
+        )
+
+    def game(coalitions):  # (B, words + parts)
+        shown, image = np.unique(coalitions[:, len(words) :], axis=0, return_inverse=True)
         views = torch.from_numpy(shown).to(index.device)
-        features = in_batches(scorer, views, lambda v: image_features(model, torch.where(v[:, index][:, None], scorer.pixels, filled)))
+        features = in_batches(
+            scorer, views, lambda v: image_features(model, torch.where(v[:, index][:, None], scorer.pixels, filled))
+        )
         features = torch.from_numpy(features).to(index.device, scorer.pixels.dtype)
+
         def score(rows):
             scorer.calls += len(rows)
-            found = read_caption(model, target, features[image.ravel()[rows]], tokens, [prefix(c) for c in coalitions[rows, :len(words)]])
+            found = read_caption(
+                model,
+                target,
+                features[image.ravel()[rows]],
+                tokens,
+                [prefix(c) for c in coalitions[rows, : len(words)]],
+            )
             return found @ sums.to(found.device)
+
         return in_batches(scorer, np.arange(len(coalitions)), score)
+
     values, error, ends = shapley(game, len(words) + parts, samples, seed=seed)
-    text, image = values[:len(words)], values[len(words):]
-    return Attribution("prompt_shap", scorer.names, spread_values(image, segments), ends[0], relative_gap(values.sum(0), ends[0] - ends[1]),
-        "relative efficiency gap", standard_error=spread_values(error[len(words):], segments), prompt_words=[name for name, _ in words],
-        text=text.T, text_error=error[:len(words)].T, **watch.read())
+    text, image = values[: len(words)], values[len(words) :]
+    return Attribution(
+        "prompt_shap",
+        scorer.names,
+        spread_values(image, segments),
+        ends[0],
+        relative_gap(values.sum(0), ends[0] - ends[1]),
+        "relative efficiency gap",
+        standard_error=spread_values(error[len(words) :], segments),
+        prompt_words=[name for name, _ in words],
+        text=text.T,
+        text_error=error[: len(words)].T,
+        **watch.read(),
+    )

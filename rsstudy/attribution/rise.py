@@ -8,66 +8,88 @@ __all__ = ['draw_masks', 'enlarge_masks', 'rise']
 # %% ../../nbs/lib/10_attribution/12_rise.ipynb #cell-002
 import numpy as np
 import torch
+
 from .answer import Attribution, Stopwatch
 from .scorer import Scorer, fill_image, in_batches
 
 # %% ../../nbs/lib/10_attribution/12_rise.ipynb #cell-004
 def draw_masks(
-    count:int, # N
-    cells:int, # Cells along one side of the coarse grid
-    shown:float, # Probability that a cell is shown
-    shape:tuple[int, int], # Height and width in pixels
-    seed:int, # Seed of the cells and the shifts
-) -> tuple[torch.Tensor, np.ndarray]: # Coarse grids (N, 1, cells + 1, cells + 1) of 0 and 1, and their shifts in pixels (N, 2)
+    count: int,  # N
+    cells: int,  # Cells along one side of the coarse grid
+    shown: float,  # Probability that a cell is shown
+    shape: tuple[int, int],  # Height and width in pixels
+    seed: int,  # Seed of the cells and the shifts
+) -> tuple[
+    torch.Tensor, np.ndarray
+]:  # Coarse grids (N, 1, cells + 1, cells + 1) of 0 and 1, and their shifts in pixels (N, 2)
     "What `enlarge_masks` makes masks of; masks themselves would fill the memory. Source: Petsiuk et al. 2018, sec. 3.2"
     rng = np.random.default_rng(seed)
     grids = rng.random((count, 1, cells + 1, cells + 1)) < shown
-    return torch.from_numpy(grids.astype(np.float32)), np.stack([rng.integers(0, -(-n // cells), count) for n in shape], 1)
+    return torch.from_numpy(grids.astype(np.float32)), np.stack(
+        [rng.integers(0, -(-n // cells), count) for n in shape], 1
+    )
 
 # %% ../../nbs/lib/10_attribution/12_rise.ipynb #cell-005
 def enlarge_masks(
-    grids:torch.Tensor, # (B, 1, cells + 1, cells + 1)
-    shifts:np.ndarray, # (B, 2) pixels
-    shape:tuple[int, int], # Height and width in pixels
-) -> torch.Tensor: # (B, 1, H, W) from 0 to 1
+    grids: torch.Tensor,  # (B, 1, cells + 1, cells + 1)
+    shifts: np.ndarray,  # (B, 2) pixels
+    shape: tuple[int, int],  # Height and width in pixels
+) -> torch.Tensor:  # (B, 1, H, W) from 0 to 1
     "Enlarge coarse grids bilinearly by a cell more than the image, and cut the image's size out at the shifts."
     cells, (height, width) = grids.shape[-1] - 1, shape
     size = [(cells + 1) * -(-n // cells) for n in shape]
     large = torch.nn.functional.interpolate(grids, size, mode="bilinear", align_corners=False)
-    return torch.stack([m[:, y:y+height, x:x+width] for m, (y, x) in zip(large, shifts)])
+    return torch.stack([m[:, y : y + height, x : x + width] for m, (y, x) in zip(large, shifts)])
 
 # %% ../../nbs/lib/10_attribution/12_rise.ipynb #cell-007
 def rise(
-    scorer:Scorer, # What is explained
-    masks:int=500, # N masks, 2 or more
-    cells:int=7, # Cells along one side of a mask before it is enlarged, 2 or more
-    shown:float=.5, # Probability that a cell is shown, between 0 and 1
-    fill:str="blur", # What hidden pixels show, one of `rsstudy.attribution.scorer.FILLS`; the paper's is black
-    seed:int=0, # Seed of the masks
-) -> Attribution: # Maps in nats: how much likelier with the pixel in view than on average; `error` is the standard error's share of the map
+    scorer: Scorer,  # What is explained
+    masks: int = 500,  # N masks, 2 or more
+    cells: int = 7,  # Cells along one side of a mask before it is enlarged, 2 or more
+    shown: float = 0.5,  # Probability that a cell is shown, between 0 and 1
+    fill: str = "blur",  # What hidden pixels show, one of `rsstudy.attribution.scorer.FILLS`; the paper's is black
+    seed: int = 0,  # Seed of the masks
+) -> Attribution:  # Maps in nats: how much likelier with the pixel in view than on average; `error` is the standard error's share of the map
     """RISE of every span at once, with a standard error a pixel.
 
     `error` is the root mean square of the standard error, divided by the standard deviation of the map: above 1 the map is mostly noise.
     Raises `ValueError` for settings out of range, a constant image, or a map that is zero everywhere.
     Source: Petsiuk, Das and Saenko 2018, RISE, eq. 6, https://arxiv.org/abs/1806.07421, with the mean score taken off"""
     watch, shape = Stopwatch(scorer), scorer.pixels.shape[-2:]
-    if masks < 2: raise ValueError(f"masks must be at least 2, not {masks}: one mask has no spread.")
-    if not 2 <= cells <= min(shape): raise ValueError(f"cells must be from 2 to {min(shape)} (the image's side in pixels), not {cells}.")
-    if not 0 < shown < 1: raise ValueError(f"shown must lie between 0 and 1, not {shown}.")
+    if masks < 2:
+        raise ValueError(f"masks must be at least 2, not {masks}: one mask has no spread.")
+    if not 2 <= cells <= min(shape):
+        raise ValueError(f"cells must be from 2 to {min(shape)} (the image's side in pixels), not {cells}.")
+    if not 0 < shown < 1:
+        raise ValueError(f"shown must lie between 0 and 1, not {shown}.")
     filled, (grids, shifts) = fill_image(scorer, fill), draw_masks(masks, cells, shown, shape, seed)
+
     def masked(rows):
         m = enlarge_masks(grids[rows], shifts[rows], shape).to(scorer.pixels.device)
         return scorer(filled + m * (scorer.pixels - filled))
+
     whole = scorer.evaluate(scorer.pixels)[0]
-    scores = in_batches(scorer, np.arange(masks), masked) # (N, U)
-    above, total, square, mean = torch.from_numpy(scores - scores.mean(0)), 0., 0., 0.
-    parts = torch.arange(masks).split(64) # masks are made again instead of kept
-    for rows in parts: mean = mean + enlarge_masks(grids[rows], shifts[rows], shape)[:, 0].double().sum(0) / masks # (H, W)
+    scores = in_batches(scorer, np.arange(masks), masked)  # (N, U)
+    above, total, square, mean = torch.from_numpy(scores - scores.mean(0)), 0.0, 0.0, 0.0
+    parts = torch.arange(masks).split(64)  # masks are made again instead of kept
     for rows in parts:
-        centred = enlarge_masks(grids[rows], shifts[rows], shape)[:, 0].double() - mean # (B, H, W); with scores that add up to 0 the mean changes nothing but the spread
+        mean = mean + enlarge_masks(grids[rows], shifts[rows], shape)[:, 0].double().sum(0) / masks  # (H, W)
+    for rows in parts:
+        centred = (
+            enlarge_masks(grids[rows], shifts[rows], shape)[:, 0].double() - mean
+        )  # (B, H, W); with scores that add up to 0 the mean changes nothing but the spread
         total = total + torch.einsum("bu,bhw->uhw", above[rows], centred) / (masks * shown)
-        square = square + torch.einsum("bu,bhw->uhw", above[rows] ** 2, centred ** 2) / (masks * shown ** 2)
-    error = ((square - total ** 2).clamp_min(0) / (masks - 1)).sqrt().numpy()
+        square = square + torch.einsum("bu,bhw->uhw", above[rows] ** 2, centred**2) / (masks * shown**2)
+    error = ((square - total**2).clamp_min(0) / (masks - 1)).sqrt().numpy()
     heat = total.numpy()
-    share = np.sqrt((error ** 2).mean((1, 2))) / np.maximum(heat.std((1, 2)), 1e-12)
-    return Attribution("rise", scorer.names, heat, whole, share, "standard error / spread of the map", standard_error=error, **watch.read())
+    share = np.sqrt((error**2).mean((1, 2))) / np.maximum(heat.std((1, 2)), 1e-12)
+    return Attribution(
+        "rise",
+        scorer.names,
+        heat,
+        whole,
+        share,
+        "standard error / spread of the map",
+        standard_error=error,
+        **watch.read(),
+    )

@@ -6,54 +6,65 @@
 __all__ = ['FITS', 'FILLS', 'Scorer', 'in_batches', 'caption_scorer', 'fill_image', 'masked_scores']
 
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-002
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from dataclasses import dataclass, field
-from typing import Callable
-from weakref import WeakKeyDictionary
+
 from .words import CaptionTarget, Span, span_sums, token_log_probability
 from ..common.files import announce
 from ..model.base import keep_4bit_differentiable
 from ..model.parts import core
 
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-005
-FITS = WeakKeyDictionary() # model -> images that its memory was found to hold at once, so that the next image does not find out again
+FITS = (
+    WeakKeyDictionary()
+)  # model -> images that its memory was found to hold at once, so that the next image does not find out again
+
+
 @dataclass
 class Scorer:
     "A function of pixels with one output a span, and the image at which it is explained."
-    function:Callable[[torch.Tensor], torch.Tensor] # (B, 3, H, W) -> (B, U), differentiable
-    pixels:torch.Tensor # The image to explain, (1, 3, H, W) float32
-    names:list[str] # U names of what is explained
-    grid:int # Patches along one side of the image
-    batch:int=32 # Images evaluated at once; halved where memory runs out
-    black:torch.Tensor=field(default_factory=lambda: torch.zeros(1, 3, 1, 1)) # A black pixel, (1, 3, 1, 1)
-    lengths:np.ndarray=None # Tokens in each span, (U,); None: one each
-    model:torch.nn.Module=None # The model behind `function`, for methods that look inside
-    target:CaptionTarget=None # Image and caption behind `function`, for methods that look at tokens
-    spans:list[Span]=None # What each output is the log-probability of, U
-    calls:int=0 # Images evaluated so far
-    fills:dict=field(default_factory=dict) # Fill's name to the image it was made of and the fill, so that it is made once
+
+    function: Callable[[torch.Tensor], torch.Tensor]  # (B, 3, H, W) -> (B, U), differentiable
+    pixels: torch.Tensor  # The image to explain, (1, 3, H, W) float32
+    names: list[str]  # U names of what is explained
+    grid: int  # Patches along one side of the image
+    batch: int = 32  # Images evaluated at once; halved where memory runs out
+    black: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 3, 1, 1))  # A black pixel, (1, 3, 1, 1)
+    lengths: np.ndarray = None  # Tokens in each span, (U,); None: one each
+    model: torch.nn.Module = None  # The model behind `function`, for methods that look inside
+    target: CaptionTarget = None  # Image and caption behind `function`, for methods that look at tokens
+    spans: list[Span] = None  # What each output is the log-probability of, U
+    calls: int = 0  # Images evaluated so far
+    fills: dict = field(
+        default_factory=dict
+    )  # Fill's name to the image it was made of and the fill, so that it is made once
 
     def __post_init__(self):
-        if self.lengths is None: self.lengths = np.ones(len(self.names), dtype=int)
-        if self.model is not None: self.batch = min(self.batch, FITS.get(self.model, self.batch))
+        if self.lengths is None:
+            self.lengths = np.ones(len(self.names), dtype=int)
+        if self.model is not None:
+            self.batch = min(self.batch, FITS.get(self.model, self.batch))
 
-    def __call__(self, pixels:torch.Tensor) -> torch.Tensor:
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         scores = self.function(pixels)
         self.calls += len(pixels)
         return scores
 
-    def evaluate(self, pixels:torch.Tensor) -> np.ndarray:
+    def evaluate(self, pixels: torch.Tensor) -> np.ndarray:
         "Scores (B, U) float64 of images (B, 3, H, W), in batches, without gradients."
         return in_batches(self, pixels, self)
 
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-006
 def in_batches(
-    scorer:Scorer, # Says how many at once, and learns it where memory runs out
-    items, # Anything with a length that can be sliced
-    run:Callable, # Slice of items -> tensor with a row an item
-) -> np.ndarray: # float64, a row an item
+    scorer: Scorer,  # Says how many at once, and learns it where memory runs out
+    items,  # Anything with a length that can be sliced
+    run: Callable,  # Slice of items -> tensor with a row an item
+) -> np.ndarray:  # float64, a row an item
     """Evaluate items in batches, without gradients. Where memory runs out the batch is halved, said once, and kept for every later batch of the model.
 
     Raises what `run` raises, out of memory included where a single item does not fit."""
@@ -61,63 +72,94 @@ def in_batches(
     while start < len(items):
         size = min(scorer.batch, len(items) - start)
         try:
-            with torch.no_grad(): out.append(run(items[start:start+size]).double().cpu().numpy())
+            with torch.no_grad():
+                out.append(run(items[start : start + size]).double().cpu().numpy())
             start += size
             continue
         except RuntimeError as error:
-            if size == 1 or not should_reduce_batch_size(error): raise
-        scorer.batch = size // 2 # outside the handler, where the failed tensors are no longer held
-        if scorer.model is not None: FITS[scorer.model] = scorer.batch
+            if size == 1 or not should_reduce_batch_size(error):
+                raise
+        scorer.batch = size // 2  # outside the handler, where the failed tensors are no longer held
+        if scorer.model is not None:
+            FITS[scorer.model] = scorer.batch
         announce("attribution", f"{size} images at once do not fit in memory: {scorer.batch} at a time from here on.")
         clear_device_cache(garbage_collection=True)
     return np.concatenate(out)
 
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-007
 def caption_scorer(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped
-    target:CaptionTarget, # Image and caption
-    spans:list[Span|str]|Span|str|None=None, # What is explained: words, phrases or spans, or one of them; None: every word
-    batch:int=32, # Images evaluated at once
-) -> Scorer: # Log-probability of each span
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    target: CaptionTarget,  # Image and caption
+    spans: list[Span | str]
+    | Span
+    | str
+    | None = None,  # What is explained: words, phrases or spans, or one of them; None: every word
+    batch: int = 32,  # Images evaluated at once
+) -> Scorer:  # Log-probability of each span
     "The log-probability of spans of a caption as a function of the image. Raises `ValueError` without spans, or for a word that the caption lacks."
     spans = target.words if spans is None else [spans] if isinstance(spans, (Span, str)) else spans
     spans = [target.span(s) if isinstance(s, str) else s for s in spans]
-    if not spans: raise ValueError("There is nothing to explain: give at least one word or phrase of the caption.")
-    keep_4bit_differentiable(model) # the model may come from elsewhere than `load_base`
+    if not spans:
+        raise ValueError("There is nothing to explain: give at least one word or phrase of the caption.")
+    keep_4bit_differentiable(model)  # the model may come from elsewhere than `load_base`
     base = core(model)
     device, vision = base.model.get_input_embeddings().weight.device, base.config.vision_config
     tokens, sums = span_sums(spans)
-    def function(pixels): return token_log_probability(model, target, pixels, tokens) @ sums.to(device)
-    return Scorer(function, target.pixel_values.to(device), [s.text for s in spans], vision.image_size // vision.patch_size, batch,
-                  target.black.to(device), np.array([len(s.tokens) for s in spans]), model, target, spans)
+
+    def function(pixels):
+        return token_log_probability(model, target, pixels, tokens) @ sums.to(device)
+
+    return Scorer(
+        function,
+        target.pixel_values.to(device),
+        [s.text for s in spans],
+        vision.image_size // vision.patch_size,
+        batch,
+        target.black.to(device),
+        np.array([len(s.tokens) for s in spans]),
+        model,
+        target,
+        spans,
+    )
 
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-013
 FILLS = "blur", "mean", "black"
+
+
 def fill_image(
-    scorer:Scorer, # Holds the image
-    how:str="blur", # One of `FILLS`; blur is Gaussian, its standard deviation one sixteenth of the side
-) -> torch.Tensor: # The image with everything removed, (1, 3, H, W)
+    scorer: Scorer,  # Holds the image
+    how: str = "blur",  # One of `FILLS`; blur is Gaussian, its standard deviation one sixteenth of the side
+) -> torch.Tensor:  # The image with everything removed, (1, 3, H, W)
     "What stands in for removed pixels. Raises `ValueError` for an unknown name, and where the image equals its fill: nothing could be removed."
-    if how not in FILLS: raise ValueError(f"fill {how!r} is unknown; allowed: {', '.join(FILLS)}.")
+    if how not in FILLS:
+        raise ValueError(f"fill {how!r} is unknown; allowed: {', '.join(FILLS)}.")
     p = scorer.pixels
-    if scorer.fills.get(how, (None,))[0] is p: return scorer.fills[how][1]
-    if how == "black": filled = scorer.black.expand_as(p).contiguous()
-    elif how == "mean": filled = p.mean((2, 3), keepdim=True).expand_as(p).contiguous()
+    if scorer.fills.get(how, (None,))[0] is p:
+        return scorer.fills[how][1]
+    if how == "black":
+        filled = scorer.black.expand_as(p).contiguous()
+    elif how == "mean":
+        filled = p.mean((2, 3), keepdim=True).expand_as(p).contiguous()
     else:
         from scipy.ndimage import gaussian_filter
-        filled = torch.from_numpy(gaussian_filter(p[0].cpu().numpy(), (0, p.shape[2] / 16, p.shape[3] / 16))[None]).to(p.device)
-    if (filled - p).abs().max() < 1e-4: # a grey level is 8e-3
-        raise ValueError(f"The image equals its fill {how!r}: in a constant image nothing can be removed. A fill of another colour may do (black), or a gradient without a baseline.")
+
+        filled = torch.from_numpy(gaussian_filter(p[0].cpu().numpy(), (0, p.shape[2] / 16, p.shape[3] / 16))[None]).to(
+            p.device
+        )
+    if (filled - p).abs().max() < 1e-4:  # a grey level is 8e-3
+        raise ValueError(
+            f"The image equals its fill {how!r}: in a constant image nothing can be removed. A fill of another colour may do (black), or a gradient without a baseline."
+        )
     scorer.fills[how] = p, filled
     return filled
 
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-015
 def masked_scores(
-    scorer:Scorer, # What is evaluated
-    visible:np.ndarray, # Which regions are shown, (B, R) bool
-    regions:np.ndarray, # Region of each pixel, (H, W) int from 0 to R - 1
-    fill:torch.Tensor, # What hidden pixels show, (1, 3, H, W)
-) -> np.ndarray: # (B, U) float64
+    scorer: Scorer,  # What is evaluated
+    visible: np.ndarray,  # Which regions are shown, (B, R) bool
+    regions: np.ndarray,  # Region of each pixel, (H, W) int from 0 to R - 1
+    fill: torch.Tensor,  # What hidden pixels show, (1, 3, H, W)
+) -> np.ndarray:  # (B, U) float64
     "Scores of the image with regions hidden. Images are put together batch by batch: memory does not grow with B."
     index = torch.from_numpy(regions).to(scorer.pixels.device)
     shown = torch.from_numpy(np.asarray(visible, dtype=bool)).to(index.device)

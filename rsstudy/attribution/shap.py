@@ -6,60 +6,81 @@
 __all__ = ['numpy_seed', 'uncompiled_shap', 'partition_shap', 'kernel_shap']
 
 # %% ../../nbs/lib/10_attribution/13_shap.ipynb #cell-002
-import numpy as np
 from contextlib import contextmanager
+
+import numpy as np
+
 from .answer import Attribution, Stopwatch, grid_regions, region_sizes, relative_gap, spread_values
 from .scorer import Scorer, fill_image, masked_scores
 
 # %% ../../nbs/lib/10_attribution/13_shap.ipynb #cell-005
 @contextmanager
 def numpy_seed(
-    seed:int, # Seed of numpy's global generator inside the block
+    seed: int,  # Seed of numpy's global generator inside the block
 ):
     "Seed numpy's global generator for the length of a block and restore it after."
     state = np.random.get_state()
     np.random.seed(seed)
-    try: yield
-    finally: np.random.set_state(state)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
 
 # %% ../../nbs/lib/10_attribution/13_shap.ipynb #cell-008
 @contextmanager
 def uncompiled_shap():
     "Run shap's numba functions for images and partitions as plain Python inside the block; without numba's dispatchers it does nothing."
     import numba.typed
-    import shap.explainers._partition, shap.maskers._image, shap.utils._masked_model # noqa: E401
+    import shap.explainers._partition
+    import shap.maskers._image
+    import shap.utils._masked_model
+
     modules = shap.explainers._partition, shap.maskers._image, shap.utils._masked_model
-    compiled = [(m, n, f) for m in modules for n, f in vars(m).items() if hasattr(f, "py_func")] + [(numba.typed, "List", numba.typed.List)]
+    compiled = [(m, n, f) for m in modules for n, f in vars(m).items() if hasattr(f, "py_func")] + [
+        (numba.typed, "List", numba.typed.List)
+    ]
     try:
-        for m, n, f in compiled: setattr(m, n, getattr(f, "py_func", list))
+        for m, n, f in compiled:
+            setattr(m, n, getattr(f, "py_func", list))
         yield
     finally:
-        for m, n, f in compiled: setattr(m, n, f)
+        for m, n, f in compiled:
+            setattr(m, n, f)
 
 # %% ../../nbs/lib/10_attribution/13_shap.ipynb #cell-009
 def partition_shap(
-    scorer:Scorer, # What is explained
-    evaluations:int=128, # Images the model may look at, 4 or more
-    fill:str="blur", # What hidden cells show, one of `rsstudy.attribution.scorer.FILLS`
-    cells:int=16, # Cells along one side, at most the side in pixels
-    seed:int=0, # Order among equal branches
-) -> Attribution: # Maps in nats; `error` is the relative efficiency gap
+    scorer: Scorer,  # What is explained
+    evaluations: int = 128,  # Images the model may look at, 4 or more
+    fill: str = "blur",  # What hidden cells show, one of `rsstudy.attribution.scorer.FILLS`
+    cells: int = 16,  # Cells along one side, at most the side in pixels
+    seed: int = 0,  # Order among equal branches
+) -> Attribution:  # Maps in nats; `error` is the relative efficiency gap
     """Owen values of a grid of cells for every span at once, with shap's PartitionExplainer.
 
     All spans share the evaluations: an edited image is scored once for all of them. Raises `ValueError` for fewer than 4 evaluations or a map
     that is zero everywhere.
     Source: Lundberg and Lee 2017, https://arxiv.org/abs/1705.07874; Owen 1977; shap.PartitionExplainer"""
     import shap
-    if evaluations < 4: raise ValueError(f"evaluations must be at least 4, not {evaluations}: two for the ends, two for the first halves.")
+
+    if evaluations < 4:
+        raise ValueError(
+            f"evaluations must be at least 4, not {evaluations}: two for the ends, two for the first halves."
+        )
     watch, shape = Stopwatch(scorer), scorer.pixels.shape[-2:]
-    if not 1 < cells <= min(shape): raise ValueError(f"cells must be from 2 to {min(shape)} (the image's side in pixels), not {cells}.")
+    if not 1 < cells <= min(shape):
+        raise ValueError(f"cells must be from 2 to {min(shape)} (the image's side in pixels), not {cells}.")
     regions, filled = grid_regions(shape, cells), fill_image(scorer, fill)
-    def game(grids): return masked_scores(scorer, grids.reshape(len(grids), -1) > .5, regions, filled) # (B, cells, cells, 1) -> (B, U)
+
+    def game(grids):
+        return masked_scores(
+            scorer, grids.reshape(len(grids), -1) > 0.5, regions, filled
+        )  # (B, cells, cells, 1) -> (B, U)
+
     with numpy_seed(seed), uncompiled_shap():
-        masker = shap.maskers.Image(np.zeros((cells, cells, 1))) # hidden cells are 0, shown cells 1
+        masker = shap.maskers.Image(np.zeros((cells, cells, 1)))  # hidden cells are 0, shown cells 1
         explainer = shap.PartitionExplainer(game, masker, output_names=scorer.names)
         found = explainer(np.ones((1, cells, cells, 1)), max_evals=evaluations, batch_size=scorer.batch, silent=True)
-    values = found.values[0].reshape(cells * cells, -1) # (R, U)
+    values = found.values[0].reshape(cells * cells, -1)  # (R, U)
     ends = masked_scores(scorer, np.array([[True], [False]]).repeat(cells * cells, 1), regions, filled)
     size = np.bincount(regions.ravel(), minlength=cells * cells)
     heat = np.stack([(v / size)[regions] for v in values.T])
@@ -68,23 +89,40 @@ def partition_shap(
 
 # %% ../../nbs/lib/10_attribution/13_shap.ipynb #cell-017
 def kernel_shap(
-    scorer:Scorer, # What is explained
-    segments:np.ndarray, # (H, W) int: segment of each pixel, from 0 without gaps
-    evaluations:int=128, # Coalitions that may be scored, at least two a segment; with 2**segments the values are exact
-    fill:str="blur", # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
-    seed:int=0, # Seed of the drawn coalitions
-) -> Attribution: # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
+    scorer: Scorer,  # What is explained
+    segments: np.ndarray,  # (H, W) int: segment of each pixel, from 0 without gaps
+    evaluations: int = 128,  # Coalitions that may be scored, at least two a segment; with 2**segments the values are exact
+    fill: str = "blur",  # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
+    seed: int = 0,  # Seed of the drawn coalitions
+) -> (
+    Attribution
+):  # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
     """KernelSHAP of segments for every span at once, with shap's KernelExplainer.
 
     Raises `ValueError` for fewer than two segments, a budget below two evaluations a segment, a constant image, or a map that is zero everywhere.
     Source: Lundberg and Lee 2017, A unified approach to interpreting model predictions, sec. 4.1, https://arxiv.org/abs/1705.07874"""
     import shap
+
     watch, shape = Stopwatch(scorer), scorer.pixels.shape[-2:]
     filled, parts = fill_image(scorer, fill), len(region_sizes(segments, shape))
-    if evaluations < 2 * parts: raise ValueError(f"{parts} segments need at least {2 * parts} evaluations, {evaluations} are allowed.")
-    def game(shown): return masked_scores(scorer, shown > .5, segments, filled)
+    if evaluations < 2 * parts:
+        raise ValueError(f"{parts} segments need at least {2 * parts} evaluations, {evaluations} are allowed.")
+
+    def game(shown):
+        return masked_scores(scorer, shown > 0.5, segments, filled)
+
     with numpy_seed(seed):
-        found = shap.KernelExplainer(game, np.zeros((1, parts))).shap_values(np.ones((1, parts)), nsamples=evaluations, l1_reg=False, silent=True)
+        found = shap.KernelExplainer(game, np.zeros((1, parts))).shap_values(
+            np.ones((1, parts)), nsamples=evaluations, l1_reg=False, silent=True
+        )
     heat = spread_values(found[0], segments)
     ends = masked_scores(scorer, np.array([[True], [False]]).repeat(parts, 1), segments, filled)
-    return Attribution("kernel_shap", scorer.names, heat, ends[0], relative_gap(heat.sum((1, 2)), ends[0] - ends[1]), "relative efficiency gap", **watch.read())
+    return Attribution(
+        "kernel_shap",
+        scorer.names,
+        heat,
+        ends[0],
+        relative_gap(heat.sum((1, 2)), ends[0] - ends[1]),
+        "relative efficiency gap",
+        **watch.read(),
+    )

@@ -7,10 +7,12 @@ __all__ = ['Span', 'word_spans', 'find_span', 'CaptionTarget', 'caption_target',
            'span_sums']
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-002
-import numpy as np
 import re
-import torch
 from dataclasses import dataclass
+
+import numpy as np
+import torch
+
 from ..model.forward import head_logits, image_features, target_hidden
 from ..model.pack import Example, pack
 from ..model.parts import core
@@ -19,125 +21,154 @@ from ..model.parts import core
 @dataclass(frozen=True)
 class Span:
     "A piece of a caption and the caption tokens that spell it."
-    text:str # The piece as written in the caption
-    tokens:tuple[int, ...] # Positions among the caption's tokens, from 0, ascending
+
+    text: str  # The piece as written in the caption
+    tokens: tuple[int, ...]  # Positions among the caption's tokens, from 0, ascending
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-006
 def word_spans(
-    caption:str, # The caption
-    offsets:list[tuple[int, int]], # First and one-past-last character of each caption token
-) -> list[Span]: # One span a word, in order; punctuation is no word
+    caption: str,  # The caption
+    offsets: list[tuple[int, int]],  # First and one-past-last character of each caption token
+) -> list[Span]:  # One span a word, in order; punctuation is no word
     "The words of a caption with the tokens that overlap each."
     spans = []
     for m in re.finditer(r"\w+(?:['\-]\w+)*", caption):
         a, b = m.span()
-        spans.append(Span(m[0], tuple(i for i,(s,e) in enumerate(offsets) if s < b and e > a)))
+        spans.append(Span(m[0], tuple(i for i, (s, e) in enumerate(offsets) if s < b and e > a)))
     return spans
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-008
 def find_span(
-    words:list[Span], # The caption's words, as `word_spans` gives them
-    phrase:str, # A word, or several words that follow each other; upper and lower case are the same
-    occurrence:int=0, # Which occurrence, from 0
-) -> Span: # The phrase with all its tokens
+    words: list[Span],  # The caption's words, as `word_spans` gives them
+    phrase: str,  # A word, or several words that follow each other; upper and lower case are the same
+    occurrence: int = 0,  # Which occurrence, from 0
+) -> Span:  # The phrase with all its tokens
     """A word or a phrase of the caption.
 
     Raises `ValueError` where the caption does not contain it that often."""
     wanted, have = re.findall(r"\w+(?:['\-]\w+)*", phrase.lower()), [w.text.lower() for w in words]
-    hits = [i for i in range(len(have) - len(wanted) + 1) if wanted and have[i:i+len(wanted)] == wanted]
+    hits = [i for i in range(len(have) - len(wanted) + 1) if wanted and have[i : i + len(wanted)] == wanted]
     if occurrence >= len(hits):
         which = f" (occurrence {occurrence})" if occurrence else ""
         raise ValueError(f"{phrase!r}{which} is not in the caption; its words are: {', '.join(have)}.")
-    found = words[hits[occurrence]:hits[occurrence] + len(wanted)]
+    found = words[hits[occurrence] : hits[occurrence] + len(wanted)]
     return Span(phrase, tuple(sorted({t for w in found for t in w.tokens})))
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-011
 @dataclass(frozen=True)
 class CaptionTarget:
     "One image with the caption whose words are explained, as model inputs for a batch of one."
-    image:np.ndarray # What the model sees, at its input size: (H, W, 3) uint8; every map is in these pixels
-    prompt:str # The prompt in front of the caption
-    caption:str # The caption
-    words:list[Span] # The caption's words
-    pixel_values:torch.Tensor # (1, 3, H, W) float32, normalised as the model wants it
-    input_ids:torch.Tensor # (1, L): image tokens, prompt, caption, <eos>
-    token_type_ids:torch.Tensor # (1, L): 0 for the bidirectional prefix, 1 for caption and <eos>
-    attention_mask:torch.Tensor # (1, L): ones
-    black:torch.Tensor # (1, 3, 1, 1): a black pixel in the units of pixel_values
+
+    image: np.ndarray  # What the model sees, at its input size: (H, W, 3) uint8; every map is in these pixels
+    prompt: str  # The prompt in front of the caption
+    caption: str  # The caption
+    words: list[Span]  # The caption's words
+    pixel_values: torch.Tensor  # (1, 3, H, W) float32, normalised as the model wants it
+    input_ids: torch.Tensor  # (1, L): image tokens, prompt, caption, <eos>
+    token_type_ids: torch.Tensor  # (1, L): 0 for the bidirectional prefix, 1 for caption and <eos>
+    attention_mask: torch.Tensor  # (1, L): ones
+    black: torch.Tensor  # (1, 3, 1, 1): a black pixel in the units of pixel_values
 
     @property
     def n_tokens(self) -> int:
         "Caption tokens, `<eos>` left out."
         return int(self.token_type_ids.sum()) - 1
 
-    def span(self, phrase:str|None=None, occurrence:int=0) -> Span:
+    def span(self, phrase: str | None = None, occurrence: int = 0) -> Span:
         "A word or phrase of the caption; `None`: the whole caption."
-        if phrase is None: return Span(self.caption, tuple(range(self.n_tokens)))
+        if phrase is None:
+            return Span(self.caption, tuple(range(self.n_tokens)))
         return find_span(self.words, phrase, occurrence)
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-012
 def caption_target(
-    processor, # A PaliGemmaProcessor, or one with its interface
-    image, # PIL image or (H, W, 3) uint8 array
-    prompt:str, # Prompt, for example "caption en"
-    caption:str, # Caption whose words are to be explained
+    processor,  # A PaliGemmaProcessor, or one with its interface
+    image,  # PIL image or (H, W, 3) uint8 array
+    prompt: str,  # Prompt, for example "caption en"
+    caption: str,  # Caption whose words are to be explained
 ) -> CaptionTarget:
     """Prepare an image and a caption for explanation.
 
     Raises `ValueError` for an empty caption, and where the tokenizer splits the caption differently inside and outside the processor."""
     from PIL import Image
-    if not caption.strip(): raise ValueError("There is nothing to explain: the caption is empty.")
+
+    if not caption.strip():
+        raise ValueError("There is nothing to explain: the caption is empty.")
     image = Image.fromarray(np.asarray(image)) if not isinstance(image, Image.Image) else image
     batch = processor(text="<image>" + prompt, images=image.convert("RGB"), suffix=caption, return_tensors="pt")
     suffix = batch["input_ids"][0, batch["token_type_ids"][0] == 1]
     alone = processor.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
     if alone["input_ids"] != suffix[:-1].tolist():
-        raise ValueError(f"The tokenizer splits the caption {caption!r} differently alone than behind a prompt: words cannot be placed.")
+        raise ValueError(
+            f"The tokenizer splits the caption {caption!r} differently alone than behind a prompt: words cannot be placed."
+        )
     to = processor.image_processor
-    mean, std = (torch.tensor(to.image_mean if to.do_normalize else [0.] * 3).view(1, 3, 1, 1),
-                 torch.tensor(to.image_std if to.do_normalize else [1.] * 3).view(1, 3, 1, 1))
+    mean, std = (
+        torch.tensor(to.image_mean if to.do_normalize else [0.0] * 3).view(1, 3, 1, 1),
+        torch.tensor(to.image_std if to.do_normalize else [1.0] * 3).view(1, 3, 1, 1),
+    )
     pixels = batch["pixel_values"].float()
     seen = ((pixels * std + mean) * 255).round().clamp(0, 255).byte()[0].permute(1, 2, 0).numpy()
-    return CaptionTarget(seen, prompt, caption, word_spans(caption, alone["offset_mapping"]), pixels, batch["input_ids"],
-                         batch["token_type_ids"], batch["attention_mask"], -mean / std)
+    return CaptionTarget(
+        seen,
+        prompt,
+        caption,
+        word_spans(caption, alone["offset_mapping"]),
+        pixels,
+        batch["input_ids"],
+        batch["token_type_ids"],
+        batch["attention_mask"],
+        -mean / std,
+    )
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-014
 def read_caption(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped, in evaluation mode
-    target:CaptionTarget, # Caption, and the prompt where no other is given
-    features:torch.Tensor, # Images as the decoder sees them, (B, N, d), from `rsstudy.model.forward.image_features`
-    tokens:list[int]|None=None, # K positions among the caption's tokens; None: all, `<eos>` left out
-    prefixes:list[list[int]]|None=None, # Token ids in front of the caption for each image, from `rsstudy.model.pack.encode_prompt`; None: the target's
-) -> torch.Tensor: # (B, K) float32, in nats; differentiable
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped, in evaluation mode
+    target: CaptionTarget,  # Caption, and the prompt where no other is given
+    features: torch.Tensor,  # Images as the decoder sees them, (B, N, d), from `rsstudy.model.forward.image_features`
+    tokens: list[int] | None = None,  # K positions among the caption's tokens; None: all, `<eos>` left out
+    prefixes: list[list[int]]
+    | None = None,  # Token ids in front of the caption for each image, from `rsstudy.model.pack.encode_prompt`; None: the target's
+) -> torch.Tensor:  # (B, K) float32, in nats; differentiable
     """Teacher-forced log-probability of caption tokens, each given everything before it.
 
     Raises `ValueError` in training mode: dropout would make it random."""
-    if model.training: raise ValueError("The model is in training mode: call model.eval() before explaining it.")
-    first = int((target.token_type_ids[0] == 0).sum()) # position of the first caption token
+    if model.training:
+        raise ValueError("The model is in training mode: call model.eval() before explaining it.")
+    first = int((target.token_type_ids[0] == 0).sum())  # position of the first caption token
     ids, tokens = target.input_ids[0].tolist(), list(range(target.n_tokens) if tokens is None else tokens)
     last, device = first + max(tokens), core(model).model.get_input_embeddings().weight.device
     prefixes = [ids[:first]] * len(features) if prefixes is None else prefixes
-    batch = pack([Example(p, [ids[first:last]], [1]) for p in prefixes], ids[last]) # the last token wanted is predicted where <eos> would be
-    batch = {k: v.to(device) for k,v in batch.items()}
-    rows, wanted = (batch[k].view(len(features), -1)[:, tokens] for k in ("rows", "targets")) # (B, K): the row before a token predicts it
-    logits = head_logits(model, target_hidden(model, batch | dict(rows=rows.flatten(), features=features))) # (B K, V)
-    return logits.log_softmax(-1).gather(-1, wanted.flatten()[:, None])[:, 0].view(len(features), -1) # not logit - logsumexp: near probability 1 that loses digits
+    batch = pack(
+        [Example(p, [ids[first:last]], [1]) for p in prefixes], ids[last]
+    )  # the last token wanted is predicted where <eos> would be
+    batch = {k: v.to(device) for k, v in batch.items()}
+    rows, wanted = (
+        batch[k].view(len(features), -1)[:, tokens] for k in ("rows", "targets")
+    )  # (B, K): the row before a token predicts it
+    logits = head_logits(model, target_hidden(model, batch | dict(rows=rows.flatten(), features=features)))  # (B K, V)
+    return (
+        logits.log_softmax(-1).gather(-1, wanted.flatten()[:, None])[:, 0].view(len(features), -1)
+    )  # not logit - logsumexp: near probability 1 that loses digits
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-015
 def token_log_probability(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped, in evaluation mode
-    target:CaptionTarget, # Image and caption
-    pixel_values:torch.Tensor, # Images to read the caption with, (B, 3, H, W)
-    tokens:list[int]|None=None, # K positions among the caption's tokens; None: all, `<eos>` left out
-) -> torch.Tensor: # (B, K) float32 log-probability of each token, in nats; differentiable
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped, in evaluation mode
+    target: CaptionTarget,  # Image and caption
+    pixel_values: torch.Tensor,  # Images to read the caption with, (B, 3, H, W)
+    tokens: list[int] | None = None,  # K positions among the caption's tokens; None: all, `<eos>` left out
+) -> torch.Tensor:  # (B, K) float32 log-probability of each token, in nats; differentiable
     "Teacher-forced log-probability of caption tokens under other images: one forward pass an image, however many tokens. Raises as `read_caption`."
-    if model.training: raise ValueError("The model is in training mode: call model.eval() before explaining it.")
+    if model.training:
+        raise ValueError("The model is in training mode: call model.eval() before explaining it.")
     return read_caption(model, target, image_features(model, pixel_values), tokens)
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-016
 def span_sums(
-    spans:list[Span], # U spans
-) -> tuple[list[int], torch.Tensor]: # K tokens that occur, ascending, and (K, U) float32: 1 where a token belongs to a span
+    spans: list[Span],  # U spans
+) -> tuple[
+    list[int], torch.Tensor
+]:  # K tokens that occur, ascending, and (K, U) float32: 1 where a token belongs to a span
     "What turns log-probabilities of tokens into those of spans, as a product of matrices."
     tokens = sorted({t for s in spans for t in s.tokens})
     return tokens, torch.tensor([[float(t in s.tokens) for s in spans] for t in tokens])

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+
 from .train import bench_folder
 from ..common.code import code_revision, device_name, versions
 from ..common.files import write_json
@@ -23,49 +24,81 @@ from ..model.generate import Captioner
 
 # %% ../../nbs/lib/17_bench/06_caption.ipynb #cell-004
 def plain_loop(
-    captioner:Captioner, # Model, processor and prompt
-    paths:list[str], # Image files
-    out:str|Path, # JSON lines
-    max_new_tokens:int, # Longest caption
+    captioner: Captioner,  # Model, processor and prompt
+    paths: list[str],  # Image files
+    out: str | Path,  # JSON lines
+    max_new_tokens: int,  # Longest caption
 ):
     "What everyone writes first."
     import torch
     from PIL import Image
+
     model, processor = captioner.model, captioner.processor
-    with open(out, 'w') as file:
+    with open(out, "w") as file:
         for path in paths:
-            inputs = processor(text='<image>' + captioner.prompt, images=Image.open(path).convert('RGB'), return_tensors='pt').to(model.device)
-            with torch.no_grad(): ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            text = processor.decode(ids[0, inputs['input_ids'].shape[1]:], skip_special_tokens=True).strip()
-            file.write(json.dumps(dict(image=path, caption=text)) + '\n')
+            inputs = processor(
+                text="<image>" + captioner.prompt, images=Image.open(path).convert("RGB"), return_tensors="pt"
+            ).to(model.device)
+            with torch.no_grad():
+                ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            file.write(json.dumps(dict(image=path, caption=text)) + "\n")
 
 # %% ../../nbs/lib/17_bench/06_caption.ipynb #cell-005
 def bench_folder_captions(
-    P:Profile, # Base model, prompt, and the data that images are taken of
-    rounds:int=3, # Turns of each
-    images:int=256, # At most; those of the test split
-    folder:Path|None=None, # For the result; `rsstudy.bench.train.bench_folder()` by default
-) -> Path: # The JSON
+    P: Profile,  # Base model, prompt, and the data that images are taken of
+    rounds: int = 3,  # Turns of each
+    images: int = 256,  # At most; those of the test split
+    folder: Path | None = None,  # For the result; `rsstudy.bench.train.bench_folder()` by default
+) -> Path:  # The JSON
     "Measures images a second, from files to a file."
     captioner, rates = Captioner(*load_base(P), P.prompt), dict(ours=[], peer=[])
-    rows = subset(load_captions(P, progress=False), 'test', 0, P.split_seed)
+    rows = subset(load_captions(P, progress=False), "test", 0, P.split_seed)
     with tempfile.TemporaryDirectory() as top:
-        os.mkdir(f'{top}/images')
-        for i, row in enumerate(rows.select(range(min(images, len(rows))))): row['image'].convert('RGB').save(f'{top}/images/{i:05d}.jpg', quality=95)
-        paths = sorted(str(p) for p in Path(top, 'images').iterdir())
-        contenders = dict(ours=lambda: caption_paths(f'{top}/images', f'{top}/ours.jsonl', captioner, P=P, force=True, progress=False), peer=lambda: plain_loop(captioner, paths, f'{top}/peer.jsonl', P.max_new_tokens))
-        plain_loop(captioner, paths[:4], f'{top}/warm.jsonl', P.max_new_tokens)
+        os.mkdir(f"{top}/images")
+        for i, row in enumerate(rows.select(range(min(images, len(rows))))):
+            row["image"].convert("RGB").save(f"{top}/images/{i:05d}.jpg", quality=95)
+        paths = sorted(str(p) for p in Path(top, "images").iterdir())
+        contenders = dict(
+            ours=lambda: caption_paths(
+                f"{top}/images", f"{top}/ours.jsonl", captioner, P=P, force=True, progress=False
+            ),
+            peer=lambda: plain_loop(captioner, paths, f"{top}/peer.jsonl", P.max_new_tokens),
+        )
+        plain_loop(captioner, paths[:4], f"{top}/warm.jsonl", P.max_new_tokens)
         for turn in range(rounds):
-            for name in list(contenders)[::1 if turn % 2 == 0 else -1]:
+            for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
                 start = time.perf_counter()
                 contenders[name]()
                 rates[name].append(len(paths) / (time.perf_counter() - start))
-        read = lambda name: [json.loads(line)['caption'] for line in open(f'{top}/{name}.jsonl')]
-        same = statistics.mean(a == b for a, b in zip(read('ours'), read('peer'), strict=True))
-    ours, peer = (statistics.median(rates[name]) for name in ('ours', 'peer'))
-    result = dict(name=f'caption-{P.name}', device=device_name(), unit='images/s, from files to a file', ours=ours, peer=peer, ratio=ours / peer, levers={}, images=len(paths), rounds=rounds, all_turns=rates, same_captions=same,
-        peer_recipe='one image at a time: processor, generate, decode', batch=P.generate_batch, max_new_tokens=P.max_new_tokens, weights=P.base_model, code=code_revision(), versions=versions())
-    path = (folder or bench_folder())/f"{result['name']}.json"
+
+        def read(name):
+            return [json.loads(line)["caption"] for line in open(f"{top}/{name}.jsonl")]
+
+        same = statistics.mean(a == b for a, b in zip(read("ours"), read("peer"), strict=True))
+    ours, peer = (statistics.median(rates[name]) for name in ("ours", "peer"))
+    result = dict(
+        name=f"caption-{P.name}",
+        device=device_name(),
+        unit="images/s, from files to a file",
+        ours=ours,
+        peer=peer,
+        ratio=ours / peer,
+        levers={},
+        images=len(paths),
+        rounds=rounds,
+        all_turns=rates,
+        same_captions=same,
+        peer_recipe="one image at a time: processor, generate, decode",
+        batch=P.generate_batch,
+        max_new_tokens=P.max_new_tokens,
+        weights=P.base_model,
+        code=code_revision(),
+        versions=versions(),
+    )
+    path = (folder or bench_folder()) / f"{result['name']}.json"
     write_json(path, result)
-    print(f"{result['name']}: {ours:.4g} images/s, plain loop {peer:.4g}, ratio {ours / peer:.3g}, {same:.0%} of the captions the same\n  {path}")
+    print(
+        f"{result['name']}: {ours:.4g} images/s, plain loop {peer:.4g}, ratio {ours / peer:.3g}, {same:.0%} of the captions the same\n  {path}"
+    )
     return path

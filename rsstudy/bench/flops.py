@@ -7,34 +7,42 @@ __all__ = ['tower_flops', 'decoder_flops', 'training_flops', 'caption_flops', 'm
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-002
 import time
+
 import torch
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-005
 def tower_flops(
-    config, # PaliGemmaConfig
-) -> int: # Floating-point operations
+    config,  # PaliGemmaConfig
+) -> int:  # Floating-point operations
     "Vision tower and projector, one image, forward."
     c = config.vision_config
     patches, d = (c.image_size // c.patch_size) ** 2, c.hidden_size
     layer = 2 * patches * (4 * d * d + 2 * d * c.intermediate_size) + 4 * patches * patches * d
-    return 2 * patches * 3 * c.patch_size ** 2 * d + c.num_hidden_layers * layer + 2 * patches * d * config.projection_dim
+    return 2 * patches * 3 * c.patch_size**2 * d + c.num_hidden_layers * layer + 2 * patches * d * config.projection_dim
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-006
 def _decoder(config):
     c = config.get_text_config()
     inner, grouped = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes = [(c.hidden_size, inner), (c.hidden_size, grouped), (c.hidden_size, grouped), (inner, c.hidden_size),
-        (c.hidden_size, c.intermediate_size), (c.hidden_size, c.intermediate_size), (c.intermediate_size, c.hidden_size)] # q k v o gate up down
+    shapes = [
+        (c.hidden_size, inner),
+        (c.hidden_size, grouped),
+        (c.hidden_size, grouped),
+        (inner, c.hidden_size),
+        (c.hidden_size, c.intermediate_size),
+        (c.hidden_size, c.intermediate_size),
+        (c.intermediate_size, c.hidden_size),
+    ]  # q k v o gate up down
     return c, inner, shapes
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-007
 def decoder_flops(
-    config, # PaliGemmaConfig
-    tokens:int, # Tokens read
-    pairs:int, # Pairs of a token that looks and a token that is looked at; n x n for a whole row of n
-    targets:int, # Positions whose logits are computed
-    rank:int=0, # Of LoRA on all linear layers; 0: none
-) -> int: # Floating-point operations
+    config,  # PaliGemmaConfig
+    tokens: int,  # Tokens read
+    pairs: int,  # Pairs of a token that looks and a token that is looked at; n x n for a whole row of n
+    targets: int,  # Positions whose logits are computed
+    rank: int = 0,  # Of LoRA on all linear layers; 0: none
+) -> int:  # Floating-point operations
     "The decoder with its head, forward."
     c, inner, shapes = _decoder(config)
     layer = 2 * tokens * sum(a * b + rank * (a + b) for a, b in shapes) + 4 * pairs * inner
@@ -42,12 +50,12 @@ def decoder_flops(
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-008
 def training_flops(
-    config, # PaliGemmaConfig
-    rows:list[int], # Tokens of each row, without padding
-    targets:int, # Positions whose logits are computed
-    rank:int, # Of LoRA on the decoder's linear layers; everything else is frozen
-    images:int=0, # Images whose features are computed in the step
-) -> int: # Floating-point operations of forward and backward, nothing computed twice
+    config,  # PaliGemmaConfig
+    rows: list[int],  # Tokens of each row, without padding
+    targets: int,  # Positions whose logits are computed
+    rank: int,  # Of LoRA on the decoder's linear layers; everything else is frozen
+    images: int = 0,  # Images whose features are computed in the step
+) -> int:  # Floating-point operations of forward and backward, nothing computed twice
     """One step of LoRA training.
 
     Backward: a frozen matrix passes the gradient on (as much as forward), a trained one needs its own, too (twice), and so do the two products of attention. The first layer's
@@ -62,32 +70,35 @@ def training_flops(
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-009
 def caption_flops(
-    config, # PaliGemmaConfig
-    prefix:int, # Tokens before the caption
-    written:int, # Tokens of the caption, at least 1
-    tower:bool=True, # Are the image's features computed?
-) -> int: # Floating-point operations
+    config,  # PaliGemmaConfig
+    prefix: int,  # Tokens before the caption
+    written: int,  # Tokens of the caption, at least 1
+    tower: bool = True,  # Are the image's features computed?
+) -> int:  # Floating-point operations
     "Decoding one caption with a cache."
-    steps = written - 1 # the first token comes with the prefix
+    steps = written - 1  # the first token comes with the prefix
     pairs = prefix * prefix + steps * prefix + steps * (steps + 1) // 2
     return decoder_flops(config, prefix + steps, pairs, written) + (tower_flops(config) if tower else 0)
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-014
 def matrix_peak(
-    device:torch.device, # Where
-    dtype:torch.dtype, # Of the matrices
-    size:int|None=None, # Rows and columns; 8192 on a GPU, 1024 on a CPU by default
-    seconds:float=1., # Measured for about as long
-) -> float: # Floating-point operations a second
+    device: torch.device,  # Where
+    dtype: torch.dtype,  # Of the matrices
+    size: int | None = None,  # Rows and columns; 8192 on a GPU, 1024 on a CPU by default
+    seconds: float = 1.0,  # Measured for about as long
+) -> float:  # Floating-point operations a second
     "The fastest of many products of two square matrices of random numbers."
-    gpu = device.type == 'cuda'
-    size, best, end = size or (8192 if gpu else 1024), float('inf'), None
+    gpu = device.type == "cuda"
+    size, best, end = size or (8192 if gpu else 1024), float("inf"), None
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     while end is None or time.perf_counter() < end:
-        if gpu: torch.cuda.synchronize()
+        if gpu:
+            torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(5): a @ b
-        if gpu: torch.cuda.synchronize()
+        for _ in range(5):
+            a @ b
+        if gpu:
+            torch.cuda.synchronize()
         best = min(best, (time.perf_counter() - start) / 5)
-        end = end or time.perf_counter() + seconds # the first round warms up
-    return 2 * size ** 3 / best
+        end = end or time.perf_counter() + seconds  # the first round warms up
+    return 2 * size**3 / best

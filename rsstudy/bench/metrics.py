@@ -6,9 +6,11 @@
 __all__ = ['bench_metrics', 'bench_scoring']
 
 # %% ../../nbs/lib/17_bench/05_metrics.ipynb #cell-002
-import numpy as np
 import time
 from pathlib import Path
+
+import numpy as np
+
 from .train import bench_folder
 from ..common.code import device_name, versions
 from ..common.files import write_json
@@ -19,59 +21,108 @@ from ..metrics.tokens import tokenize
 
 # %% ../../nbs/lib/17_bench/05_metrics.ipynb #cell-004
 def bench_metrics(
-    predictions:list[str], # One caption per image
-    references:list[list[str]], # References of each image
-    repeats:int=3, # The comparison with the toolkit is timed so many times; the best counts
-) -> dict: # {"images", "references", "seconds" (CPU, by metric), "seconds_total", "toolkit": {"seconds_ours", "seconds_theirs", "times", "largest_difference"} or None}
+    predictions: list[str],  # One caption per image
+    references: list[list[str]],  # References of each image
+    repeats: int = 3,  # The comparison with the toolkit is timed so many times; the best counts
+) -> dict:  # {"images", "references", "seconds" (CPU, by metric), "seconds_total", "toolkit": {"seconds_ours", "seconds_theirs", "times", "largest_difference"} or None}
     "CPU seconds of every metric without a neural encoder, and of BLEU, ROUGE-L and CIDEr beside pycocoevalcap's where that is installed. Set OMP_NUM_THREADS=1."
+
     def timed(function):
         start = time.process_time()
         return function(), time.process_time() - start
+
     check_captions(predictions, references)
     tokenize.cache_clear()
-    seconds = {'tokens': timed(lambda: [tokenize(t) for p, rs in zip(predictions, references) for t in (p, *rs)])[1]}
+    seconds = {"tokens": timed(lambda: [tokenize(t) for p, rs in zip(predictions, references) for t in (p, *rs)])[1]}
     for metric in ALL:
-        if metric != 'bertscore': seconds[metric] = timed(lambda: score_captions(predictions, references, metric))[1]
-    result = dict(images=len(predictions), references=sum(map(len, references)), seconds=seconds, seconds_total=sum(seconds.values()), toolkit=None)
+        if metric != "bertscore":
+            seconds[metric] = timed(lambda: score_captions(predictions, references, metric))[1]
+    result = dict(
+        images=len(predictions),
+        references=sum(map(len, references)),
+        seconds=seconds,
+        seconds_total=sum(seconds.values()),
+        toolkit=None,
+    )
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError: return result
-    text = lambda ts: [' '.join(tokenize(t)) for t in ts]
+    except ImportError:
+        return result
+
+    def text(ts):
+        return [" ".join(tokenize(t)) for t in ts]
+
     said, wanted = {i: text([p]) for i, p in enumerate(predictions)}, {i: text(rs) for i, rs in enumerate(references)}
-    ours = [timed(lambda: score_captions(predictions, references, ('bleu', 'rouge_l', 'cider'))) for _ in range(repeats)]
-    toolkit = lambda: (Bleu(4).compute_score(wanted, said, verbose=0)[1], Rouge().compute_score(wanted, said)[1], Cider().compute_score(wanted, said)[1])
+    ours = [
+        timed(lambda: score_captions(predictions, references, ("bleu", "rouge_l", "cider"))) for _ in range(repeats)
+    ]
+
+    def toolkit():
+        return (
+            Bleu(4).compute_score(wanted, said, verbose=0)[1],
+            Rouge().compute_score(wanted, said)[1],
+            Cider().compute_score(wanted, said)[1],
+        )
+
     theirs = [timed(toolkit) for _ in range(repeats)]
-    each, spoken = ours[0][0].per_image, np.array([bool(tokenize(p)) for p in predictions]) # ROUGE-L of an empty caption is defined otherwise, see `rsstudy.metrics.rouge`
+    each, spoken = (
+        ours[0][0].per_image,
+        np.array([bool(tokenize(p)) for p in predictions]),
+    )  # ROUGE-L of an empty caption is defined otherwise, see `rsstudy.metrics.rouge`
     bleus, rouges, cidrs = theirs[0][0]
-    off = [abs(each[n] - np.array(v)) for n, v in zip((*BLEU, CIDER), (*bleus, cidrs))] + [abs(each[ROUGE_L] - rouges)[spoken]]
+    off = [abs(each[n] - np.array(v)) for n, v in zip((*BLEU, CIDER), (*bleus, cidrs))] + [
+        abs(each[ROUGE_L] - rouges)[spoken]
+    ]
     a, b = min(s for _, s in ours), min(s for _, s in theirs)
-    return result | dict(toolkit=dict(seconds_ours=a, seconds_theirs=b, times=b/a, largest_difference=float(max(o.max(initial=0) for o in off))))
+    return result | dict(
+        toolkit=dict(
+            seconds_ours=a, seconds_theirs=b, times=b / a, largest_difference=float(max(o.max(initial=0) for o in off))
+        )
+    )
 
 # %% ../../nbs/lib/17_bench/05_metrics.ipynb #cell-007
 def bench_scoring(
-    P:Profile, # Whose captions are scored, all splits
-    rounds:int=3, # Turns of each, the best counts
-    images:int=4_454, # At most
-    resamples:int=10_000, # Of the intervals of six systems on 5,000 images with three seeds, and exchanges of their tests
-    folder:Path|None=None, # `bench_folder()` by default
-) -> Path: # The JSON
+    P: Profile,  # Whose captions are scored, all splits
+    rounds: int = 3,  # Turns of each, the best counts
+    images: int = 4_454,  # At most
+    resamples: int = 10_000,  # Of the intervals of six systems on 5,000 images with three seeds, and exchanges of their tests
+    folder: Path | None = None,  # `bench_folder()` by default
+) -> Path:  # The JSON
     "CPU seconds of the metrics, and the toolkit's; and of comparing six systems. Raises `RuntimeError` where pycocoevalcap is missing."
     from rsstudy.data.load import load_captions
     from rsstudy.stats.tests import compare_systems
+
     rng = np.random.default_rng(0)
-    references = load_captions(P).dataset['captions'][:]
+    references = load_captions(P).dataset["captions"][:]
     references = [references[i] for i in rng.permutation(len(references))[:images]]
     said = [references[rng.integers(len(references)) if i % 2 else i][rng.integers(5)] for i in range(len(references))]
     found = bench_metrics(said, references, rounds)
-    if not (peer := found.pop('toolkit')): raise RuntimeError('the benchmark of metrics compares with pycocoevalcap, which is not installed: pip install "rsstudy[java]"')
-    systems, start = {f'system {k}': rng.normal(size=(3, 5_000)) for k in range(6)}, time.process_time()
+    if not (peer := found.pop("toolkit")):
+        raise RuntimeError(
+            'the benchmark of metrics compares with pycocoevalcap, which is not installed: pip install "rsstudy[java]"'
+        )
+    systems, start = {f"system {k}": rng.normal(size=(3, 5_000)) for k in range(6)}, time.process_time()
     compare_systems(systems, resamples, resamples)
-    found['intervals'] = dict(images=5_000, systems=6, seeds=3, resamples=resamples, seconds=time.process_time() - start)
-    result = dict(name=f'metrics-{P.name}', device=device_name(), unit='CPU seconds for BLEU, ROUGE-L and CIDEr', ours=peer['seconds_ours'], peer=peer['seconds_theirs'], ratio=peer['times'],
-        largest_difference=peer['largest_difference'], levers={}, details=found, versions=versions())
-    path = (folder or bench_folder())/f"{result['name']}.json"
+    found["intervals"] = dict(
+        images=5_000, systems=6, seeds=3, resamples=resamples, seconds=time.process_time() - start
+    )
+    result = dict(
+        name=f"metrics-{P.name}",
+        device=device_name(),
+        unit="CPU seconds for BLEU, ROUGE-L and CIDEr",
+        ours=peer["seconds_ours"],
+        peer=peer["seconds_theirs"],
+        ratio=peer["times"],
+        largest_difference=peer["largest_difference"],
+        levers={},
+        details=found,
+        versions=versions(),
+    )
+    path = (folder or bench_folder()) / f"{result['name']}.json"
     write_json(path, result)
-    print(f"{result['name']}: {found['references']:,} references, all metrics without an encoder {found['seconds_total']:.3g} s; BLEU, ROUGE-L and CIDEr {result['ratio']:.3g} times as fast as the toolkit; six systems compared in {found['intervals']['seconds']:.3g} s\n  {path}")
+    print(
+        f"{result['name']}: {found['references']:,} references, all metrics without an encoder {found['seconds_total']:.3g} s; BLEU, ROUGE-L and CIDEr {result['ratio']:.3g} times as fast as the toolkit; six systems compared in {found['intervals']['seconds']:.3g} s\n  {path}"
+    )
     return path

@@ -9,13 +9,15 @@ __all__ = ['RANK', 'Material', 'every_caption', 'written_out', 'Recipe', 'our_ba
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-002
 import dataclasses
 import itertools
-import numpy as np
 import statistics
-import torch
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import numpy as np
+import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
+
 from .flops import training_flops
 from ..common.code import measured
 from ..model.forward import caption_loss, pixel_tensor
@@ -28,169 +30,245 @@ from ..training.loader import StepSampler
 @dataclass
 class Material:
     "Images with their captions, as both recipes take them."
-    examples:list[Example] # One an image
-    eos:int # Id of <eos>
-    pixels:torch.Tensor|None=None # (m, 3, 224, 224) float32 without a processor; image i shows number i % m
-    features:torch.Tensor|None=None # (m, N, d) of the frozen tower
-    processor:object=None # PaliGemma's
-    images:list|None=None # With a processor: one an example
-    captions:list[list[str]]|None=None # With a processor: of each image
-    prompt:str='caption en' # With a processor: before the captions
 
-    def pixel_values(self, rows): # -> (B, 3, 224, 224) float32
+    examples: list[Example]  # One an image
+    eos: int  # Id of <eos>
+    pixels: torch.Tensor | None = None  # (m, 3, 224, 224) float32 without a processor; image i shows number i % m
+    features: torch.Tensor | None = None  # (m, N, d) of the frozen tower
+    processor: object = None  # PaliGemma's
+    images: list | None = None  # With a processor: one an example
+    captions: list[list[str]] | None = None  # With a processor: of each image
+    prompt: str = "caption en"  # With a processor: before the captions
+
+    def pixel_values(self, rows):  # -> (B, 3, 224, 224) float32
         "Pixels of the images `rows`, ready for the tower."
-        return pixel_tensor(self.processor, [self.images[i] for i in rows]) if self.processor else self.pixels[[i % len(self.pixels) for i in rows]]
-    def feature_values(self, rows): # -> (B, N, d)
+        return (
+            pixel_tensor(self.processor, [self.images[i] for i in rows])
+            if self.processor
+            else self.pixels[[i % len(self.pixels) for i in rows]]
+        )
+
+    def feature_values(self, rows):  # -> (B, N, d)
         "Features of the images `rows`."
         return self.features[[i % len(self.features) for i in rows]]
 
-    def peer_inputs(self,
-        pairs:list[tuple[int,int]], # Number of an image, number of one of the captions that it carries
-    ) -> dict: # input_ids, token_type_ids, attention_mask, labels, pixel_values
+    def peer_inputs(
+        self,
+        pairs: list[tuple[int, int]],  # Number of an image, number of one of the captions that it carries
+    ) -> dict:  # input_ids, token_type_ids, attention_mask, labels, pixel_values
         "What the processor makes of images with one caption each."
         rows = [i for i, _ in pairs]
-        if self.processor: return dict(self.processor(images=[self.images[i] for i in rows], text=[f'<image>{self.prompt}'] * len(rows),
-            suffix=[self.captions[i][k] for i, k in pairs], padding='longest', return_tensors='pt'))
-        return written_out([self.examples[i] for i in rows], [every_caption(self.examples[i])[k] for i, k in pairs], self.eos) | dict(pixel_values=self.pixel_values(rows))
+        if self.processor:
+            return dict(
+                self.processor(
+                    images=[self.images[i] for i in rows],
+                    text=[f"<image>{self.prompt}"] * len(rows),
+                    suffix=[self.captions[i][k] for i, k in pairs],
+                    padding="longest",
+                    return_tensors="pt",
+                )
+            )
+        return written_out(
+            [self.examples[i] for i in rows], [every_caption(self.examples[i])[k] for i, k in pairs], self.eos
+        ) | dict(pixel_values=self.pixel_values(rows))
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-006
 def every_caption(
-    example:Example, # An image's
-) -> list[int]: # Numbers into `example.captions`, each as often as the image carries it
+    example: Example,  # An image's
+) -> list[int]:  # Numbers into `example.captions`, each as often as the image carries it
     "The image's captions, equal ones told apart."
     return [k for k, n in enumerate(example.counts) for _ in range(n)]
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-007
 def written_out(
-    examples:list[Example], # One a row
-    chosen:list[int], # Of each row's captions
-    eos:int, # Id of <eos>
-    pad:int=0, # Id of <pad>
-) -> dict: # input_ids, token_type_ids, attention_mask, labels: (B, L)
+    examples: list[Example],  # One a row
+    chosen: list[int],  # Of each row's captions
+    eos: int,  # Id of <eos>
+    pad: int = 0,  # Id of <pad>
+) -> dict:  # input_ids, token_type_ids, attention_mask, labels: (B, L)
     "Sequences of one caption each, padded on the left, as PaliGemma's processor writes them."
     rows = [(e.prefix, e.captions[k] + [eos]) for e, k in zip(examples, chosen)]
     length = max(len(a) + len(b) for a, b in rows)
-    def padded(values): return torch.tensor([[fill] * (length - len(row)) + row for fill, row in values])
-    return dict(input_ids=padded([(pad, a + b) for a, b in rows]), token_type_ids=padded([(0, [0] * len(a) + [1] * len(b)) for a, b in rows]),
-        attention_mask=padded([(0, [1] * len(a + b)) for a, b in rows]), labels=padded([(-100, [-100] * len(a) + b) for a, b in rows]))
+
+    def padded(values):
+        return torch.tensor([[fill] * (length - len(row)) + row for fill, row in values])
+
+    return dict(
+        input_ids=padded([(pad, a + b) for a, b in rows]),
+        token_type_ids=padded([(0, [0] * len(a) + [1] * len(b)) for a, b in rows]),
+        attention_mask=padded([(0, [1] * len(a + b)) for a, b in rows]),
+        labels=padded([(-100, [-100] * len(a) + b) for a, b in rows]),
+    )
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-010
 @dataclass(frozen=True)
 class Recipe:
     "Our way to train, each saving a switch."
-    images:int=16 # Images a step, each with all its captions
-    shared_prefix:bool=True # An image's captions on one prefix?
-    suffix_logits:bool=True # Logits only where a caption's token is predicted?
-    chunked_loss:bool=True # Cross-entropy a chunk of the targets at a time?
-    cached_vision:bool=True # Features computed once and kept?
-    bucketing:bool=True # Rows of like length together?
-    compiled_layers:bool=False # Decoder layers compiled?
-    fused_optimizer:bool=True # AdamW in one kernel?
-    kept_activations:bool=True # No gradient checkpointing?
-    uncast_adapters:bool=True # LoRA's inputs left in bfloat16?
 
-    def without(self,
-        switch:str, # Name of a field
+    images: int = 16  # Images a step, each with all its captions
+    shared_prefix: bool = True  # An image's captions on one prefix?
+    suffix_logits: bool = True  # Logits only where a caption's token is predicted?
+    chunked_loss: bool = True  # Cross-entropy a chunk of the targets at a time?
+    cached_vision: bool = True  # Features computed once and kept?
+    bucketing: bool = True  # Rows of like length together?
+    compiled_layers: bool = False  # Decoder layers compiled?
+    fused_optimizer: bool = True  # AdamW in one kernel?
+    kept_activations: bool = True  # No gradient checkpointing?
+    uncast_adapters: bool = True  # LoRA's inputs left in bfloat16?
+
+    def without(
+        self,
+        switch: str,  # Name of a field
     ):
         "This recipe with one switch turned over."
         return dataclasses.replace(self, **{switch: not getattr(self, switch)})
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-011
-def _apart(examples): return [Example(e.prefix, [e.captions[k]], [1]) for e in examples for k in every_caption(e)] # every caption with a prefix of its own
+def _apart(examples):
+    return [
+        Example(e.prefix, [e.captions[k]], [1]) for e in examples for k in every_caption(e)
+    ]  # every caption with a prefix of its own
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-012
 def our_batch(
-    material:Material, # Images and captions
-    rows:list[int], # Numbers of images
-    recipe:Recipe, # Its switches for prefix, logits and vision count
-    device:torch.device, # Where the batch goes
-) -> dict: # For `caption_loss`
+    material: Material,  # Images and captions
+    rows: list[int],  # Numbers of images
+    recipe: Recipe,  # Its switches for prefix, logits and vision count
+    device: torch.device,  # Where the batch goes
+) -> dict:  # For `caption_loss`
     "A packed batch."
     at, examples = list(rows), [material.examples[i] for i in rows]
     if not recipe.shared_prefix:
         at = [i for i, e in zip(rows, examples) for _ in every_caption(e)]
         examples = _apart(examples)
-    batch = pack(examples, material.eos, multiple=8 if device.type == 'cuda' else 1)
+    batch = pack(examples, material.eos, multiple=8 if device.type == "cuda" else 1)
     if not recipe.suffix_logits:
-        everywhere = torch.ones(batch['input_ids'].numel(), dtype=torch.bool).index_fill(0, batch['rows'], False).nonzero()[:, 0]
-        batch['rows'] = torch.cat([batch['rows'], everywhere])
-        batch['targets'], batch['weights'] = (torch.cat([batch[k], torch.zeros(len(everywhere), dtype=batch[k].dtype)]) for k in ('targets', 'weights'))
-    batch |= dict(features=material.feature_values(at)) if recipe.cached_vision else dict(pixel_values=material.pixel_values(at))
+        everywhere = (
+            torch.ones(batch["input_ids"].numel(), dtype=torch.bool).index_fill(0, batch["rows"], False).nonzero()[:, 0]
+        )
+        batch["rows"] = torch.cat([batch["rows"], everywhere])
+        batch["targets"], batch["weights"] = (
+            torch.cat([batch[k], torch.zeros(len(everywhere), dtype=batch[k].dtype)]) for k in ("targets", "weights")
+        )
+    batch |= (
+        dict(features=material.feature_values(at))
+        if recipe.cached_vision
+        else dict(pixel_values=material.pixel_values(at))
+    )
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-015
-RANK = 8 # LoRA's, for both
+RANK = 8  # LoRA's, for both
+
+
 def attach_lora(
-    model, # PaliGemma, bare
-): # peft model in training mode
+    model,  # PaliGemma, bare
+):  # peft model in training mode
     "LoRA on the decoder's linear layers, without dropout."
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0., target_modules=DECODER)).train()
+    return get_peft_model(
+        model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=DECODER)
+    ).train()
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-016
 class Layers:
     "The decoder's layers, compiled or plain by turns."
-    def __init__(self, model, backend='inductor'): self.model, self.layers, self.compiled, self.backend = model, core(model).model.language_model.layers, None, backend
+
+    def __init__(self, model, backend="inductor"):
+        self.model, self.layers, self.compiled, self.backend = (
+            model,
+            core(model).model.language_model.layers,
+            None,
+            backend,
+        )
 
     @contextmanager
-    def are(self, compiled:bool):
-        if not compiled: yield; return
-        if self.compiled is None: compile_layers(self.model, self.backend)
+    def are(self, compiled: bool):
+        if not compiled:
+            yield
+            return
+        if self.compiled is None:
+            compile_layers(self.model, self.backend)
         else:
-            for layer, forward in zip(self.layers, self.compiled): layer.forward = forward
-        try: yield
-        finally: self.compiled = [vars(layer).pop('forward') for layer in self.layers]
+            for layer, forward in zip(self.layers, self.compiled):
+                layer.forward = forward
+        try:
+            yield
+        finally:
+            self.compiled = [vars(layer).pop("forward") for layer in self.layers]
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-017
 class Contender:
     "Somebody who trains: the state of a step that both recipes share."
-    def __init__(self,
-        layers:Layers, # Of the model that all contenders train
-        material:Material, # Images and captions
-        fused:bool=True, # AdamW in one kernel?
+
+    def __init__(
+        self,
+        layers: Layers,  # Of the model that all contenders train
+        material: Material,  # Images and captions
+        fused: bool = True,  # AdamW in one kernel?
     ):
         self.layers, self.model, self.material = layers, layers.model, material
         self.device, self.trained = core(self.model).device, [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, betas=(.9, .999), fused=fused)
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == 'cuda')
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, betas=(0.9, 0.999), fused=fused)
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     @contextmanager
-    def ready(self, checkpointing, compiled=False, uncast=False): # The model as this contender wants it
-        if checkpointing: enable_checkpointing(self.model)
-        else: core(self.model).gradient_checkpointing_disable()
-        with self.layers.are(compiled), disable_input_dtype_casting(self.model, active=uncast), self.autocast: yield
+    def ready(self, checkpointing, compiled=False, uncast=False):  # The model as this contender wants it
+        if checkpointing:
+            enable_checkpointing(self.model)
+        else:
+            core(self.model).gradient_checkpointing_disable()
+        with self.layers.are(compiled), disable_input_dtype_casting(self.model, active=uncast), self.autocast:
+            yield
 
     def update(self):
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-018
 class Peer(Contender):
     "Today's recipe: 4 x 4 images with one caption each."
+
     def __init__(self, layers, material):
         super().__init__(layers, material)
         self.rng = np.random.default_rng(0)
-    def ready(self): return super().ready(checkpointing=True)
 
-    def step(self) -> dict: # captions, tokens, targets, flops
+    def ready(self):
+        return super().ready(checkpointing=True)
+
+    def step(self) -> dict:  # captions, tokens, targets, flops
         work = dict(captions=0, tokens=0, targets=0, flops=0)
         for _ in range(4):
             rows = self.rng.integers(len(self.material.examples), size=4).tolist()
-            inputs = self.material.peer_inputs([(i, self.rng.integers(sum(self.material.examples[i].counts))) for i in rows])
-            lengths = inputs['attention_mask'].sum(1).tolist()
-            (self.model(**{k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}, use_cache=False).loss / 4).backward()
-            for k, v in dict(captions=4, tokens=sum(lengths), targets=(inputs['labels'] != -100).sum().item(),
-                flops=training_flops(core(self.model).config, lengths, sum(lengths), RANK, images=4)).items(): work[k] += v
+            inputs = self.material.peer_inputs(
+                [(i, self.rng.integers(sum(self.material.examples[i].counts))) for i in rows]
+            )
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            (
+                self.model(**{k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}, use_cache=False).loss
+                / 4
+            ).backward()
+            for k, v in dict(
+                captions=4,
+                tokens=sum(lengths),
+                targets=(inputs["labels"] != -100).sum().item(),
+                flops=training_flops(core(self.model).config, lengths, sum(lengths), RANK, images=4),
+            ).items():
+                work[k] += v
         self.update()
         return work
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-019
 class Ours(Contender):
     "Our recipe: all captions of some images on one prefix each."
+
     def __init__(self, layers, material, recipe=Recipe()):
         super().__init__(layers, material, recipe.fused_optimizer)
         self.recipe, self.steps = recipe, self.order()
-    def ready(self): return super().ready(not self.recipe.kept_activations, self.recipe.compiled_layers, self.recipe.uncast_adapters)
+
+    def ready(self):
+        return super().ready(not self.recipe.kept_activations, self.recipe.compiled_layers, self.recipe.uncast_adapters)
+
     def order(self):
         lengths = np.array([e.length for e in self.material.examples])
         sampler = StepSampler(lengths, min(self.recipe.images, len(lengths)), seed=0, bucket=self.recipe.bucketing)
@@ -198,117 +276,194 @@ class Ours(Contender):
             sampler.set_epoch(epoch)
             yield from (rows for rows in sampler if len(rows) == sampler.batch_images)
 
-    def step(self) -> dict: # captions, tokens, targets, flops
+    def step(self) -> dict:  # captions, tokens, targets, flops
         batch = our_batch(self.material, rows := next(self.steps), self.recipe, self.device)
         total, count = caption_loss(self.model, batch, None if self.recipe.chunked_loss else 0)
         (total / count).backward()
         self.update()
         return self.work(rows)
+
     def work(self, rows):
         examples, recipe = [self.material.examples[i] for i in rows], self.recipe
-        if not recipe.shared_prefix: examples = _apart(examples)
+        if not recipe.shared_prefix:
+            examples = _apart(examples)
         lengths = [e.length for e in examples]
         targets = sum(len(c) + 1 for e in examples for c in e.captions)
-        return dict(captions=sum(sum(e.counts) for e in examples), tokens=sum(lengths), targets=targets,
-            flops=training_flops(core(self.model).config, lengths, targets if recipe.suffix_logits else sum(lengths), RANK, images=0 if recipe.cached_vision else len(examples)))
+        return dict(
+            captions=sum(sum(e.counts) for e in examples),
+            tokens=sum(lengths),
+            targets=targets,
+            flops=training_flops(
+                core(self.model).config,
+                lengths,
+                targets if recipe.suffix_logits else sum(lengths),
+                RANK,
+                images=0 if recipe.cached_vision else len(examples),
+            ),
+        )
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-021
 def in_turns(
-    contenders:dict, # Name -> object with `ready()`, a context, and `step()`, which returns counts
-    rounds:int=3, # Turns of each
-    seconds:float=1., # A turn takes about so long, at least one step
-    warm:int=2, # Steps before the clock starts; then one more, timed, says how many make a turn
-) -> dict[str,dict]: # Name -> medians of counts a second, flops a step, seconds a step, peak memory; steps a turn
+    contenders: dict,  # Name -> object with `ready()`, a context, and `step()`, which returns counts
+    rounds: int = 3,  # Turns of each
+    seconds: float = 1.0,  # A turn takes about so long, at least one step
+    warm: int = 2,  # Steps before the clock starts; then one more, timed, says how many make a turn
+) -> dict[str, dict]:  # Name -> medians of counts a second, flops a step, seconds a step, peak memory; steps a turn
     "Measures the contenders in alternation."
     steps, turns = {}, {name: [] for name in contenders}
     for name, contender in contenders.items():
         with contender.ready():
-            for _ in range(warm): contender.step()
-            with measured() as cost: contender.step()
+            for _ in range(warm):
+                contender.step()
+            with measured() as cost:
+                contender.step()
         steps[name] = max(1, round(seconds / cost.seconds))
     for turn in range(rounds):
-        for name in list(contenders)[::1 if turn % 2 == 0 else -1]:
-            with contenders[name].ready(), measured() as cost: done = [contenders[name].step() for _ in range(steps[name])]
+        for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
+            with contenders[name].ready(), measured() as cost:
+                done = [contenders[name].step() for _ in range(steps[name])]
             sums = {k: sum(work[k] for work in done) for k in done[0]}
-            turns[name].append({f'{k}_per_second': v / cost.seconds for k, v in sums.items()} | dict(seconds_a_step=cost.seconds / steps[name],
-                flops_a_step=sums.get('flops', 0) / steps[name], peak_memory_bytes=cost.peak_memory_bytes))
-    return {name: {k: statistics.median(t[k] for t in found) for k in found[0]} | dict(steps_a_turn=steps[name], turns=rounds) for name, found in turns.items()}
+            turns[name].append(
+                {f"{k}_per_second": v / cost.seconds for k, v in sums.items()}
+                | dict(
+                    seconds_a_step=cost.seconds / steps[name],
+                    flops_a_step=sums.get("flops", 0) / steps[name],
+                    peak_memory_bytes=cost.peak_memory_bytes,
+                )
+            )
+    return {
+        name: {k: statistics.median(t[k] for t in found) for k in found[0]}
+        | dict(steps_a_turn=steps[name], turns=rounds)
+        for name, found in turns.items()
+    }
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-026
 def gradient_cosine(
-    ours:Ours, # Ours, on any model
-    peer:Peer, # The peer, on the same
-    rows:list[int], # Numbers of images, all of whose captions count
-) -> float: # 1: the same direction
+    ours: Ours,  # Ours, on any model
+    peer: Peer,  # The peer, on the same
+    rows: list[int],  # Numbers of images, all of whose captions count
+) -> float:  # 1: the same direction
     "Cosine between the gradients of our loss and of the peer's."
+
     def gradient(backward):
         ours.optimizer.zero_grad()
         backward()
         found = torch.cat([p.grad.float().flatten() for p in ours.trained])
         ours.optimizer.zero_grad()
         return found
+
     def one_by_one():
         for i in rows:
             for k in range(sum(peer.material.examples[i].counts)):
                 inputs = {name: v.to(peer.device) for name, v in peer.material.peer_inputs([(i, k)]).items()}
-                (peer.model(**inputs, use_cache=False).loss * (inputs['labels'] != -100).sum()).backward()
-    with ours.ready(): a = gradient(lambda: caption_loss(ours.model, our_batch(ours.material, rows, ours.recipe, ours.device))[0].backward())
-    with peer.ready(): b = gradient(one_by_one)
+                (peer.model(**inputs, use_cache=False).loss * (inputs["labels"] != -100).sum()).backward()
+
+    with ours.ready():
+        a = gradient(
+            lambda: caption_loss(ours.model, our_batch(ours.material, rows, ours.recipe, ours.device))[0].backward()
+        )
+    with peer.ready():
+        b = gradient(one_by_one)
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-029
 @dataclass(frozen=True)
 class Decoding:
     "Our way to write captions, each saving a switch."
-    cached_vision:bool=True # Features from the cache?
-    early_exit:bool=True # Unfinished rows go on alone? Not with compiled steps
-    compiled_steps:bool=False # A cache of fixed size and compiled steps? On a GPU
-    def without(self, switch): return dataclasses.replace(self, **{switch: not getattr(self, switch)})
+
+    cached_vision: bool = True  # Features from the cache?
+    early_exit: bool = True  # Unfinished rows go on alone? Not with compiled steps
+    compiled_steps: bool = False  # A cache of fixed size and compiled steps? On a GPU
+
+    def without(self, switch):
+        return dataclasses.replace(self, **{switch: not getattr(self, switch)})
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-030
 class Writer:
     "Somebody who writes captions; a step is one pass over all images."
+
     def __init__(self, model, material, batch_size, max_new_tokens=30):
-        self.model, self.material, self.batch_size, self.max_new_tokens, self.rows = core(model), material, batch_size, max_new_tokens, list(range(len(material.examples)))
-        self.written = None # ids of the last pass
+        self.model, self.material, self.batch_size, self.max_new_tokens, self.rows = (
+            core(model),
+            material,
+            batch_size,
+            max_new_tokens,
+            list(range(len(material.examples))),
+        )
+        self.written = None  # ids of the last pass
 
     @contextmanager
     def ready(self):
         training = self.model.training
-        with torch.no_grad(): yield self.model.eval()
+        with torch.no_grad():
+            yield self.model.eval()
         self.model.train(training)
 
-    def step(self) -> dict: # captions, tokens
+    def step(self) -> dict:  # captions, tokens
         self.written = self.write()
-        return dict(captions=len(self.written), tokens=sum(min(len(row) + 1, self.max_new_tokens) for row in self.written))
+        return dict(
+            captions=len(self.written), tokens=sum(min(len(row) + 1, self.max_new_tokens) for row in self.written)
+        )
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-031
 class PlainWriter(Writer):
     "`model.generate`, a batch at a time."
+
     def write(self):
         m, found = self.material, []
         for start in range(0, len(self.rows), self.batch_size):
-            rows = self.rows[start:start + self.batch_size]
+            rows = self.rows[start : start + self.batch_size]
             if m.processor:
-                inputs = dict(m.processor(images=[m.images[i] for i in rows], text=[f'<image>{m.prompt}'] * len(rows), return_tensors='pt'))
-                inputs.pop('labels', None)
+                inputs = dict(
+                    m.processor(
+                        images=[m.images[i] for i in rows], text=[f"<image>{m.prompt}"] * len(rows), return_tensors="pt"
+                    )
+                )
+                inputs.pop("labels", None)
             else:
                 ids = torch.tensor([m.examples[i].prefix for i in rows])
-                inputs = dict(input_ids=ids, token_type_ids=torch.zeros_like(ids), attention_mask=torch.ones_like(ids), pixel_values=m.pixel_values(rows))
-            inputs['pixel_values'] = inputs['pixel_values'].to(self.model.model.vision_tower.dtype)
-            out = self.model.generate(**{k: v.to(self.model.device) for k, v in inputs.items()}, max_new_tokens=self.max_new_tokens, do_sample=False, eos_token_id=m.eos, pad_token_id=0)
-            found += [row[:row.index(m.eos)] if m.eos in row else row for row in out[:, inputs['input_ids'].shape[1]:].tolist()]
+                inputs = dict(
+                    input_ids=ids,
+                    token_type_ids=torch.zeros_like(ids),
+                    attention_mask=torch.ones_like(ids),
+                    pixel_values=m.pixel_values(rows),
+                )
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.model.vision_tower.dtype)
+            out = self.model.generate(
+                **{k: v.to(self.model.device) for k, v in inputs.items()},
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                eos_token_id=m.eos,
+                pad_token_id=0,
+            )
+            found += [
+                row[: row.index(m.eos)] if m.eos in row else row
+                for row in out[:, inputs["input_ids"].shape[1] :].tolist()
+            ]
         return found
 
 # %% ../../nbs/lib/17_bench/02_recipes.ipynb #cell-032
 class OurWriter(Writer):
     "`decode_rows`."
+
     def __init__(self, model, material, batch_size, max_new_tokens=30, decoding=Decoding()):
         super().__init__(model, material, batch_size, max_new_tokens)
         self.decoding = decoding
 
     def write(self):
         m, decoding = self.material, self.decoding
-        pictures = (lambda rows: dict(features=m.feature_values(rows))) if decoding.cached_vision else (lambda rows: dict(pixel_values=m.pixel_values(rows)))
-        return decode_rows(self.model, [e.prefix for e in m.examples], pictures, m.eos, batch_size=self.batch_size, static=decoding.compiled_steps,
-            max_new_tokens=self.max_new_tokens, **({} if decoding.early_exit else dict(compact=0)))
+        pictures = (
+            (lambda rows: dict(features=m.feature_values(rows)))
+            if decoding.cached_vision
+            else (lambda rows: dict(pixel_values=m.pixel_values(rows)))
+        )
+        return decode_rows(
+            self.model,
+            [e.prefix for e in m.examples],
+            pictures,
+            m.eos,
+            batch_size=self.batch_size,
+            static=decoding.compiled_steps,
+            max_new_tokens=self.max_new_tokens,
+            **({} if decoding.early_exit else dict(compact=0)),
+        )

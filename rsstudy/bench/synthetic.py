@@ -9,6 +9,7 @@ __all__ = ['paligemma_config', 'random_model', 'random_material', 'quantise']
 import numpy as np
 import torch
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
 from .recipes import Material
 from ..model.base import keep_4bit_differentiable
 from ..model.forward import image_features
@@ -17,58 +18,119 @@ from ..model.parts import DECODER, linear_layers
 
 # %% ../../nbs/lib/17_bench/03_synthetic.ipynb #cell-005
 def paligemma_config(
-    tiny:bool=False, # The same in miniature, to try the code
+    tiny: bool = False,  # The same in miniature, to try the code
 ) -> PaliGemmaConfig:
     "PaliGemma-3B at 224 pixels: SigLIP so400m/14 and Gemma 2B (Beyer et al. 2024, sec. 3.1)."
     vision = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14)
-    text = dict(hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, head_dim=256, vocab_size=257216)
+    text = dict(
+        hidden_size=2048,
+        intermediate_size=16384,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=256,
+        vocab_size=257216,
+    )
     if tiny:
         vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, patch_size=56)
-        text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=1024)
-    tokens, width = (224 // vision['patch_size']) ** 2, text['hidden_size']
+        text = dict(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            vocab_size=1024,
+        )
+    tokens, width = (224 // vision["patch_size"]) ** 2, text["hidden_size"]
     return PaliGemmaConfig(
-        vision_config=dict(model_type='siglip_vision_model', image_size=224, projection_dim=width, num_image_tokens=tokens, vision_use_head=False, **vision),
-        text_config=dict(model_type='gemma', num_image_tokens=tokens, max_position_embeddings=8192, pad_token_id=0, eos_token_id=1, bos_token_id=2, hidden_activation='gelu_pytorch_tanh', **text),
-        image_token_index=text['vocab_size'] - 64, projection_dim=width, hidden_size=width, pad_token_id=0, eos_token_id=1, bos_token_id=2, tie_word_embeddings=True)
+        vision_config=dict(
+            model_type="siglip_vision_model",
+            image_size=224,
+            projection_dim=width,
+            num_image_tokens=tokens,
+            vision_use_head=False,
+            **vision,
+        ),
+        text_config=dict(
+            model_type="gemma",
+            num_image_tokens=tokens,
+            max_position_embeddings=8192,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+            hidden_activation="gelu_pytorch_tanh",
+            **text,
+        ),
+        image_token_index=text["vocab_size"] - 64,
+        projection_dim=width,
+        hidden_size=width,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        tie_word_embeddings=True,
+    )
 
 # %% ../../nbs/lib/17_bench/03_synthetic.ipynb #cell-006
 def random_model(
-    config:PaliGemmaConfig, # The architecture
-    device:torch.device, # Built there
-    dtype:torch.dtype, # Of the weights
+    config: PaliGemmaConfig,  # The architecture
+    device: torch.device,  # Built there
+    dtype: torch.dtype,  # Of the weights
 ) -> PaliGemmaForConditionalGeneration:
     "The architecture with random weights, frozen."
     torch.manual_seed(0)
-    with device: model = PaliGemmaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation='sdpa')
+    with device:
+        model = PaliGemmaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/lib/17_bench/03_synthetic.ipynb #cell-008
 def random_material(
-    model:PaliGemmaForConditionalGeneration, # Whose tokens and features
-    images:int, # How many examples; their pictures repeat after 64
-    captions:int=5, # An image
+    model: PaliGemmaForConditionalGeneration,  # Whose tokens and features
+    images: int,  # How many examples; their pictures repeat after 64
+    captions: int = 5,  # An image
 ) -> Material:
     "Pictures of noise with captions of a usual length (14 tokens, give or take 4), all different."
     config, rng = model.config, np.random.default_rng(0)
     prefix = [config.image_token_id] * config.text_config.num_image_tokens + [2, 100, 101, 108]
-    def caption(): return rng.integers(200, config.text_config.vocab_size - 100, int(np.clip(rng.normal(14, 4), 6, 30))).tolist()
+
+    def caption():
+        return rng.integers(200, config.text_config.vocab_size - 100, int(np.clip(rng.normal(14, 4), 6, 30))).tolist()
+
     pixels = torch.from_numpy(rng.uniform(-1, 1, (min(images, 64), 3, 224, 224)).astype(np.float32))
-    material = Material([Example(prefix, [caption() for _ in range(captions)], [1] * captions) for _ in range(images)], eos=1, pixels=pixels)
-    with torch.no_grad(): material.features = torch.cat([image_features(model, pixels[i:i + 32]).cpu() for i in range(0, len(pixels), 32)])
+    material = Material(
+        [Example(prefix, [caption() for _ in range(captions)], [1] * captions) for _ in range(images)],
+        eos=1,
+        pixels=pixels,
+    )
+    with torch.no_grad():
+        material.features = torch.cat(
+            [image_features(model, pixels[i : i + 32]).cpu() for i in range(0, len(pixels), 32)]
+        )
     return material
 
 # %% ../../nbs/lib/17_bench/03_synthetic.ipynb #cell-009
 def quantise(
-    model:PaliGemmaForConditionalGeneration, # Changed in place
-    dtype:torch.dtype, # Computed in
+    model: PaliGemmaForConditionalGeneration,  # Changed in place
+    dtype: torch.dtype,  # Computed in
 ):
     "The decoder's linear layers in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023), as `from_pretrained` would load them."
     from bitsandbytes.nn import Linear4bit, Params4bit
+
     for name in linear_layers(model, DECODER):
-        parent, leaf = name.rsplit('.', 1)
+        parent, leaf = name.rsplit(".", 1)
         old, device = model.get_submodule(name), model.device
-        new = Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type='nf4', device='meta')
-        new.weight = Params4bit(old.weight.data, requires_grad=False, compress_statistics=True, quant_type='nf4', module=new)
+        new = Linear4bit(
+            old.in_features,
+            old.out_features,
+            bias=False,
+            compute_dtype=dtype,
+            compress_statistics=True,
+            quant_type="nf4",
+            device="meta",
+        )
+        new.weight = Params4bit(
+            old.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=new
+        )
         setattr(model.get_submodule(parent), leaf, new.to(device))
-    model.is_loaded_in_4bit = True # peft asks
+    model.is_loaded_in_4bit = True  # peft asks
     keep_4bit_differentiable(model)

@@ -10,17 +10,29 @@ __all__ = ['bench_folder', 'outcome', 'MaterialRows', 'step_overhead', 'switches
 import argparse
 import dataclasses
 import gc
-import numpy as np
 import re
 import statistics
 import sys
 import time
-import torch
 from pathlib import Path
 from types import SimpleNamespace
+
+import numpy as np
+import torch
+
 from .flops import caption_flops, matrix_peak
 from rsstudy.bench.recipes import (
-    Decoding, Layers, Material, OurWriter, Ours, Peer, PlainWriter, Recipe, attach_lora, gradient_cosine, in_turns,
+    Decoding,
+    Layers,
+    Material,
+    Ours,
+    OurWriter,
+    Peer,
+    PlainWriter,
+    Recipe,
+    attach_lora,
+    gradient_cosine,
+    in_turns,
 )
 from .synthetic import paligemma_config, quantise, random_material, random_model
 from ..common.code import code_revision, device_name, measured, versions
@@ -34,30 +46,49 @@ from ..model.parts import core
 from ..training.loader import CaptionRows, StepSampler
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-005
-def bench_folder() -> Path: # results/bench/<device>
+def bench_folder() -> Path:  # results/bench/<device>
     "Where this device's results go."
-    return project_root()/'results'/'bench'/re.sub('[^a-z0-9]+', '-', device_name().lower()).strip('-')
+    return project_root() / "results" / "bench" / re.sub("[^a-z0-9]+", "-", device_name().lower()).strip("-")
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-006
 def outcome(
-    name:str, # Of the file
-    found:dict, # From `in_turns`: "peer", "ours" and "ours, <switch> turned"
-    recipe, # Ours: `Recipe` or `Decoding`
-    peak:float, # Operations a second of the best matrix product
-    **facts, # More lines
-) -> dict: # As in results/bench
+    name: str,  # Of the file
+    found: dict,  # From `in_turns`: "peer", "ours" and "ours, <switch> turned"
+    recipe,  # Ours: `Recipe` or `Decoding`
+    peak: float,  # Operations a second of the best matrix product
+    **facts,  # More lines
+) -> dict:  # As in results/bench
     "The comparison, the levers, the utilisation, the circumstances."
-    rate = {who: f['captions_per_second'] for who, f in found.items()}
-    levers = {who.split()[1]: dict(on=rate['ours'], off=rate[who]) if getattr(recipe, who.split()[1]) else dict(on=rate[who], off=rate['ours']) for who in rate if who.startswith('ours, ')}
-    both = {who: found[who] | dict(utilisation=found[who]['flops_per_second'] / peak) for who in ('peer', 'ours')}
-    return dict(name=name, device=device_name(), unit='captions/s', ours=rate['ours'], peer=rate['peer'], ratio=rate['ours'] / rate['peer'],
-        levers={lever: l | dict(gain=l['on'] / l['off'], used=getattr(recipe, lever)) for lever, l in levers.items()},
-        matrix_peak_flops=peak, details=both, recipe=dataclasses.asdict(recipe), **facts,
-        command=' '.join([Path(sys.argv[0]).name.replace('bench.py', 'python -m rsstudy.bench.train'), *sys.argv[1:]]), code=code_revision(), versions=versions())
+    rate = {who: f["captions_per_second"] for who, f in found.items()}
+    levers = {
+        who.split()[1]: dict(on=rate["ours"], off=rate[who])
+        if getattr(recipe, who.split()[1])
+        else dict(on=rate[who], off=rate["ours"])
+        for who in rate
+        if who.startswith("ours, ")
+    }
+    both = {who: found[who] | dict(utilisation=found[who]["flops_per_second"] / peak) for who in ("peer", "ours")}
+    return dict(
+        name=name,
+        device=device_name(),
+        unit="captions/s",
+        ours=rate["ours"],
+        peer=rate["peer"],
+        ratio=rate["ours"] / rate["peer"],
+        levers={lever: l | dict(gain=l["on"] / l["off"], used=getattr(recipe, lever)) for lever, l in levers.items()},
+        matrix_peak_flops=peak,
+        details=both,
+        recipe=dataclasses.asdict(recipe),
+        **facts,
+        command=" ".join([Path(sys.argv[0]).name.replace("bench.py", "python -m rsstudy.bench.train"), *sys.argv[1:]]),
+        code=code_revision(),
+        versions=versions(),
+    )
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-009
 class MaterialRows(CaptionRows):
     "A material's images as `fit` takes them; their features must be there."
+
     def __init__(self, material):
         self.processor = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=material.eos))
         self.images, self.captions, self.prompts = range(len(material.examples)), None, None
@@ -65,211 +96,354 @@ class MaterialRows(CaptionRows):
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-010
 def step_overhead(
-    model, # PaliGemma with LoRA, training mode
-    material:Material, # With features
-    images:int=16, # A step
-    epochs:int=4, # More than one, of the long run
-    turns:int=3, # Medians of so many
-) -> dict: # fit_seconds, bare_seconds: of one step; ratio
+    model,  # PaliGemma with LoRA, training mode
+    material: Material,  # With features
+    images: int = 16,  # A step
+    epochs: int = 4,  # More than one, of the long run
+    turns: int = 3,  # Medians of so many
+) -> dict:  # fit_seconds, bare_seconds: of one step; ratio
     "A step of `fit` against the forward and backward passes in it."
     from rsstudy.training.fit import fit
     from rsstudy.training.plan import TrainingPlan
+
     device, rows = core(model).device, MaterialRows(material)
     every = len(StepSampler(rows.lengths(), images, seed=0))
-    batches = [{k: v.to(device) for k, v in rows.collate([rows[i] for i in step]).items()} for step in StepSampler(rows.lengths(), images, seed=0)]
+    batches = [
+        {k: v.to(device) for k, v in rows.collate([rows[i] for i in step]).items()}
+        for step in StepSampler(rows.lengths(), images, seed=0)
+    ]
+
     def seconds_of(function):
-        with measured() as cost: function()
+        with measured() as cost:
+            function()
         return cost.seconds
+
     def run(epochs):
         plan = TrainingPlan(lr=1e-5, epochs=epochs, batch_images=images, val_captions=0, evaluate_every=10**9)
-        fit(Captioner(model, None, method='bench'), rows, rows.first(1), plan)
+        fit(Captioner(model, None, method="bench"), rows, rows.first(1), plan)
+
     def bare():
         model.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == 'cuda'):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             for batch in batches:
                 total, count = caption_loss(model, batch)
                 (total / count).backward()
                 model.zero_grad()
-    run(1); bare() # warm
+
+    run(1)
+    bare()  # warm
     times = [(seconds_of(lambda: run(1)), seconds_of(bare), seconds_of(lambda: run(epochs))) for _ in range(turns)]
-    fitted, alone = statistics.median((long - short) / (epochs - 1) for short, _, long in times) / every, statistics.median(t[1] for t in times) / every
+    fitted, alone = (
+        statistics.median((long - short) / (epochs - 1) for short, _, long in times) / every,
+        statistics.median(t[1] for t in times) / every,
+    )
     model.train()
     return dict(fit_seconds=fitted, bare_seconds=alone, ratio=fitted / alone, steps=every * (epochs - 1), turns=turns)
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-012
 def switches(
-    recipe, # `Recipe` or `Decoding`
-    device:torch.device, # Where it runs
-    compiled:bool|None=None, # Turn compiling, too? None: on a GPU
-) -> list[str]: # Names of fields
+    recipe,  # `Recipe` or `Decoding`
+    device: torch.device,  # Where it runs
+    compiled: bool | None = None,  # Turn compiling, too? None: on a GPU
+) -> list[str]:  # Names of fields
     "The savings that make a difference on this device."
-    gpu = device.type == 'cuda'
-    off = set() if gpu else {'uncast_adapters'}
-    if not (gpu if compiled is None else compiled): off |= {'compiled_layers', 'compiled_steps'}
-    return [f.name for f in dataclasses.fields(recipe) if f.name != 'images' and f.name not in off]
+    gpu = device.type == "cuda"
+    off = set() if gpu else {"uncast_adapters"}
+    if not (gpu if compiled is None else compiled):
+        off |= {"compiled_layers", "compiled_steps"}
+    return [f.name for f in dataclasses.fields(recipe) if f.name != "images" and f.name not in off]
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-013
 def bench_training(
-    name:str, # Of the file
-    model, # PaliGemma with LoRA, training mode
-    material:Material, # With features
-    recipe:Recipe=Recipe(), # Ours
-    rounds:int=3, # Turns of each contender
-    seconds:float=1., # A turn
-    compiled:bool|None=None, # Turn compiling, too? None: on a GPU
-    levers:bool=True, # Turn each switch by itself, and measure `step_overhead`?
-    backend:str='inductor', # Of compiled layers
-    **facts, # More lines
-) -> dict: # For results/bench
+    name: str,  # Of the file
+    model,  # PaliGemma with LoRA, training mode
+    material: Material,  # With features
+    recipe: Recipe = Recipe(),  # Ours
+    rounds: int = 3,  # Turns of each contender
+    seconds: float = 1.0,  # A turn
+    compiled: bool | None = None,  # Turn compiling, too? None: on a GPU
+    levers: bool = True,  # Turn each switch by itself, and measure `step_overhead`?
+    backend: str = "inductor",  # Of compiled layers
+    **facts,  # More lines
+) -> dict:  # For results/bench
     "Peer and ours, and ours with each switch turned."
     layers = Layers(model, backend)
     device, dtype = core(model).device, core(model).dtype
     contenders = dict(peer=Peer(layers, material), ours=Ours(layers, material, recipe))
-    if levers: contenders |= {f'ours, {s} turned': Ours(layers, material, recipe.without(s)) for s in switches(recipe, device, compiled)}
+    if levers:
+        contenders |= {
+            f"ours, {s} turned": Ours(layers, material, recipe.without(s)) for s in switches(recipe, device, compiled)
+        }
     found = in_turns(contenders, rounds, seconds)
-    cosine = gradient_cosine(contenders['ours'], contenders['peer'], [0, 1])
+    cosine = gradient_cosine(contenders["ours"], contenders["peer"], [0, 1])
     facts |= dict(step=step_overhead(model, material, recipe.images, turns=rounds)) if levers else {}
-    return outcome(name, found, recipe, matrix_peak(device, dtype), dtype=str(dtype).removeprefix('torch.'), gradient_cosine=cosine,
-        peer_recipe='LoRA, 4 x 4 images with one caption each, gradient checkpointing, logits everywhere, tower in every step, fused AdamW', lora_rank=8,
-        images=len(material.examples), captions_an_image=float(np.mean([sum(e.counts) for e in material.examples])), **facts)
+    return outcome(
+        name,
+        found,
+        recipe,
+        matrix_peak(device, dtype),
+        dtype=str(dtype).removeprefix("torch."),
+        gradient_cosine=cosine,
+        peer_recipe="LoRA, 4 x 4 images with one caption each, gradient checkpointing, logits everywhere, tower in every step, fused AdamW",
+        lora_rank=8,
+        images=len(material.examples),
+        captions_an_image=float(np.mean([sum(e.counts) for e in material.examples])),
+        **facts,
+    )
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-014
 def bench_generation(
-    name:str, # Of the file
-    model, # PaliGemma
-    material:Material, # With features
-    batch_size:int, # Images decoded together, by both
-    decoding:Decoding=Decoding(), # Ours
-    max_new_tokens:int=30, # Longest caption
-    rounds:int=3, # Turns of each contender; a turn is all images
-    compiled:bool|None=None, # Turn compiling, too? None: on a GPU
-    **facts, # More lines
-) -> dict: # For results/bench
+    name: str,  # Of the file
+    model,  # PaliGemma
+    material: Material,  # With features
+    batch_size: int,  # Images decoded together, by both
+    decoding: Decoding = Decoding(),  # Ours
+    max_new_tokens: int = 30,  # Longest caption
+    rounds: int = 3,  # Turns of each contender; a turn is all images
+    compiled: bool | None = None,  # Turn compiling, too? None: on a GPU
+    **facts,  # More lines
+) -> dict:  # For results/bench
     "Plain `generate` and ours, and ours with each switch turned."
     device, dtype = core(model).device, core(model).dtype
-    contenders = dict(peer=PlainWriter(model, material, batch_size, max_new_tokens), ours=OurWriter(model, material, batch_size, max_new_tokens, decoding))
-    turned = [s for s in switches(decoding, device, compiled) if not (s == 'early_exit' and decoding.compiled_steps)]
-    contenders |= {f'ours, {s} turned': OurWriter(model, material, batch_size, max_new_tokens, decoding.without(s)) for s in turned}
+    contenders = dict(
+        peer=PlainWriter(model, material, batch_size, max_new_tokens),
+        ours=OurWriter(model, material, batch_size, max_new_tokens, decoding),
+    )
+    turned = [s for s in switches(decoding, device, compiled) if not (s == "early_exit" and decoding.compiled_steps)]
+    contenders |= {
+        f"ours, {s} turned": OurWriter(model, material, batch_size, max_new_tokens, decoding.without(s)) for s in turned
+    }
     found = in_turns(contenders, rounds, seconds=0, warm=0)
-    written, config = contenders['ours'].written, core(model).config
-    for who in ('peer', 'ours'):
-        flops = sum(caption_flops(config, len(e.prefix), min(len(row) + 1, max_new_tokens), tower=who == 'peer' or not decoding.cached_vision) for e, row in zip(material.examples, contenders[who].written))
-        found[who] |= dict(flops_a_step=flops, flops_per_second=flops / found[who]['seconds_a_step'])
-    same = np.mean([a == b for a, b in zip(written, contenders['peer'].written)])
-    return outcome(name, found, decoding, matrix_peak(device, dtype), dtype=str(dtype).removeprefix('torch.'), same_captions=float(same), images=len(material.examples),
-        batch_size=batch_size, max_new_tokens=max_new_tokens, mean_tokens=float(np.mean([len(row) for row in written])), **facts)
+    written, config = contenders["ours"].written, core(model).config
+    for who in ("peer", "ours"):
+        flops = sum(
+            caption_flops(
+                config,
+                len(e.prefix),
+                min(len(row) + 1, max_new_tokens),
+                tower=who == "peer" or not decoding.cached_vision,
+            )
+            for e, row in zip(material.examples, contenders[who].written)
+        )
+        found[who] |= dict(flops_a_step=flops, flops_per_second=flops / found[who]["seconds_a_step"])
+    same = np.mean([a == b for a, b in zip(written, contenders["peer"].written)])
+    return outcome(
+        name,
+        found,
+        decoding,
+        matrix_peak(device, dtype),
+        dtype=str(dtype).removeprefix("torch."),
+        same_captions=float(same),
+        images=len(material.examples),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        mean_tokens=float(np.mean([len(row) for row in written])),
+        **facts,
+    )
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-016
 def profile_material(
-    P:Profile, # Data, base model, prompt
-    split:str, # "train" or "test"
-    images:int, # At most so many
-): # model, `Material`
+    P: Profile,  # Data, base model, prompt
+    split: str,  # "train" or "test"
+    images: int,  # At most so many
+):  # model, `Material`
     "The base model, and images with captions of the profile."
     from rsstudy.data.load import load_captions, subset
+
     model, processor = load_base(P)
     rows = subset(load_captions(P, progress=False), split, 0, P.split_seed)
     rows = rows.select(range(min(images, len(rows))))
-    captions, pictures = rows['captions'][:], [np.asarray(image) for image in rows['image']]
-    material = Material([encode_example(processor, P.prompt, texts) for texts in captions], processor.tokenizer.eos_token_id, processor=processor, images=pictures, captions=captions, prompt=P.prompt)
-    with torch.no_grad(): material.features = torch.cat([image_features(model, material.pixel_values(range(i, min(i + 32, len(pictures))))).cpu() for i in range(0, len(pictures), 32)])
+    captions, pictures = rows["captions"][:], [np.asarray(image) for image in rows["image"]]
+    material = Material(
+        [encode_example(processor, P.prompt, texts) for texts in captions],
+        processor.tokenizer.eos_token_id,
+        processor=processor,
+        images=pictures,
+        captions=captions,
+        prompt=P.prompt,
+    )
+    with torch.no_grad():
+        material.features = torch.cat(
+            [
+                image_features(model, material.pixel_values(range(i, min(i + 32, len(pictures))))).cpu()
+                for i in range(0, len(pictures), 32)
+            ]
+        )
     return model, material
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-017
 def bench_profile(
-    what:str, # "train" or "generate"
-    P:Profile, # The resolved settings
-    rounds:int=3, # Turns of each contender
-    seconds:float=1., # A turn of training
-    images:int=128, # Images at most
-    compiled:bool|None=None, # Turn compiling, too? None: on a GPU
-    folder:Path|None=None, # `bench_folder()` by default
-) -> Path: # The JSON
+    what: str,  # "train" or "generate"
+    P: Profile,  # The resolved settings
+    rounds: int = 3,  # Turns of each contender
+    seconds: float = 1.0,  # A turn of training
+    images: int = 128,  # Images at most
+    compiled: bool | None = None,  # Turn compiling, too? None: on a GPU
+    folder: Path | None = None,  # `bench_folder()` by default
+) -> Path:  # The JSON
     "Measures a profile's own model on its own images."
-    model, material = profile_material(P, dict(train='train', generate='test')[what], images)
-    gpu = core(model).device.type == 'cuda'
-    if what == 'train': found = bench_training(f'train-{P.name}', attach_lora(model.requires_grad_(False)), material, Recipe(compiled_layers=gpu), rounds, seconds, compiled, weights=P.base_model)
-    else: found = bench_generation(f'generate-{P.name}', model, material, P.generate_batch, Decoding(compiled_steps=gpu), P.max_new_tokens, rounds, compiled, weights=P.base_model)
+    model, material = profile_material(P, dict(train="train", generate="test")[what], images)
+    gpu = core(model).device.type == "cuda"
+    if what == "train":
+        found = bench_training(
+            f"train-{P.name}",
+            attach_lora(model.requires_grad_(False)),
+            material,
+            Recipe(compiled_layers=gpu),
+            rounds,
+            seconds,
+            compiled,
+            weights=P.base_model,
+        )
+    else:
+        found = bench_generation(
+            f"generate-{P.name}",
+            model,
+            material,
+            P.generate_batch,
+            Decoding(compiled_steps=gpu),
+            P.max_new_tokens,
+            rounds,
+            compiled,
+            weights=P.base_model,
+        )
     return publish(found, folder)
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-018
 def publish(
-    found:dict, # From `bench_training` or `bench_generation`
-    folder:Path|None=None, # `bench_folder()` by default
-) -> Path: # The JSON
+    found: dict,  # From `bench_training` or `bench_generation`
+    folder: Path | None = None,  # `bench_folder()` by default
+) -> Path:  # The JSON
     "Writes a result and says its gist."
-    path = (folder or bench_folder())/f"{found['name']}.json"
+    path = (folder or bench_folder()) / f"{found['name']}.json"
     write_json(path, found)
-    print(f"{found['name']}: {found['ours']:.4g} captions/s, peer {found['peer']:.4g}, ratio {found['ratio']:.3g}, utilisation {found['details']['ours']['utilisation']:.1%} of {found['matrix_peak_flops'] / 1e12:.4g} TFLOP/s",
-        *(f"  {lever}: x {l['gain']:.3g}{'' if l['used'] else ' (not used)'}" for lever, l in found['levers'].items()), f'  {path}', sep='\n', flush=True)
+    print(
+        f"{found['name']}: {found['ours']:.4g} captions/s, peer {found['peer']:.4g}, ratio {found['ratio']:.3g}, utilisation {found['details']['ours']['utilisation']:.1%} of {found['matrix_peak_flops'] / 1e12:.4g} TFLOP/s",
+        *(f"  {lever}: x {l['gain']:.3g}{'' if l['used'] else ' (not used)'}" for lever, l in found["levers"].items()),
+        f"  {path}",
+        sep="\n",
+        flush=True,
+    )
     return path
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-020
 def memory_of_a_step(
-    model, # PaliGemma with LoRA
-    material:Material, # With features
-    limit:float, # Bytes that must do
-    images:int=8, # Of the step
-) -> dict: # images, captions, peak_memory_bytes, limit_bytes, fits
+    model,  # PaliGemma with LoRA
+    material: Material,  # With features
+    limit: float,  # Bytes that must do
+    images: int = 8,  # Of the step
+) -> dict:  # images, captions, peak_memory_bytes, limit_bytes, fits
     "Most bytes allocated during a step of ours, weights included."
     ours = Ours(Layers(model), material, Recipe(images=images))
     gc.collect()
-    if ours.device.type == 'cuda': torch.cuda.empty_cache()
-    with ours.ready(), measured() as cost: work = [ours.step() for _ in range(2)][-1]
-    return dict(images=images, captions=work['captions'], peak_memory_bytes=cost.peak_memory_bytes, limit_bytes=limit, fits=cost.peak_memory_bytes <= limit)
+    if ours.device.type == "cuda":
+        torch.cuda.empty_cache()
+    with ours.ready(), measured() as cost:
+        work = [ours.step() for _ in range(2)][-1]
+    return dict(
+        images=images,
+        captions=work["captions"],
+        peak_memory_bytes=cost.peak_memory_bytes,
+        limit_bytes=limit,
+        fits=cost.peak_memory_bytes <= limit,
+    )
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-021
 def bench_gpu(
-    folder:Path|None=None, # `bench_folder()` by default
-    tiny:bool=False, # The same code on a miniature, to try it; on a CPU, too
-    images:int=512, # Captioned in a turn
-    rounds:int=3, # Turns of each contender
-    seconds:float=1., # A turn of training
-    backend:str='inductor', # Of compiled layers
-) -> list[Path]: # JSON files
+    folder: Path | None = None,  # `bench_folder()` by default
+    tiny: bool = False,  # The same code on a miniature, to try it; on a CPU, too
+    images: int = 512,  # Captioned in a turn
+    rounds: int = 3,  # Turns of each contender
+    seconds: float = 1.0,  # A turn of training
+    backend: str = "inductor",  # Of compiled layers
+) -> list[Path]:  # JSON files
     """LoRA, QLoRA and generation with PaliGemma-3B's architecture and random weights.
 
     Raises `RuntimeError` without a GPU, unless tiny. Without bitsandbytes QLoRA is left out, with a warning and a line in the results.
     """
     device, start, paths = pick_device(), time.perf_counter(), []
-    if device.type != 'cuda' and not tiny: raise RuntimeError('bench gpu needs a CUDA GPU: there is none here')
-    dtype, name = pick_dtype('auto'), 'paligemma-tiny' if tiny else 'paligemma-3b'
-    said = dict(weights='random: speed and memory only', architecture=name)
+    if device.type != "cuda" and not tiny:
+        raise RuntimeError("bench gpu needs a CUDA GPU: there is none here")
+    dtype, name = pick_dtype("auto"), "paligemma-tiny" if tiny else "paligemma-3b"
+    said = dict(weights="random: speed and memory only", architecture=name)
     model = random_model(paligemma_config(tiny), device, dtype)
     train, write = random_material(model, 64), random_material(model, images)
     recipe = Recipe(compiled_layers=True)
     lora = attach_lora(model)
     memory = memory_of_a_step(lora, train, 24e9)
-    whole = bench_training(f'train-{name}-lora', lora, train, recipe, rounds, seconds, True, backend=backend, memory=memory, **said)
-    paths.append(publish(whole, folder)) # at once: what comes later may fail or be stopped
+    whole = bench_training(
+        f"train-{name}-lora", lora, train, recipe, rounds, seconds, True, backend=backend, memory=memory, **said
+    )
+    paths.append(publish(whole, folder))  # at once: what comes later may fail or be stopped
     model = lora.unload()
-    paths.append(publish(bench_generation(f'generate-{name}', model.eval(), write, min(64, images), Decoding(compiled_steps=device.type == 'cuda'), 30, rounds, **said), folder))
-    try: quantise(model, dtype)
+    paths.append(
+        publish(
+            bench_generation(
+                f"generate-{name}",
+                model.eval(),
+                write,
+                min(64, images),
+                Decoding(compiled_steps=device.type == "cuda"),
+                30,
+                rounds,
+                **said,
+            ),
+            folder,
+        )
+    )
+    try:
+        quantise(model, dtype)
     except ImportError:
-        announce('4 bit', 'bitsandbytes is not installed: QLoRA is left out')
-        whole['qlora_peer'] = 'left out: bitsandbytes is not installed'
+        announce("4 bit", "bitsandbytes is not installed: QLoRA is left out")
+        whole["qlora_peer"] = "left out: bitsandbytes is not installed"
     else:
         lora = attach_lora(model)
         memory = memory_of_a_step(lora, train, 16e9)
-        four = bench_training(f'train-{name}-qlora', lora, train, recipe, rounds, seconds, True, levers=False, backend=backend, memory=memory, **said)
-        whole['qlora_peer'] = dict(peer=four['peer'], ratio=whole['ours'] / four['peer'], note='our LoRA against the peer as it is usually run, on a 4-bit base')
+        four = bench_training(
+            f"train-{name}-qlora",
+            lora,
+            train,
+            recipe,
+            rounds,
+            seconds,
+            True,
+            levers=False,
+            backend=backend,
+            memory=memory,
+            **said,
+        )
+        whole["qlora_peer"] = dict(
+            peer=four["peer"],
+            ratio=whole["ours"] / four["peer"],
+            note="our LoRA against the peer as it is usually run, on a 4-bit base",
+        )
         paths.append(publish(four, folder))
     write_json(paths[0], whole | dict(seconds_in_all=time.perf_counter() - start))
     return paths
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-027
 def main(
-    words:list[str]|None=None, # Command line without the program's name; the process's own by default
-) -> int: # Exit status
+    words: list[str] | None = None,  # Command line without the program's name; the process's own by default
+) -> int:  # Exit status
     "`python -m rsstudy.bench.train`."
-    parser = argparse.ArgumentParser(prog='python -m rsstudy.bench.train', description='Speed and memory against the usual recipe, as ratios; JSON in results/bench/DEVICE/.')
-    parser.add_argument('what', choices=('train', 'generate', 'gpu'), help='train, generate: a profile; gpu: PaliGemma-3B with random weights')
-    parser.add_argument('--profile', default='nano', help='section of settings.ini (default: nano); not for gpu')
-    parser.add_argument('--rounds', type=int, default=3, help='turns of each contender (default: 3)')
+    parser = argparse.ArgumentParser(
+        prog="python -m rsstudy.bench.train",
+        description="Speed and memory against the usual recipe, as ratios; JSON in results/bench/DEVICE/.",
+    )
+    parser.add_argument(
+        "what",
+        choices=("train", "generate", "gpu"),
+        help="train, generate: a profile; gpu: PaliGemma-3B with random weights",
+    )
+    parser.add_argument("--profile", default="nano", help="section of settings.ini (default: nano); not for gpu")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
     args = parser.parse_args(words)
-    if args.what == 'gpu': bench_gpu(rounds=args.rounds)
-    else: bench_profile(args.what, load_profile(args.profile), args.rounds)
+    if args.what == "gpu":
+        bench_gpu(rounds=args.rounds)
+    else:
+        bench_profile(args.what, load_profile(args.profile), args.rounds)
     return 0
 
 # %% ../../nbs/lib/17_bench/04_train.ipynb #cell-028
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # as a command, not in a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # as a command, not in a notebook

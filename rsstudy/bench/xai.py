@@ -10,13 +10,15 @@ __all__ = ['METHODS', 'SWITCHES', 'SAME', 'TARGET', 'Budget', 'Case', 'PlainMode
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-002
 import argparse
-import numpy as np
 import sys
-import torch
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
+import torch
+
 from ..attribution.answer import Attribution, spread_values
 from ..attribution.games import shapley
 from ..attribution.integrated_gradients import integrated_gradients
@@ -36,125 +38,157 @@ from ..common.settings import Profile, load_profile
 @dataclass(frozen=True)
 class Budget:
     "How much each word's map may cost, the same on both sides."
-    points:int=25 # Points with a gradient on the path of Integrated Gradients, 2 or more
-    evaluations:int=128 # Images SHAP may look at, 4 or more
-    coalitions:int=128 # Images PixelSHAP may look at, where its values are sampled
-    segments:int=16 # About how many PixelSHAP cuts the image into
-    batch:int=32 # Images that ours evaluates at once
+
+    points: int = 25  # Points with a gradient on the path of Integrated Gradients, 2 or more
+    evaluations: int = 128  # Images SHAP may look at, 4 or more
+    coalitions: int = 128  # Images PixelSHAP may look at, where its values are sampled
+    segments: int = 16  # About how many PixelSHAP cuts the image into
+    batch: int = 32  # Images that ours evaluates at once
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-007
 @dataclass
 class Case:
     "One image and its caption."
-    model:torch.nn.Module # PaliGemma, in evaluation mode
-    target:CaptionTarget # Image and caption
-    budget:Budget # Of each word
-    fill:torch.Tensor=None # What hidden pixels show, (1, 3, H, W), on the model's device
-    segments:np.ndarray=None # (H, W), for PixelSHAP
-    tree:object=None # shap's masker for images of this size, its tree built
+
+    model: torch.nn.Module  # PaliGemma, in evaluation mode
+    target: CaptionTarget  # Image and caption
+    budget: Budget  # Of each word
+    fill: torch.Tensor = None  # What hidden pixels show, (1, 3, H, W), on the model's device
+    segments: np.ndarray = None  # (H, W), for PixelSHAP
+    tree: object = None  # shap's masker for images of this size, its tree built
 
     def __post_init__(self):
         self.fill = fill_image(self.scorer([0]))
         self.segments = superpixels(self.target.image, self.budget.segments)
 
-    def scorer(self, words:list[int], batch:int=None) -> Scorer:
+    def scorer(self, words: list[int], batch: int | None = None) -> Scorer:
         "Ours, for these words."
-        return caption_scorer(self.model, self.target, [self.target.words[w] for w in words], batch or self.budget.batch)
+        return caption_scorer(
+            self.model, self.target, [self.target.words[w] for w in words], batch or self.budget.batch
+        )
 
-    def longest(self) -> int: # Number of a word
+    def longest(self) -> int:  # Number of a word
         "The longest word: most likely one that says what is there."
         return max(range(len(self.target.words)), key=lambda w: len(self.target.words[w].text))
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-009
 class PlainModel:
     "Log-probability of every word by the model's own forward pass; counts the images it was shown."
-    def __init__(self, model:torch.nn.Module, target:CaptionTarget):
+
+    def __init__(self, model: torch.nn.Module, target: CaptionTarget):
         self.model, self.device, self.calls = model, target.pixel_values.device, 0
-        self.inputs = {k: getattr(target, k).to(model.device) for k in ("input_ids", "token_type_ids", "attention_mask")}
+        self.inputs = {
+            k: getattr(target, k).to(model.device) for k in ("input_ids", "token_type_ids", "attention_mask")
+        }
         first = int((target.token_type_ids[0] == 0).sum())
         self.words = [[first + t for t in w.tokens] for w in target.words]
 
-    def __call__(self, pixels:torch.Tensor) -> torch.Tensor: # (B, 3, H, W) -> (B, words)
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, words)
         self.calls += len(pixels)
         rows = {k: v.expand(len(pixels), -1) for k, v in self.inputs.items()}
         logits = self.model(**rows, pixel_values=pixels.to(self.model.device, self.model.dtype), use_cache=False).logits
-        each = logits[:, :-1].float().log_softmax(-1).gather(-1, rows["input_ids"][:, 1:, None])[..., 0] # a row predicts the token after it
+        each = (
+            logits[:, :-1].float().log_softmax(-1).gather(-1, rows["input_ids"][:, 1:, None])[..., 0]
+        )  # a row predicts the token after it
         return torch.stack([each[:, [t - 1 for t in tokens]].sum(1) for tokens in self.words], 1)
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-010
 def captum_words(
-    case:Case, # Image and caption
-    words:list[int], # Numbers of words
-    ours:bool=False, # On our points of the path, instead of captum's own?
-) -> tuple[np.ndarray, int]: # Maps (U, H, W), images evaluated
+    case: Case,  # Image and caption
+    words: list[int],  # Numbers of words
+    ours: bool = False,  # On our points of the path, instead of captum's own?
+) -> tuple[np.ndarray, int]:  # Maps (U, H, W), images evaluated
     "captum's Integrated Gradients, a word after the other."
     from captum.attr import IntegratedGradients
+
     plain, method, n = PlainModel(case.model, case.target), IntegratedGradients, case.budget.points
     pixels = case.target.pixel_values.to(case.fill.device)
     if ours:
         x, w = clenshaw_curtis(n - 1)
-        def one(f): return method(f)._attribute((pixels,), (case.fill,), n_steps=n, step_sizes_and_alphas=(w.tolist(), x.tolist()))[0]
+
+        def one(f):
+            return method(f)._attribute(
+                (pixels,), (case.fill,), n_steps=n, step_sizes_and_alphas=(w.tolist(), x.tolist())
+            )[0]
     else:
-        def one(f): return method(f).attribute(pixels, case.fill, n_steps=n)
-    return np.stack([one(lambda p: plain(p)[:, w])[0].detach().sum(0).float().cpu().numpy() for w in words]), plain.calls
+
+        def one(f):
+            return method(f).attribute(pixels, case.fill, n_steps=n)
+
+    return np.stack(
+        [one(lambda p: plain(p)[:, w])[0].detach().sum(0).float().cpu().numpy() for w in words]
+    ), plain.calls
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-011
-def channels_last(pixels:torch.Tensor) -> np.ndarray: return pixels[0].permute(1, 2, 0).contiguous().cpu().numpy() # (1, 3, H, W) -> (H, W, 3)
+def channels_last(pixels: torch.Tensor) -> np.ndarray:
+    return pixels[0].permute(1, 2, 0).contiguous().cpu().numpy()  # (1, 3, H, W) -> (H, W, 3)
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-012
 def shap_words(
-    case:Case, # Image and caption, with `tree`
-    words:list[int], # Numbers of words
-) -> tuple[np.ndarray, int]: # Maps (U, H, W), images evaluated
+    case: Case,  # Image and caption, with `tree`
+    words: list[int],  # Numbers of words
+) -> tuple[np.ndarray, int]:  # Maps (U, H, W), images evaluated
     "shap's PartitionExplainer on the image, a word after the other."
     import shap
+
     plain, image = PlainModel(case.model, case.target), channels_last(case.target.pixel_values)
     case.tree.mask_value = channels_last(case.fill).ravel()
-    def function(images): # (B, H, W, 3) -> (B, words)
-        with torch.no_grad(): return plain(torch.from_numpy(images).permute(0, 3, 1, 2)).double().cpu().numpy()
+
+    def function(images):  # (B, H, W, 3) -> (B, words)
+        with torch.no_grad():
+            return plain(torch.from_numpy(images).permute(0, 3, 1, 2)).double().cpu().numpy()
+
     explainer, maps = shap.PartitionExplainer(function, case.tree), []
     for w in words:
-        with numpy_seed(0): found = explainer(image[None], max_evals=case.budget.evaluations, outputs=[w], silent=True)
-        maps.append(found.values[0].sum((2, 3))) # (H, W, 3, 1)
+        with numpy_seed(0):
+            found = explainer(image[None], max_evals=case.budget.evaluations, outputs=[w], silent=True)
+        maps.append(found.values[0].sum((2, 3)))  # (H, W, 3, 1)
     return np.stack(maps), plain.calls
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-013
 def one_by_one_words(
-    case:Case, # Image and caption
-    words:list[int], # Numbers of words
-) -> tuple[np.ndarray, int]: # Maps (U, H, W), images evaluated
+    case: Case,  # Image and caption
+    words: list[int],  # Numbers of words
+) -> tuple[np.ndarray, int]:  # Maps (U, H, W), images evaluated
     "PixelSHAP, a coalition and a word after the other."
     plain, pixels, maps = PlainModel(case.model, case.target), case.target.pixel_values.to(case.fill.device), []
     for w in words:
+
         def game(coalitions):
             scores = []
             for shown in coalitions:
                 image = torch.where(torch.from_numpy(shown[case.segments]).to(pixels.device), pixels, case.fill)
-                with torch.no_grad(): scores.append([plain(image)[0, w].item()])
+                with torch.no_grad():
+                    scores.append([plain(image)[0, w].item()])
             return np.array(scores)
+
         values = shapley(game, int(case.segments.max()) + 1, case.budget.coalitions)[0]
         maps.append(spread_values(values, case.segments)[0])
     return np.stack(maps), plain.calls
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-015
-def our_gradients(scorer:Scorer, case:Case) -> Attribution: return integrated_gradients(scorer, case.budget.points - 1, most=case.budget.points - 1) # not refined
+def our_gradients(scorer: Scorer, case: Case) -> Attribution:
+    return integrated_gradients(scorer, case.budget.points - 1, most=case.budget.points - 1)  # not refined
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-016
-def our_shap(scorer:Scorer, case:Case) -> Attribution: return partition_shap(scorer, case.budget.evaluations)
+def our_shap(scorer: Scorer, case: Case) -> Attribution:
+    return partition_shap(scorer, case.budget.evaluations)
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-017
-def our_pixelshap(scorer:Scorer, case:Case) -> Attribution: return pixel_shap(scorer, case.segments, case.budget.coalitions)
+def our_pixelshap(scorer: Scorer, case: Case) -> Attribution:
+    return pixel_shap(scorer, case.segments, case.budget.coalitions)
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-018
 @dataclass(frozen=True)
 class OurAttribution:
     "One of our methods with its switches."
-    method:Callable[[Scorer, Case], Attribution]
-    batching:bool=True # `Budget.batch` images at once?
-    shared_words:bool=True # All words from the same images?
-    suffix_logits:bool=True # Logits only where a wanted token is predicted?
 
-    def __call__(self, case:Case, words:list[int]) -> tuple[np.ndarray, int]: # Maps (U, H, W), images evaluated
+    method: Callable[[Scorer, Case], Attribution]
+    batching: bool = True  # `Budget.batch` images at once?
+    shared_words: bool = True  # All words from the same images?
+    suffix_logits: bool = True  # Logits only where a wanted token is predicted?
+
+    def __call__(self, case: Case, words: list[int]) -> tuple[np.ndarray, int]:  # Maps (U, H, W), images evaluated
         if not self.shared_words:
             maps, calls = zip(*(replace(self, shared_words=True)(case, [w]) for w in words))
             return np.concatenate(maps), sum(calls)
@@ -166,16 +200,34 @@ class OurAttribution:
         return found.heat, found.calls
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-019
-METHODS = dict(integrated_gradients=(our_gradients, captum_words), shap=(our_shap, shap_words), pixelshap=(our_pixelshap, one_by_one_words)) # name -> ours, peer
+METHODS = dict(
+    integrated_gradients=(our_gradients, captum_words),
+    shap=(our_shap, shap_words),
+    pixelshap=(our_pixelshap, one_by_one_words),
+)  # name -> ours, peer
 SWITCHES = "batching", "shared_words", "suffix_logits"
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-021
 class AttributionContender:
     "Somebody who explains: the state that `in_turns` asks for."
-    def __init__(self, explain:Callable[[Case, list[int]], tuple[np.ndarray, int]], cases:list[Case], alone:bool=False):
-        self.explain, self.cases, self.alone, self.turn, self.maps, self.looks, self.words = explain, cases, alone, 0, {}, 0, 0
-    def ready(self): return nullcontext()
-    def step(self) -> dict: # words
+
+    def __init__(
+        self, explain: Callable[[Case, list[int]], tuple[np.ndarray, int]], cases: list[Case], alone: bool = False
+    ):
+        self.explain, self.cases, self.alone, self.turn, self.maps, self.looks, self.words = (
+            explain,
+            cases,
+            alone,
+            0,
+            {},
+            0,
+            0,
+        )
+
+    def ready(self):
+        return nullcontext()
+
+    def step(self) -> dict:  # words
         at = self.turn % len(self.cases)
         case = self.cases[at]
         words = [case.longest()] if self.alone else list(range(len(case.target.words)))
@@ -185,120 +237,201 @@ class AttributionContender:
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-022
 def map_difference(
-    maps:np.ndarray, # (U, H, W)
-    others:np.ndarray, # (U, H, W), of the same words
+    maps: np.ndarray,  # (U, H, W)
+    others: np.ndarray,  # (U, H, W), of the same words
 ) -> float:
     "Largest difference relative to the largest value of the other map, the worst word's."
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(maps, others, strict=True))
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-024
-SAME = 1e-3 # Relative difference of a word's maps that are the same, in float32
+SAME = 1e-3  # Relative difference of a word's maps that are the same, in float32
+
+
 def same_maps(
-    name:str, # Key of `METHODS`
-    contenders:dict[str, AttributionContender], # After their turns: "peer" and "ours"
-) -> dict: # same: within `SAME`?; same_settings, as_timed: `map_difference`, the worst word's of all images; worst: which word, and the size of its map beside its caption's largest
+    name: str,  # Key of `METHODS`
+    contenders: dict[str, AttributionContender],  # After their turns: "peer" and "ours"
+) -> dict:  # same: within `SAME`?; same_settings, as_timed: `map_difference`, the worst word's of all images; worst: which word, and the size of its map beside its caption's largest
     "Are ours and the peer's maps the same under the same settings?"
-    ours, peer, found, worst = contenders["ours"], contenders["peer"], dict(same_settings=-1., as_timed=0.), None
+    ours, peer, found, worst = contenders["ours"], contenders["peer"], dict(same_settings=-1.0, as_timed=0.0), None
     for at, theirs in peer.maps.items():
         case, mine = peer.cases[at], ours.maps[at]
         found["as_timed"] = max(found["as_timed"], map_difference(mine, theirs))
         words = list(range(len(theirs)))
-        if name == "integrated_gradients": theirs = captum_words(case, words, ours=True)[0]
-        if name == "shap": mine = np.concatenate([our_shap(case.scorer([w], 10), case).heat for w in words])
+        if name == "integrated_gradients":
+            theirs = captum_words(case, words, ours=True)[0]
+        if name == "shap":
+            mine = np.concatenate([our_shap(case.scorer([w], 10), case).heat for w in words])
         each = [map_difference(mine[[w]], theirs[[w]]) for w in words]
         if max(each) > found["same_settings"]:
             w, size = int(np.argmax(each)), np.abs(theirs).max((1, 2))
-            found["same_settings"], worst = each[w], dict(word=case.target.words[w].text, caption=case.target.caption, share_of_largest_map=float(size[w] / size.max()))
+            found["same_settings"], worst = (
+                each[w],
+                dict(
+                    word=case.target.words[w].text,
+                    caption=case.target.caption,
+                    share_of_largest_map=float(size[w] / size.max()),
+                ),
+            )
     return dict(same=found["same_settings"] <= SAME, worst=worst, **found)
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-025
 def bench_method(
-    name:str, # Key of `METHODS`
-    cases:list[Case], # One or more images
-    rounds:int=3, # Turns of each contender
-) -> dict: # ratio, ratio_one_word, levers, maps, and per contender words a second and evaluations
+    name: str,  # Key of `METHODS`
+    cases: list[Case],  # One or more images
+    rounds: int = 3,  # Turns of each contender
+) -> dict:  # ratio, ratio_one_word, levers, maps, and per contender words a second and evaluations
     "Peer and ours, all words and one, and ours with each switch turned."
     ours, peer = METHODS[name]
     asked = dict(peer=peer, ours=OurAttribution(ours))
     contenders = {who: AttributionContender(explain, cases) for who, explain in asked.items()}
-    contenders |= {f"{who}, one word": AttributionContender(explain, cases, alone=True) for who, explain in asked.items()}
-    contenders |= {f"ours, {s} turned": AttributionContender(replace(asked["ours"], **{s: False}), cases) for s in SWITCHES}
+    contenders |= {
+        f"{who}, one word": AttributionContender(explain, cases, alone=True) for who, explain in asked.items()
+    }
+    contenders |= {
+        f"ours, {s} turned": AttributionContender(replace(asked["ours"], **{s: False}), cases) for s in SWITCHES
+    }
     found = in_turns(contenders, rounds, seconds=0, warm=0)
     rate = {who: f["words_per_second"] for who, f in found.items()}
-    shared = {who: who in ("ours", "ours, batching turned", "ours, suffix_logits turned") for who in found} # a word's map rests on all images looked at
-    details = {who: dict(words_per_second=rate[who], seconds_a_step=f["seconds_a_step"], peak_memory_bytes=f["peak_memory_bytes"], evaluations_a_word=contenders[who].looks / contenders[who].words,
-        evaluations_behind_a_map=contenders[who].looks / (contenders[who].turn if shared[who] else contenders[who].words)) for who, f in found.items()}
-    return dict(ratio=rate["ours"] / rate["peer"], ratio_one_word=rate["ours, one word"] / rate["peer, one word"], ours=rate["ours"], peer=rate["peer"],
-        levers={s: dict(on=rate["ours"], off=rate[f"ours, {s} turned"], gain=rate["ours"] / rate[f"ours, {s} turned"]) for s in SWITCHES},
-        maps=same_maps(name, contenders), details=details)
+    shared = {
+        who: who in ("ours", "ours, batching turned", "ours, suffix_logits turned") for who in found
+    }  # a word's map rests on all images looked at
+    details = {
+        who: dict(
+            words_per_second=rate[who],
+            seconds_a_step=f["seconds_a_step"],
+            peak_memory_bytes=f["peak_memory_bytes"],
+            evaluations_a_word=contenders[who].looks / contenders[who].words,
+            evaluations_behind_a_map=contenders[who].looks
+            / (contenders[who].turn if shared[who] else contenders[who].words),
+        )
+        for who, f in found.items()
+    }
+    return dict(
+        ratio=rate["ours"] / rate["peer"],
+        ratio_one_word=rate["ours, one word"] / rate["peer, one word"],
+        ours=rate["ours"],
+        peer=rate["peer"],
+        levers={
+            s: dict(on=rate["ours"], off=rate[f"ours, {s} turned"], gain=rate["ours"] / rate[f"ours, {s} turned"])
+            for s in SWITCHES
+        },
+        maps=same_maps(name, contenders),
+        details=details,
+    )
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-032
-TARGET = 4. # Times as fast as the peers, on two CPU cores
+TARGET = 4.0  # Times as fast as the peers, on two CPU cores
+
+
 def profile_cases(
-    P:Profile, # Data, base model, prompt
-    images:int, # Of the test split, each with its first caption
-    budget:Budget, # Of each word
+    P: Profile,  # Data, base model, prompt
+    images: int,  # Of the test split, each with its first caption
+    budget: Budget,  # Of each word
 ) -> list[Case]:
     "The profile's base and some of its images."
     model, material = profile_material(P, "test", images)
-    return [Case(model, caption_target(material.processor, image, P.prompt, captions[0]), budget) for image, captions in zip(material.images, material.captions)]
+    return [
+        Case(model, caption_target(material.processor, image, P.prompt, captions[0]), budget)
+        for image, captions in zip(material.images, material.captions)
+    ]
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-033
 def plant_tree(
-    cases:list[Case], # Images of one size
+    cases: list[Case],  # Images of one size
 ):
     "Give the cases shap's tree of the pixels, which takes a while."
     import shap
+
     tree = shap.maskers.Image(channels_last(cases[0].fill))
-    for case in cases: case.tree = tree
+    for case in cases:
+        case.tree = tree
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-034
 def bench_explanations(
-    P:Profile, # The resolved settings
-    rounds:int=3, # Turns of each contender
-    images:int=3, # A turn explains one of them
-    budget:Budget=Budget(), # Of each word, on both sides
-    names:list[str]=tuple(METHODS), # Which methods
-    folder:Path|None=None, # `bench_folder()` by default
-) -> Path: # The JSON
+    P: Profile,  # The resolved settings
+    rounds: int = 3,  # Turns of each contender
+    images: int = 3,  # A turn explains one of them
+    budget: Budget = Budget(),  # Of each word, on both sides
+    names: list[str] = tuple(METHODS),  # Which methods
+    folder: Path | None = None,  # `bench_folder()` by default
+) -> Path:  # The JSON
     "Measures our explanations against the usual ones on a profile's own model and images."
     cases, methods = profile_cases(P, images, budget), {}
-    if "shap" in names: plant_tree(cases)
+    if "shap" in names:
+        plant_tree(cases)
     for name in names:
         methods[name] = bench_method(name, cases, rounds)
         say_method(name, methods[name])
-    result = dict(name=f"explanations-{P.name}", device=device_name(), unit="words/s", threads=torch.get_num_threads(), dtype=str(cases[0].model.dtype).removeprefix("torch."), weights=P.base_model,
-        ratio=min(m["ratio"] for m in methods.values()), target=TARGET, reached={name: {k: m["maps"]["same"] and m[ratio] >= TARGET for k, ratio in (("all_words", "ratio"), ("one_word", "ratio_one_word"))} for name, m in methods.items()},
-        methods=methods, images=len(cases), captions=[c.target.caption for c in cases], words=[len(c.target.words) for c in cases], turns=rounds, budget=asdict(budget), same=SAME,
-        peers=dict(integrated_gradients="captum, all points of a word in one batch (its default)", shap="shap.PartitionExplainer on 224 x 224 x 3 values, batches of 10 (its default), tree built before the clock starts",
-            pixelshap="a loop, one coalition at a time"), **circumstances())
-    path = (folder or bench_folder())/f"{result['name']}.json"
+    result = dict(
+        name=f"explanations-{P.name}",
+        device=device_name(),
+        unit="words/s",
+        threads=torch.get_num_threads(),
+        dtype=str(cases[0].model.dtype).removeprefix("torch."),
+        weights=P.base_model,
+        ratio=min(m["ratio"] for m in methods.values()),
+        target=TARGET,
+        reached={
+            name: {
+                k: m["maps"]["same"] and m[ratio] >= TARGET
+                for k, ratio in (("all_words", "ratio"), ("one_word", "ratio_one_word"))
+            }
+            for name, m in methods.items()
+        },
+        methods=methods,
+        images=len(cases),
+        captions=[c.target.caption for c in cases],
+        words=[len(c.target.words) for c in cases],
+        turns=rounds,
+        budget=asdict(budget),
+        same=SAME,
+        peers=dict(
+            integrated_gradients="captum, all points of a word in one batch (its default)",
+            shap="shap.PartitionExplainer on 224 x 224 x 3 values, batches of 10 (its default), tree built before the clock starts",
+            pixelshap="a loop, one coalition at a time",
+        ),
+        **circumstances(),
+    )
+    path = (folder or bench_folder()) / f"{result['name']}.json"
     write_json(path, result)
     print(f"  {path}", flush=True)
     return path
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-035
-def say_method(name:str, found:dict):
+def say_method(name: str, found: dict):
     "Prints a method's gist."
     d, maps = found["details"], found["maps"]
-    print(f"{name}: all words {found['ours']:.3g} words/s, peer {found['peer']:.3g}, ratio {found['ratio']:.3g}; one word {d['ours, one word']['seconds_a_step']:.3g} s, "
+    print(
+        f"{name}: all words {found['ours']:.3g} words/s, peer {found['peer']:.3g}, ratio {found['ratio']:.3g}; one word {d['ours, one word']['seconds_a_step']:.3g} s, "
         f"peer {d['peer, one word']['seconds_a_step']:.3g} s, ratio {found['ratio_one_word']:.3g}",
         f"  maps {'are the same' if maps['same'] else 'are NOT THE SAME'}: {maps['same_settings']:.1g} apart with the same settings (at most {SAME:.0e}), worst {maps['worst']['word']!r}; {maps['as_timed']:.1g} as timed",
-        *(f"  {lever}: x {l['gain']:.3g}" for lever, l in found["levers"].items()), sep="\n", flush=True)
+        *(f"  {lever}: x {l['gain']:.3g}" for lever, l in found["levers"].items()),
+        sep="\n",
+        flush=True,
+    )
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-037
 def main(
-    words:list[str]|None=None, # Command line without the program's name; the process's own by default
-) -> int: # Exit status
+    words: list[str] | None = None,  # Command line without the program's name; the process's own by default
+) -> int:  # Exit status
     "`python -m rsstudy.bench.xai`."
-    parser = argparse.ArgumentParser(prog="python -m rsstudy.bench.xai", description="Speed of explanations; JSON in results/bench/DEVICE/.")
-    parser.add_argument("what", choices=("xai", "gpu"), help="xai: a profile, against captum, shap and a plain loop; gpu: PaliGemma-3B with random weights")
+    parser = argparse.ArgumentParser(
+        prog="python -m rsstudy.bench.xai", description="Speed of explanations; JSON in results/bench/DEVICE/."
+    )
+    parser.add_argument(
+        "what",
+        choices=("xai", "gpu"),
+        help="xai: a profile, against captum, shap and a plain loop; gpu: PaliGemma-3B with random weights",
+    )
     parser.add_argument("--profile", default="nano", help="section of settings.ini (default: nano); not for gpu")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (default: 3)")
     args = parser.parse_args(words)
-    if args.what == "gpu": bench_gpu_explanations(rounds=args.rounds)
-    else: bench_explanations(load_profile(args.profile), args.rounds)
+    if args.what == "gpu":
+        bench_gpu_explanations(rounds=args.rounds)
+    else:
+        bench_explanations(load_profile(args.profile), args.rounds)
     return 0
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-038
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main()) # as a command, not in a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # as a command, not in a notebook

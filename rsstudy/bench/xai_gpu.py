@@ -8,12 +8,14 @@ __all__ = ['LIMITS', 'synthetic_target', 'gradient_maps', 'shap_or_masks', 'time
 
 # %% ../../nbs/lib/17_bench/08_xai_gpu.ipynb #cell-002
 import gc
-import numpy as np
 import statistics
 import sys
-import torch
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+import torch
+
 from ..attribution.answer import Attribution, at_patch_scale, grid_regions
 from ..attribution.integrated_gradients import integrated_gradients
 from ..attribution.scorer import Scorer, caption_scorer, fill_image, masked_scores
@@ -27,9 +29,9 @@ from ..model.base import pick_device
 
 # %% ../../nbs/lib/17_bench/08_xai_gpu.ipynb #cell-005
 def synthetic_target(
-    model:torch.nn.Module, # PaliGemma with random weights
-    seed:int=0, # Of pixels and caption
-) -> CaptionTarget: # A caption of 14 tokens, a word each
+    model: torch.nn.Module,  # PaliGemma with random weights
+    seed: int = 0,  # Of pixels and caption
+) -> CaptionTarget:  # A caption of 14 tokens, a word each
     "An image of noise and a made-up caption, without processor or tokenizer."
     config, rng = model.config, np.random.default_rng(seed)
     prefix = [config.image_token_id] * config.text_config.num_image_tokens + [2, 100, 101, 108]
@@ -38,27 +40,38 @@ def synthetic_target(
     image = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
     words = [Span(f"word{i}", (i,)) for i in range(14)]
-    return CaptionTarget(image, "", " ".join(w.text for w in words), words, pixels, ids, torch.tensor([[0] * len(prefix) + [1] * 15]), torch.ones_like(ids), torch.full((1, 3, 1, 1), -1.))
+    return CaptionTarget(
+        image,
+        "",
+        " ".join(w.text for w in words),
+        words,
+        pixels,
+        ids,
+        torch.tensor([[0] * len(prefix) + [1] * 15]),
+        torch.ones_like(ids),
+        torch.full((1, 3, 1, 1), -1.0),
+    )
 
 # %% ../../nbs/lib/17_bench/08_xai_gpu.ipynb #cell-006
 def gradient_maps(
-    scorer:Scorer, # What is explained
-    steps:int, # Intervals on the path, not refined
-    batch:int, # Points at once
+    scorer: Scorer,  # What is explained
+    steps: int,  # Intervals on the path, not refined
+    batch: int,  # Points at once
 ) -> Attribution:
     "Integrated Gradients from black, which needs no scipy."
     return integrated_gradients(scorer, steps, "black", batch, most=steps)
 
 # %% ../../nbs/lib/17_bench/08_xai_gpu.ipynb #cell-007
 def shap_or_masks(
-    scorer:Scorer, # What is explained
-    evaluations:int, # Images looked at
-) -> str: # What was run
+    scorer: Scorer,  # What is explained
+    evaluations: int,  # Images looked at
+) -> str:  # What was run
     "SHAP, or without it as many random masks."
-    try: import shap # noqa: F401
+    try:
+        import shap
     except ImportError:
         announce("shap", "shap is not installed: random masks on its grid are scored instead, without its tree")
-        shown = np.random.default_rng(0).random((evaluations, 256)) < .5
+        shown = np.random.default_rng(0).random((evaluations, 256)) < 0.5
         masked_scores(scorer, shown, grid_regions(scorer.pixels.shape[-2:], 16), fill_image(scorer, "black"))
         return "random masks on 16 x 16 cells: shap is not installed"
     partition_shap(scorer, evaluations, "black")
@@ -66,66 +79,111 @@ def shap_or_masks(
 
 # %% ../../nbs/lib/17_bench/08_xai_gpu.ipynb #cell-008
 def timed(
-    function:Callable, # Without arguments
-    rounds:int, # Turns, after one that does not count
-) -> tuple[float, int, object]: # Median seconds, largest peak of memory in bytes, what the last turn gave
+    function: Callable,  # Without arguments
+    rounds: int,  # Turns, after one that does not count
+) -> tuple[float, int, object]:  # Median seconds, largest peak of memory in bytes, what the last turn gave
     "Seconds and memory of something done again and again."
     costs = []
     for _ in range(rounds + 1):
-        with measured() as cost: found = function()
+        with measured() as cost:
+            found = function()
         costs.append(cost)
     return statistics.median(c.seconds for c in costs[1:]), max(c.peak_memory_bytes for c in costs[1:]), found
 
 # %% ../../nbs/lib/17_bench/08_xai_gpu.ipynb #cell-009
 def precision_check(
-    model:torch.nn.Module, # In bfloat16; afterwards in float32
-    targets:list[CaptionTarget], # A few images
-    steps:int, # Of the map
-    batch:int, # Points at once
-) -> dict: # log_probability: largest difference relative to its size; map_cosine: of a word's map, patch by patch; images
+    model: torch.nn.Module,  # In bfloat16; afterwards in float32
+    targets: list[CaptionTarget],  # A few images
+    steps: int,  # Of the map
+    batch: int,  # Points at once
+) -> (
+    dict
+):  # log_probability: largest difference relative to its size; map_cosine: of a word's map, patch by patch; images
     "bfloat16 against float32, the same weights."
+
     def answers():
-        with torch.no_grad(): scores = [token_log_probability(model, t, t.pixel_values.to(model.device)).double().cpu() for t in targets]
+        with torch.no_grad():
+            scores = [token_log_probability(model, t, t.pixel_values.to(model.device)).double().cpu() for t in targets]
         heat = gradient_maps(caption_scorer(model, targets[0], targets[0].words[-1]), steps, batch).heat
         return torch.cat(scores), torch.from_numpy(at_patch_scale(heat, 16)).flatten()
+
     half, half_map = answers()
     model.float()
     whole, whole_map = answers()
-    return dict(log_probability=((half - whole).abs() / whole.abs()).max().item(), map_cosine=torch.nn.functional.cosine_similarity(half_map, whole_map, dim=0).item(), images=len(targets),
-        reduced_precision_sums=torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+    return dict(
+        log_probability=((half - whole).abs() / whole.abs()).max().item(),
+        map_cosine=torch.nn.functional.cosine_similarity(half_map, whole_map, dim=0).item(),
+        images=len(targets),
+        reduced_precision_sums=torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    )
 
 # %% ../../nbs/lib/17_bench/08_xai_gpu.ipynb #cell-010
-def circumstances() -> dict: # Lines of every result
+def circumstances() -> dict:  # Lines of every result
     "The command, the code, the packages."
-    return dict(command=" ".join([Path(sys.argv[0]).name.replace("bench.py", "python -m rsstudy.bench.xai"), *sys.argv[1:]]), code=code_revision(), versions=versions())
+    return dict(
+        command=" ".join([Path(sys.argv[0]).name.replace("bench.py", "python -m rsstudy.bench.xai"), *sys.argv[1:]]),
+        code=code_revision(),
+        versions=versions(),
+    )
 
 # %% ../../nbs/lib/17_bench/08_xai_gpu.ipynb #cell-011
-LIMITS = dict(integrated_gradients_seconds=1., shap_seconds=3., peak_memory_bytes=30e9) # Wanted of one H100
+LIMITS = dict(integrated_gradients_seconds=1.0, shap_seconds=3.0, peak_memory_bytes=30e9)  # Wanted of one H100
+
+
 def bench_gpu_explanations(
-    folder:Path|None=None, # `bench_folder()` by default
-    tiny:bool=False, # The same code on a miniature, to try it; on a CPU, too
-    rounds:int=3, # Turns of each; the median counts
-    gradient_batch:int=16, # Points at once with a backward pass
-    batch:int=64, # Images at once without
-) -> Path: # The JSON
+    folder: Path | None = None,  # `bench_folder()` by default
+    tiny: bool = False,  # The same code on a miniature, to try it; on a CPU, too
+    rounds: int = 3,  # Turns of each; the median counts
+    gradient_batch: int = 16,  # Points at once with a backward pass
+    batch: int = 64,  # Images at once without
+) -> Path:  # The JSON
     "Integrated Gradients of 50 steps and 500 evaluations of SHAP with PaliGemma-3B's architecture and random weights in bfloat16. Raises `RuntimeError` without a GPU, unless tiny."
     device, steps, evaluations = pick_device(), 4 if tiny else 50, 32 if tiny else 500
-    if device.type != "cuda" and not tiny: raise RuntimeError("bench gpu needs a CUDA GPU: there is none here")
-    name, model = "paligemma-tiny" if tiny else "paligemma-3b", random_model(paligemma_config(tiny), device, torch.bfloat16)
+    if device.type != "cuda" and not tiny:
+        raise RuntimeError("bench gpu needs a CUDA GPU: there is none here")
+    name, model = (
+        "paligemma-tiny" if tiny else "paligemma-3b",
+        random_model(paligemma_config(tiny), device, torch.bfloat16),
+    )
     targets = [synthetic_target(model, seed) for seed in range(4)]
-    word, every = caption_scorer(model, targets[0], targets[0].words[-1], batch), caption_scorer(model, targets[0], batch=batch)
-    def gradients(scorer): return lambda: gradient_maps(scorer, steps, gradient_batch)
+    word, every = (
+        caption_scorer(model, targets[0], targets[0].words[-1], batch),
+        caption_scorer(model, targets[0], batch=batch),
+    )
+
+    def gradients(scorer):
+        return lambda: gradient_maps(scorer, steps, gradient_batch)
+
     one, one_memory, _ = timed(gradients(word), rounds)
     shap_seconds, shap_memory, ran = timed(lambda: shap_or_masks(every, evaluations), rounds)
-    values = dict(integrated_gradients_seconds=one, shap_seconds=shap_seconds, peak_memory_bytes=max(one_memory, shap_memory))
+    values = dict(
+        integrated_gradients_seconds=one, shap_seconds=shap_seconds, peak_memory_bytes=max(one_memory, shap_memory)
+    )
     all_words, all_memory, _ = timed(gradients(every), 1)
     gc.collect()
-    result = dict(name=f"explanations-{name}", device=device_name(), weights="random: speed and memory only", architecture=name, dtype="bfloat16", steps=steps, evaluations=evaluations, turns=rounds,
-        targets={k: dict(found=v, limit=LIMITS[k], kept=v <= LIMITS[k]) for k, v in values.items()}, shap=ran, words=len(every.names), batch=dict(asked=batch, used=every.batch),
-        gradient_batch=dict(asked=gradient_batch, used=min(gradient_batch, word.batch)), all_words=dict(integrated_gradients_seconds=all_words, peak_memory_bytes=all_memory),
-        precision=precision_check(model, targets, steps, gradient_batch), **circumstances())
-    path = (folder or bench_folder())/f"{result['name']}.json"
+    result = dict(
+        name=f"explanations-{name}",
+        device=device_name(),
+        weights="random: speed and memory only",
+        architecture=name,
+        dtype="bfloat16",
+        steps=steps,
+        evaluations=evaluations,
+        turns=rounds,
+        targets={k: dict(found=v, limit=LIMITS[k], kept=v <= LIMITS[k]) for k, v in values.items()},
+        shap=ran,
+        words=len(every.names),
+        batch=dict(asked=batch, used=every.batch),
+        gradient_batch=dict(asked=gradient_batch, used=min(gradient_batch, word.batch)),
+        all_words=dict(integrated_gradients_seconds=all_words, peak_memory_bytes=all_memory),
+        precision=precision_check(model, targets, steps, gradient_batch),
+        **circumstances(),
+    )
+    path = (folder or bench_folder()) / f"{result['name']}.json"
     write_json(path, result)
-    print(f"{result['name']}: {steps} steps of a word {one:.3g} s, {evaluations} evaluations of {len(every.names)} words {shap_seconds:.3g} s ({ran}), "
-        f"{values['peak_memory_bytes'] / 1e9:.3g} GB; bfloat16 off by {result['precision']['log_probability']:.2g}\n  {path}", flush=True)
+    print(
+        f"{result['name']}: {steps} steps of a word {one:.3g} s, {evaluations} evaluations of {len(every.names)} words {shap_seconds:.3g} s ({ran}), "
+        f"{values['peak_memory_bytes'] / 1e9:.3g} GB; bfloat16 off by {result['precision']['log_probability']:.2g}\n  {path}",
+        flush=True,
+    )
     return path

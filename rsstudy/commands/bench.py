@@ -13,27 +13,42 @@ from ..common.settings import load_profile
 def _bench(args) -> int:
     from rsstudy.bench.metrics import bench_scoring
     from rsstudy.bench.train import bench_gpu, bench_profile
-    if args.rounds < 1: raise ValueError(f'--rounds must be at least 1, got {args.rounds}')
-    if args.what in ('xai', 'gpu'): from rsstudy.bench.xai import bench_explanations; from rsstudy.bench.xai_gpu import bench_gpu_explanations
-    if args.what == 'caption': from rsstudy.bench.caption import bench_folder_captions
-    if args.what == 'gpu':
+
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+    if args.what in ("xai", "gpu"):
+        from rsstudy.bench.xai import bench_explanations
+        from rsstudy.bench.xai_gpu import bench_gpu_explanations
+    if args.what == "caption":
+        from rsstudy.bench.caption import bench_folder_captions
+    if args.what == "gpu":
         bench_gpu(rounds=args.rounds)
         bench_gpu_explanations(rounds=args.rounds)
-    elif args.what == 'xai': bench_explanations(load_profile(args.profile, **overrides(args)), args.rounds)
-    elif args.what == 'metrics': bench_scoring(load_profile(args.profile, **overrides(args)), args.rounds)
-    elif args.what == 'caption': bench_folder_captions(load_profile(args.profile, **overrides(args)), args.rounds)
-    else: bench_profile(args.what, load_profile(args.profile, **overrides(args)), args.rounds)
+    elif args.what == "xai":
+        bench_explanations(load_profile(args.profile, **overrides(args)), args.rounds)
+    elif args.what == "metrics":
+        bench_scoring(load_profile(args.profile, **overrides(args)), args.rounds)
+    elif args.what == "caption":
+        bench_folder_captions(load_profile(args.profile, **overrides(args)), args.rounds)
+    else:
+        bench_profile(args.what, load_profile(args.profile, **overrides(args)), args.rounds)
     return 0
 
 # %% ../../nbs/lib/18_commands/09_bench.ipynb #cell-005
 def grammar(
-    commands, # Of `argparse.ArgumentParser.add_subparsers`
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
 ):
     "Adds `bench`."
-    bench = commands.add_parser('bench', help='measure speed and memory against the usual recipe', description='Runs the usual recipe and this study\'s in turns on the '
-        'same machine, model and images, and writes the ratios to results/bench/DEVICE/. train and generate take a profile\'s model and images; metrics its captions, beside pycocoevalcap; caption a folder of images from file to file, beside a plain loop; xai its explanations, beside captum, shap and a plain loop; gpu takes PaliGemma-3B\'s '
-        'architecture with random weights and needs a CUDA GPU.')
-    bench.add_argument('what', choices=('train', 'generate', 'caption', 'metrics', 'xai', 'gpu'), help='what to measure')
-    bench.add_argument('--rounds', type=int, default=3, metavar='N', help='turns of each contender (default: 3)')
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory against the usual recipe",
+        description="Runs the usual recipe and this study's in turns on the "
+        "same machine, model and images, and writes the ratios to results/bench/DEVICE/. train and generate take a profile's model and images; metrics its captions, beside pycocoevalcap; caption a folder of images from file to file, beside a plain loop; xai its explanations, beside captum, shap and a plain loop; gpu takes PaliGemma-3B's "
+        "architecture with random weights and needs a CUDA GPU.",
+    )
+    bench.add_argument(
+        "what", choices=("train", "generate", "caption", "metrics", "xai", "gpu"), help="what to measure"
+    )
+    bench.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each contender (default: 3)")
     add_profile_options(bench, data=True)
     bench.set_defaults(run=_bench)

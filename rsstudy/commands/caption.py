@@ -8,68 +8,168 @@ __all__ = ['grammar']
 # %% ../../nbs/lib/18_commands/04_caption.ipynb #cell-002
 import functools
 import sys
+
 from .options import add_model_options, add_profile_options, listed, overrides
 from ..common.settings import load_profile
 
 # %% ../../nbs/lib/18_commands/04_caption.ipynb #cell-004
 def _numbers(text, option, kind, what):
     "Numbers between commas. Raises `ValueError` naming the option."
-    try: return None if text is None else tuple(kind(word) for word in listed(text))
-    except ValueError: raise ValueError(f'{option} {text}: {what}') from None
+    try:
+        return None if text is None else tuple(kind(word) for word in listed(text))
+    except ValueError:
+        raise ValueError(f"{option} {text}: {what}") from None
 
 # %% ../../nbs/lib/18_commands/04_caption.ipynb #cell-005
 def _engine(args):
     "The engine that the command line asks for. Raises `ValueError` for another engine's options, `RuntimeError` without Ray."
-    given = {option: value for option in ('address', 'workers', 'cpus', 'gpus') if (value := getattr(args, option)) is not None}
-    if args.engine == 'local':
-        if given: raise ValueError(f'--{next(iter(given))} belongs to --engine ray')
+    given = {
+        option: value
+        for option in ("address", "workers", "cpus", "gpus")
+        if (value := getattr(args, option)) is not None
+    }
+    if args.engine == "local":
+        if given:
+            raise ValueError(f"--{next(iter(given))} belongs to --engine ray")
         from rsstudy.imagery.captioning import run_local
+
         return run_local
-    for option, least in (('workers', 1), ('cpus', 1), ('gpus', 0)):
-        if given.get(option, least) < least: raise ValueError(f'--{option} must be at least {least}, got {given[option]:g}')
+    for option, least in (("workers", 1), ("cpus", 1), ("gpus", 0)):
+        if given.get(option, least) < least:
+            raise ValueError(f"--{option} must be at least {least}, got {given[option]:g}")
     from rsstudy.runner.ray import check_ray
+
     check_ray()
     from rsstudy.imagery.workers import caption_on_ray
+
     return functools.partial(caption_on_ray, **given)
 
 # %% ../../nbs/lib/18_commands/04_caption.ipynb #cell-006
 def _caption(args) -> int:
-    if args.method is not None and args.explain is False: raise ValueError('--method belongs to --explain')
-    more = dict(bands=_numbers(args.bands, '--bands', int, 'give band numbers from 1 on, such as 4,3,2'), tile=args.tile, overlap=args.overlap, valid=args.valid)
-    if args.percentiles != 'none': more['percentiles'] = _numbers(args.percentiles, '--percentiles', float, 'give two numbers from 0 to 100, such as 2,98, or none')
-    else: more['percentiles'] = None
+    if args.method is not None and args.explain is False:
+        raise ValueError("--method belongs to --explain")
+    more = dict(
+        bands=_numbers(args.bands, "--bands", int, "give band numbers from 1 on, such as 4,3,2"),
+        tile=args.tile,
+        overlap=args.overlap,
+        valid=args.valid,
+    )
+    if args.percentiles != "none":
+        more["percentiles"] = _numbers(
+            args.percentiles, "--percentiles", float, "give two numbers from 0 to 100, such as 2,98, or none"
+        )
+    else:
+        more["percentiles"] = None
     P, engine = load_profile(args.profile, **overrides(args)), _engine(args)
     from rsstudy.imagery.captioning import caption_paths
-    done = caption_paths(args.paths, args.out, args.model, args.seed, P, args.explain, args.method or 'grad_cam', args.force, engine, **more)
+
+    done = caption_paths(
+        args.paths,
+        args.out,
+        args.model,
+        args.seed,
+        P,
+        args.explain,
+        args.method or "grad_cam",
+        args.force,
+        engine,
+        **more,
+    )
     print(done.text(), file=sys.stderr if done.status else sys.stdout)
     return done.status
 
 # %% ../../nbs/lib/18_commands/04_caption.ipynb #cell-007
 def grammar(
-    commands, # Of `argparse.ArgumentParser.add_subparsers`
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
 ):
     "Adds `caption`."
-    caption = commands.add_parser('caption', help='caption images: files, folders, patterns, zip archives', description='Writes a file with a caption for each image, or for each tile of a large raster. '
-        'A run that was stopped goes on where it was, with the same command. Exit status: 0 all captioned, 1 some images could not be read (they are listed), 2 the request cannot be carried out.',
-        epilog='examples: rsstudy caption photos/ more.zip --model lora --out captions.csv; rsstudy caption scene.tif --bands 4,3,2 --out scene.geojson --explain')
-    caption.add_argument('paths', nargs='+', metavar='PATH', help='image file, folder (with all folders in it), pattern in quotes such as "photos/**/*.jpg", or zip archive; what is named twice is captioned once, in the order of paths')
+    caption = commands.add_parser(
+        "caption",
+        help="caption images: files, folders, patterns, zip archives",
+        description="Writes a file with a caption for each image, or for each tile of a large raster. "
+        "A run that was stopped goes on where it was, with the same command. Exit status: 0 all captioned, 1 some images could not be read (they are listed), 2 the request cannot be carried out.",
+        epilog="examples: rsstudy caption photos/ more.zip --model lora --out captions.csv; rsstudy caption scene.tif --bands 4,3,2 --out scene.geojson --explain",
+    )
+    caption.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help='image file, folder (with all folders in it), pattern in quotes such as "photos/**/*.jpg", or zip archive; what is named twice is captioned once, in the order of paths',
+    )
     add_model_options(caption)
-    caption.add_argument('--out', default='captions.jsonl', metavar='FILE', help='.jsonl, .csv or .geojson (default: captions.jsonl); until it is complete its parts are in FILE.part')
-    caption.add_argument('--force', action='store_true', help='forget what was captioned before, and write over FILE')
-    rasters = caption.add_argument_group('rasters and large images')
-    rasters.add_argument('--bands', metavar='R,G,B', help='bands of TIFFs that become red, green and blue, from 1 on, or one for grey (default: the first three, or the first)')
-    rasters.add_argument('--percentiles', default='2,98', metavar='LOW,HIGH', help='values of GeoTIFFs, and of images of more than 8 bits, are stretched between these percentiles of each band (default: 2,98); none: 8-bit values as they are')
-    rasters.add_argument('--tile', type=int, metavar='N', help='cut images that are larger into tiles of N x N pixels, each with a caption; 0: never (default: georeferenced TIFFs with a side above 896 pixels, into tiles of 448)')
-    rasters.add_argument('--overlap', type=int, metavar='N', help='pixels that neighbouring tiles share (default: an eighth of the tile)')
-    rasters.add_argument('--valid', type=float, default=.25, metavar='SHARE', help='rasters and tiles with a smaller share of pixels with data are left out (default: 0.25)')
-    maps = caption.add_argument_group('heat maps')
-    maps.add_argument('--explain', nargs='?', const=True, default=False, metavar='FOLDER', help='a picture for each caption too: what in the image made it likely (default folder: FILE.maps)')
-    maps.add_argument('--method', metavar='M', help='attribution method of heat maps (default: grad_cam); `rsstudy explain --help` lists them')
-    ray = caption.add_argument_group('several devices or machines')
-    ray.add_argument('--engine', choices=('local', 'ray'), default='local', help='local: this process (default); ray: Ray Data, on this machine or a cluster, with the same output')
-    ray.add_argument('--address', metavar='ADDRESS', help='Ray cluster, as ray.init takes it: auto, HOST:PORT or ray://HOST:PORT; a cluster of this machine alone by default')
-    ray.add_argument('--workers', type=int, metavar='N', help='copies of the model (default: one a GPU, or one a core where there is no GPU)')
-    ray.add_argument('--cpus', type=int, metavar='N', help='cores and threads of each copy (default: 1)')
-    ray.add_argument('--gpus', type=float, metavar='N', help='GPUs, or the share of one, of each copy (default: 1 where the cluster has one)')
+    caption.add_argument(
+        "--out",
+        default="captions.jsonl",
+        metavar="FILE",
+        help=".jsonl, .csv or .geojson (default: captions.jsonl); until it is complete its parts are in FILE.part",
+    )
+    caption.add_argument("--force", action="store_true", help="forget what was captioned before, and write over FILE")
+    rasters = caption.add_argument_group("rasters and large images")
+    rasters.add_argument(
+        "--bands",
+        metavar="R,G,B",
+        help="bands of TIFFs that become red, green and blue, from 1 on, or one for grey (default: the first three, or the first)",
+    )
+    rasters.add_argument(
+        "--percentiles",
+        default="2,98",
+        metavar="LOW,HIGH",
+        help="values of GeoTIFFs, and of images of more than 8 bits, are stretched between these percentiles of each band (default: 2,98); none: 8-bit values as they are",
+    )
+    rasters.add_argument(
+        "--tile",
+        type=int,
+        metavar="N",
+        help="cut images that are larger into tiles of N x N pixels, each with a caption; 0: never (default: georeferenced TIFFs with a side above 896 pixels, into tiles of 448)",
+    )
+    rasters.add_argument(
+        "--overlap", type=int, metavar="N", help="pixels that neighbouring tiles share (default: an eighth of the tile)"
+    )
+    rasters.add_argument(
+        "--valid",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="rasters and tiles with a smaller share of pixels with data are left out (default: 0.25)",
+    )
+    maps = caption.add_argument_group("heat maps")
+    maps.add_argument(
+        "--explain",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FOLDER",
+        help="a picture for each caption too: what in the image made it likely (default folder: FILE.maps)",
+    )
+    maps.add_argument(
+        "--method",
+        metavar="M",
+        help="attribution method of heat maps (default: grad_cam); `rsstudy explain --help` lists them",
+    )
+    ray = caption.add_argument_group("several devices or machines")
+    ray.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: this process (default); ray: Ray Data, on this machine or a cluster, with the same output",
+    )
+    ray.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="Ray cluster, as ray.init takes it: auto, HOST:PORT or ray://HOST:PORT; a cluster of this machine alone by default",
+    )
+    ray.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="copies of the model (default: one a GPU, or one a core where there is no GPU)",
+    )
+    ray.add_argument("--cpus", type=int, metavar="N", help="cores and threads of each copy (default: 1)")
+    ray.add_argument(
+        "--gpus",
+        type=float,
+        metavar="N",
+        help="GPUs, or the share of one, of each copy (default: 1 where the cluster has one)",
+    )
     add_profile_options(caption)
     caption.set_defaults(run=_caption)

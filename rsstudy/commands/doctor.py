@@ -6,31 +6,49 @@
 __all__ = ['grammar']
 
 # %% ../../nbs/lib/18_commands/10_doctor.ipynb #cell-003
-def _doctor(args) -> int: # 0 if nothing is missing for the study under `nano`, else 1
-    import dataclasses, json
+def _doctor(args) -> int:  # 0 if nothing is missing for the study under `nano`, else 1
+    import dataclasses
+    import json
+
     from rsstudy.runner.doctor import examine, report
+
     found = examine()
     fine = all(f.fine for f in found if f.needed)
-    print(json.dumps(dict(fine=fine, findings=[dataclasses.asdict(f) for f in found]), indent=1, ensure_ascii=False) if args.json else report(found))
+    print(
+        json.dumps(dict(fine=fine, findings=[dataclasses.asdict(f) for f in found]), indent=1, ensure_ascii=False)
+        if args.json
+        else report(found)
+    )
     return 0 if fine else 1
 
 # %% ../../nbs/lib/18_commands/10_doctor.ipynb #cell-004
 def _notebooks(args) -> int:
     from rsstudy.runner.notebooks import copy_study
+
     copied = copy_study(args.folder)
-    print(f'{copied[0]} and {len(copied) - 1} notebooks in {copied[1].parent}: open them in JupyterLab, or run them with `rsstudy run` in {copied[0].parent}')
+    print(
+        f"{copied[0]} and {len(copied) - 1} notebooks in {copied[1].parent}: open them in JupyterLab, or run them with `rsstudy run` in {copied[0].parent}"
+    )
     return 0
 
 # %% ../../nbs/lib/18_commands/10_doctor.ipynb #cell-005
 def grammar(
-    commands, # Of `argparse.ArgumentParser.add_subparsers`
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
 ):
     "Adds `doctor` and `notebooks`."
-    doctor = commands.add_parser('doctor', help='what is here, what is missing, and the command that mends it', description='Prints versions, devices, folders, the hub, and for every feature what it '
-        'lacks here and the command that mends it. A token is only said to be there, never printed. Exit status 0 if nothing is missing for the study on the built-in world, else 1.')
-    doctor.add_argument('--json', action='store_true', help='print the findings as JSON')
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is here, what is missing, and the command that mends it",
+        description="Prints versions, devices, folders, the hub, and for every feature what it "
+        "lacks here and the command that mends it. A token is only said to be there, never printed. Exit status 0 if nothing is missing for the study on the built-in world, else 1.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
-    notebooks = commands.add_parser('notebooks', help='copy the study\'s notebooks and settings to a folder of your own', description='Copies settings.ini and the numbered notebooks, so that they can be '
-        'opened in JupyterLab and changed without a clone of the repository. Results go to the same folder. Nothing is written over.')
-    notebooks.add_argument('folder', metavar='FOLDER', help='where to; made where it is missing')
+    notebooks = commands.add_parser(
+        "notebooks",
+        help="copy the study's notebooks and settings to a folder of your own",
+        description="Copies settings.ini and the numbered notebooks, so that they can be "
+        "opened in JupyterLab and changed without a clone of the repository. Results go to the same folder. Nothing is written over.",
+    )
+    notebooks.add_argument("folder", metavar="FOLDER", help="where to; made where it is missing")
     notebooks.set_defaults(run=_notebooks)

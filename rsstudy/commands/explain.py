@@ -12,22 +12,38 @@ from ..common.settings import load_profile
 # %% ../../nbs/lib/18_commands/05_explain.ipynb #cell-004
 def _explain(args) -> int:
     from rsstudy.explain.image import explain_file
+
     P = load_profile(args.profile, **overrides(args))
-    print(explain_file(P, args.image, listed(args.words), listed(args.method), args.model, args.seed, args.caption, args.out))
+    print(
+        explain_file(
+            P, args.image, listed(args.words), listed(args.method), args.model, args.seed, args.caption, args.out
+        )
+    )
     return 0
 
 # %% ../../nbs/lib/18_commands/05_explain.ipynb #cell-005
 def grammar(
-    commands, # Of `argparse.ArgumentParser.add_subparsers`
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
 ):
     "Adds `explain`."
-    explain = commands.add_parser('explain', help='show which parts of an image made the words of its caption likely', description='Writes a page, to open in any browser, and a figure: for each word '
-        'of a caption where in the image it came from, after several methods, with the numbers that say how far to believe it.', epilog='example: rsstudy explain airport.jpg --model lora --words plane,runway')
-    explain.add_argument('image', metavar='IMAGE', help='image file')
-    explain.add_argument('--words', metavar='W,W,...', help='words or phrases of the caption (default: every word)')
-    explain.add_argument('--method', metavar='M,M,...', help='attribution methods (default: integrated_gradients,grad_cam,shap,pixelshap); also ig_tokens, smooth_grad, gradient_x_input, layer_cam, attention_rollout, gradient_attention, occlusion, kernel_shap, rise, random, blob, edges')
-    explain.add_argument('--caption', metavar='TEXT', help='caption that is explained (default: what the model writes)')
+    explain = commands.add_parser(
+        "explain",
+        help="show which parts of an image made the words of its caption likely",
+        description="Writes a page, to open in any browser, and a figure: for each word "
+        "of a caption where in the image it came from, after several methods, with the numbers that say how far to believe it.",
+        epilog="example: rsstudy explain airport.jpg --model lora --words plane,runway",
+    )
+    explain.add_argument("image", metavar="IMAGE", help="image file")
+    explain.add_argument("--words", metavar="W,W,...", help="words or phrases of the caption (default: every word)")
+    explain.add_argument(
+        "--method",
+        metavar="M,M,...",
+        help="attribution methods (default: integrated_gradients,grad_cam,shap,pixelshap); also ig_tokens, smooth_grad, gradient_x_input, layer_cam, attention_rollout, gradient_attention, occlusion, kernel_shap, rise, random, blob, edges",
+    )
+    explain.add_argument("--caption", metavar="TEXT", help="caption that is explained (default: what the model writes)")
     add_model_options(explain)
-    explain.add_argument('--out', default='explained', metavar='FOLDER', help='where IMAGE-MODEL.html and .png go (default: explained)')
+    explain.add_argument(
+        "--out", default="explained", metavar="FOLDER", help="where IMAGE-MODEL.html and .png go (default: explained)"
+    )
     add_profile_options(explain)
     explain.set_defaults(run=_explain)

@@ -7,41 +7,66 @@ __all__ = ['profile_of', 'grammar']
 
 # %% ../../nbs/lib/18_commands/07_export.ipynb #cell-002
 from pathlib import Path
+
 from .options import add_profile_options, overrides
 
 # %% ../../nbs/lib/18_commands/07_export.ipynb #cell-005
 def profile_of(
-    run:str, # RUN of the command line
-    known:list[str], # Profiles of settings.ini
-) -> str: # The profile that the folder lies under; nano where it is no such folder
+    run: str,  # RUN of the command line
+    known: list[str],  # Profiles of settings.ini
+) -> str:  # The profile that the folder lies under; nano where it is no such folder
     "Under which profile a run was tuned, where nobody says it."
     folder = Path(run).expanduser().resolve()
-    return folder.parent.parent.name if folder.parent.name == 'weights' and folder.parent.parent.name in known else 'nano'
+    return (
+        folder.parent.parent.name if folder.parent.name == "weights" and folder.parent.parent.name in known else "nano"
+    )
 
 # %% ../../nbs/lib/18_commands/07_export.ipynb #cell-006
 def _export(args) -> int:
     from rsstudy.common.settings import load_profile, profile_names
     from rsstudy.sharing.export import export_run
-    if args.private and not args.push: raise ValueError('--private says how a repository on the hub is made: it needs --push OWNER/NAME')
+
+    if args.private and not args.push:
+        raise ValueError("--private says how a repository on the hub is made: it needs --push OWNER/NAME")
     P = load_profile(args.profile or profile_of(args.tuned, profile_names()), **overrides(args))
     folder = export_run(P, args.tuned, args.out, args.merge, args.push, args.private, args.force)
-    files = [p for p in folder.rglob('*') if p.is_file()]
-    print(f'{folder}: {len(files)} files, {sum(p.stat().st_size for p in files)/1e6:.1f} MB; read {folder}/README.md before you pass it on')
-    if args.push: print(f'sent to https://huggingface.co/{args.push}')
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    print(
+        f"{folder}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB; read {folder}/README.md before you pass it on"
+    )
+    if args.push:
+        print(f"sent to https://huggingface.co/{args.push}")
     return 0
 
 # %% ../../nbs/lib/18_commands/07_export.ipynb #cell-007
 def grammar(
-    commands, # Of argparse: `add_subparsers`
+    commands,  # Of argparse: `add_subparsers`
 ):
     "Adds `rsstudy export`."
-    command = commands.add_parser('export', help='write a tuned model as a folder, or to the hub, that needs nothing but transformers and peft', description='Writes a run of the study as a folder that transformers and peft '
-        'read without rsstudy: weights, processor, decoding settings and a model card (README.md) with data, scores, cost and limits of this very run.', epilog='example: rsstudy export lora-seed1 --merge --push anna/nano-captioner --private')
-    command.add_argument('tuned', metavar='RUN', help='folder of tuned weights such as runs/nano/weights/lora-seed0, or a method such as lora (seed 0) or lora-seed1 under --profile')
-    command.add_argument('--merge', action='store_true', help='write one set of weights instead of an adapter; not for bottleneck adapters')
-    command.add_argument('--out', metavar='FOLDER', help='where to (default: exported/RUN)')
-    command.add_argument('--force', action='store_true', help='move aside what stands in --out and is no earlier export')
-    command.add_argument('--push', metavar='OWNER/NAME', help='send the folder to this repository on the hub; needs `hf auth login`')
-    command.add_argument('--private', action='store_true', help='make the repository of --push private, if it is new')
+    command = commands.add_parser(
+        "export",
+        help="write a tuned model as a folder, or to the hub, that needs nothing but transformers and peft",
+        description="Writes a run of the study as a folder that transformers and peft "
+        "read without rsstudy: weights, processor, decoding settings and a model card (README.md) with data, scores, cost and limits of this very run.",
+        epilog="example: rsstudy export lora-seed1 --merge --push anna/nano-captioner --private",
+    )
+    command.add_argument(
+        "tuned",
+        metavar="RUN",
+        help="folder of tuned weights such as runs/nano/weights/lora-seed0, or a method such as lora (seed 0) or lora-seed1 under --profile",
+    )
+    command.add_argument(
+        "--merge",
+        action="store_true",
+        help="write one set of weights instead of an adapter; not for bottleneck adapters",
+    )
+    command.add_argument("--out", metavar="FOLDER", help="where to (default: exported/RUN)")
+    command.add_argument(
+        "--force", action="store_true", help="move aside what stands in --out and is no earlier export"
+    )
+    command.add_argument(
+        "--push", metavar="OWNER/NAME", help="send the folder to this repository on the hub; needs `hf auth login`"
+    )
+    command.add_argument("--private", action="store_true", help="make the repository of --push private, if it is new")
     add_profile_options(command, default=None)
     command.set_defaults(run=_export)

@@ -14,74 +14,120 @@ import os
 import sys
 
 # %% ../../nbs/lib/18_commands/11_main.ipynb #cell-005
-COMMANDS = ('run', 'tune', 'caption', 'explain', 'score', 'export', 'serve', 'bench', 'doctor') # modules of `rsstudy.commands`, in the order of the help
+COMMANDS = (
+    "run",
+    "tune",
+    "caption",
+    "explain",
+    "score",
+    "export",
+    "serve",
+    "bench",
+    "doctor",
+)  # modules of `rsstudy.commands`, in the order of the help
+
+
 class _Parser(argparse.ArgumentParser):
     "Says what cannot be understood in one sentence, too."
-    def error(self, message): self.exit(2, f'rsstudy: {message}: `{self.prog} --help` shows what is allowed\n')
+
+    def error(self, message):
+        self.exit(2, f"rsstudy: {message}: `{self.prog} --help` shows what is allowed\n")
 
 # %% ../../nbs/lib/18_commands/11_main.ipynb #cell-006
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar, with a help text for every part."
-    top = _Parser(prog='rsstudy', description='How do parameter-efficient tuning and explainability change PaliGemma as a '
-        'remote-sensing captioner? Runs the study and prints its results; captions, explains and scores images of your own; shares what was tuned.')
-    top.add_argument('--version', action='version', version=f'rsstudy {importlib.metadata.version("rsstudy")}')
-    commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for name in COMMANDS: importlib.import_module(f'rsstudy.commands.{name}').grammar(commands)
-    for command in commands.choices.values(): command.add_argument('--debug', action='store_true', help='on an error, show where in the code it arose')
+    top = _Parser(
+        prog="rsstudy",
+        description="How do parameter-efficient tuning and explainability change PaliGemma as a "
+        "remote-sensing captioner? Runs the study and prints its results; captions, explains and scores images of your own; shares what was tuned.",
+    )
+    top.add_argument("--version", action="version", version=f"rsstudy {importlib.metadata.version('rsstudy')}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"rsstudy.commands.{name}").grammar(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="on an error, show where in the code it arose")
     return top
 
 # %% ../../nbs/lib/18_commands/11_main.ipynb #cell-009
-EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError) # what requests, files, devices and missing packages raise
+EXPECTED = (
+    ValueError,
+    OSError,
+    RuntimeError,
+    ImportError,
+    MemoryError,
+)  # what requests, files, devices and missing packages raise
+
+
 def sentence(
-    error:BaseException, # What was raised
-) -> str: # One line, with what to do where that is known
+    error: BaseException,  # What was raised
+) -> str:  # One line, with what to do where that is known
     "What a user is told."
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), '') or type(error).__name__
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        if error.strerror != os.strerror(errno.ENOSPC): return error.strerror # a sentence of ours
-        return f'no space left on the disk{f" for {error.filename}" if error.filename else ""}: make room and give the same command again'
-    if isinstance(error, PermissionError) and error.filename: return f'no permission for {error.filename}: choose another place or change its permissions'
-    if isinstance(error, OSError) and error.filename and error.strerror: return f'{error.filename}: {error.strerror}'
+        if error.strerror != os.strerror(errno.ENOSPC):
+            return error.strerror  # a sentence of ours
+        return f"no space left on the disk{f' for {error.filename}' if error.filename else ''}: make room and give the same command again"
+    if isinstance(error, PermissionError) and error.filename:
+        return f"no permission for {error.filename}: choose another place or change its permissions"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     lower = first.lower()
-    if isinstance(error, MemoryError) or "can't allocate memory" in lower or 'out of memory' in lower and not lower.startswith('out of memory'): # that is a sentence of ours
-        return f'out of memory: take smaller portions (--set generate_batch=8, --set micro_images=4) or a smaller model ({first:.120})'
-    if isinstance(error, ModuleNotFoundError): return f'{error.name} is not installed: `rsstudy doctor` says which command installs it'
+    if (
+        isinstance(error, MemoryError)
+        or "can't allocate memory" in lower
+        or ("out of memory" in lower and not lower.startswith("out of memory"))
+    ):  # that is a sentence of ours
+        return f"out of memory: take smaller portions (--set generate_batch=8, --set micro_images=4) or a smaller model ({first:.120})"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: `rsstudy doctor` says which command installs it"
     return first
 
 # %% ../../nbs/lib/18_commands/11_main.ipynb #cell-010
 def fails_expected(
-    reason:str, # Last line of a cell's traceback, such as "ValueError: ..."
+    reason: str,  # Last line of a cell's traceback, such as "ValueError: ..."
 ) -> bool:
     "Whether a cell's error is of a kind that a request can cause."
     import builtins
-    kind = getattr(builtins, reason.partition(':')[0], None)
+
+    kind = getattr(builtins, reason.partition(":")[0], None)
     return isinstance(kind, type) and issubclass(kind, EXPECTED)
 
 # %% ../../nbs/lib/18_commands/11_main.ipynb #cell-013
 def _cell_failed(error) -> int:
     "A cell of a notebook raised: what is known of it, in one line."
-    print(f'rsstudy: {error}' + (f' (the notebook up to there: {error.partial})' if error.partial else ''), file=sys.stderr)
+    print(
+        f"rsstudy: {error}" + (f" (the notebook up to there: {error.partial})" if error.partial else ""),
+        file=sys.stderr,
+    )
     return 2 if fails_expected(error.reason) else 1
 
 # %% ../../nbs/lib/18_commands/11_main.ipynb #cell-014
 def main(
-    words:list[str]|None=None, # Command line without the program's name; the process's own by default
-) -> int: # Exit status: 0 well, 1 a part failed, 2 a request that cannot be carried out, 3 a fault of the program, 130 stopped
+    words: list[str] | None = None,  # Command line without the program's name; the process's own by default
+) -> int:  # Exit status: 0 well, 1 a part failed, 2 a request that cannot be carried out, 3 a fault of the program, 130 stopped
     "The console script `rsstudy`."
     args = parser().parse_args(words)
-    try: return args.run(args)
+    try:
+        return args.run(args)
     except KeyboardInterrupt:
-        print('\nrsstudy: stopped; what was finished is kept, and the same command goes on from there', file=sys.stderr)
+        print("\nrsstudy: stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         return 130
-    except BrokenPipeError: # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = None
         return 0
     except Exception as error:
-        if args.debug: raise
+        if args.debug:
+            raise
         from rsstudy.runner.execute import CellFailed
-        if isinstance(error, CellFailed): return _cell_failed(error)
+
+        if isinstance(error, CellFailed):
+            return _cell_failed(error)
         if isinstance(error, EXPECTED):
-            print(f'rsstudy: {sentence(error)}', file=sys.stderr)
+            print(f"rsstudy: {sentence(error)}", file=sys.stderr)
             return 2
-        print(f'rsstudy: a fault of the program, {type(error).__name__}: {sentence(error)}; please report it with what --debug shows', file=sys.stderr)
+        print(
+            f"rsstudy: a fault of the program, {type(error).__name__}: {sentence(error)}; please report it with what --debug shows",
+            file=sys.stderr,
+        )
         return 3

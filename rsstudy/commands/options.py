@@ -10,46 +10,71 @@ import argparse
 
 # %% ../../nbs/lib/18_commands/01_options.ipynb #cell-004
 def add_profile_options(
-    command:argparse.ArgumentParser, # Gets `--profile` and `--set`
-    default:str|None='nano', # Profile without `--profile`
-    data:bool=False, # `--data` too?
-    seeds:bool=False, # `--seeds` too?
+    command: argparse.ArgumentParser,  # Gets `--profile` and `--set`
+    default: str | None = "nano",  # Profile without `--profile`
+    data: bool = False,  # `--data` too?
+    seeds: bool = False,  # `--seeds` too?
 ):
     "The options of every command that takes its settings from a profile."
-    command.add_argument('--profile', default=default, metavar='NAME', help='section of settings.ini' + (f' (default: {default})' if default else ''))
-    command.add_argument('--set', action='append', default=[], metavar='SETTING=VALUE', dest='settings',
-        help='override a setting of the profile, such as lr=1e-4; can be repeated; `rsstudy profiles` prints all settings')
-    if data: command.add_argument('--data', metavar='DATA', help='folder with captions.csv and resized/, hub:DATASET, or scenes for the built-in world')
-    if seeds: command.add_argument('--seeds', metavar='N,N,...', help='training seeds, one run for each')
+    command.add_argument(
+        "--profile",
+        default=default,
+        metavar="NAME",
+        help="section of settings.ini" + (f" (default: {default})" if default else ""),
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        dest="settings",
+        help="override a setting of the profile, such as lr=1e-4; can be repeated; `rsstudy profiles` prints all settings",
+    )
+    if data:
+        command.add_argument(
+            "--data",
+            metavar="DATA",
+            help="folder with captions.csv and resized/, hub:DATASET, or scenes for the built-in world",
+        )
+    if seeds:
+        command.add_argument("--seeds", metavar="N,N,...", help="training seeds, one run for each")
 
 # %% ../../nbs/lib/18_commands/01_options.ipynb #cell-005
 def add_model_options(
-    command:argparse.ArgumentParser, # Gets `--model` and `--seed`
+    command: argparse.ArgumentParser,  # Gets `--model` and `--seed`
 ):
     "The options of every command that takes one model, as `rsstudy.tuning.captioners.load_captioner` does."
-    command.add_argument('--model', default='none', metavar='MODEL', help='none for the untuned base (default), a tuning method that has been run, such as lora, a folder of weights or an export, or a base model: folder or name on the hub')
-    command.add_argument('--seed', type=int, default=0, metavar='N', help='which run of the tuning method (default: 0)')
+    command.add_argument(
+        "--model",
+        default="none",
+        metavar="MODEL",
+        help="none for the untuned base (default), a tuning method that has been run, such as lora, a folder of weights or an export, or a base model: folder or name on the hub",
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="which run of the tuning method (default: 0)")
 
 # %% ../../nbs/lib/18_commands/01_options.ipynb #cell-006
 def overrides(
-    args:argparse.Namespace, # Parsed command line
-) -> dict[str, str]: # Setting -> value, as text
+    args: argparse.Namespace,  # Parsed command line
+) -> dict[str, str]:  # Setting -> value, as text
     "The settings that the command line overrides. Raises `ValueError` when one is malformed or given twice."
     found = {}
-    given = [(key, getattr(args, key, None)) for key in ('data', 'seeds', 'track')]
+    given = [(key, getattr(args, key, None)) for key in ("data", "seeds", "track")]
     for word in args.settings:
-        key, equals, value = word.partition('=')
-        if not equals or not key: raise ValueError(f'--set wants SETTING=VALUE, as in --set lr=1e-4, got {word!r}')
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set wants SETTING=VALUE, as in --set lr=1e-4, got {word!r}")
         given.append((key, value))
     for key, value in given:
-        if value is None: continue
-        if key in found: raise ValueError(f'setting {key!r} is given twice: {found[key]!r} and {value!r}')
+        if value is None:
+            continue
+        if key in found:
+            raise ValueError(f"setting {key!r} is given twice: {found[key]!r} and {value!r}")
         found[key] = value
     return found
 
 # %% ../../nbs/lib/18_commands/01_options.ipynb #cell-007
 def listed(
-    text:str|None, # Such as "plane, runway"
-) -> list[str]|None: # The words between the commas; None for None
+    text: str | None,  # Such as "plane, runway"
+) -> list[str] | None:  # The words between the commas; None for None
     "What an option that takes several values was given."
-    return None if text is None else [word.strip() for word in text.split(',')]
+    return None if text is None else [word.strip() for word in text.split(",")]

@@ -9,64 +9,99 @@ __all__ = ['profile_text', 'results_text', 'study_table', 'grammar']
 import dataclasses
 import functools
 import os
+
 from .options import add_profile_options, overrides
 from ..common.settings import Profile, load_profile, profile_names
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-005
 def profile_text(
-    profiles:list[Profile], # Columns
+    profiles: list[Profile],  # Columns
 ) -> str:
     "Every setting of the profiles, one a line."
-    say = lambda v: ','.join(map(str, v)) if isinstance(v, tuple) else 'none' if v is None else str(v).lower() if isinstance(v, bool) else str(v)
+
+    def say(v):
+        return (
+            ",".join(map(str, v))
+            if isinstance(v, tuple)
+            else "none"
+            if v is None
+            else str(v).lower()
+            if isinstance(v, bool)
+            else str(v)
+        )
+
     rows = [[f.name, *(say(getattr(P, f.name)) for P in profiles)] for f in dataclasses.fields(Profile)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-007
 def results_text(
-    P:Profile, # The resolved settings
-    style:str='text', # `text`, `markdown` or `latex`
+    P: Profile,  # The resolved settings
+    style: str = "text",  # `text`, `markdown` or `latex`
 ) -> str:
     "The final table and where the figures are; or the table of a paper alone. Raises `FileNotFoundError` naming the command that makes the table."
-    if style != 'text': return study_table(P, style)
-    from rsstudy.report.comparison import table_text
+    if style != "text":
+        return study_table(P, style)
     from rsstudy.common.results import figure_files, read_result
+    from rsstudy.report.comparison import table_text
+
     figures = [os.path.relpath(f) for f in figure_files(P.results_dir)]
-    return '\n'.join([table_text(read_result(P, '07_comparison')), '', 'Figures:' if figures else 'No figures yet.', *(f'  {f}' for f in figures),
-        f'The notebooks as they ran: {os.path.relpath(P.results_dir)}/*.ipynb'])
+    return "\n".join(
+        [
+            table_text(read_result(P, "07_comparison")),
+            "",
+            "Figures:" if figures else "No figures yet.",
+            *(f"  {f}" for f in figures),
+            f"The notebooks as they ran: {os.path.relpath(P.results_dir)}/*.ipynb",
+        ]
+    )
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-008
 def study_table(
-    P:Profile, # The resolved settings
-    style:str, # `markdown` or `latex`
-) -> str: # Methods, their variants below them, and below a rule the floors and ceilings of the comparison
+    P: Profile,  # The resolved settings
+    style: str,  # `markdown` or `latex`
+) -> str:  # Methods, their variants below them, and below a rule the floors and ceilings of the comparison
     "The study's quality as a paper prints it. Raises `FileNotFoundError` naming the command that makes the comparison."
-    from rsstudy.report.paper import paper_table
     from rsstudy.common.results import read_result
-    result = read_result(P, '07_comparison')
-    return paper_table(result['scores'] + result['variants']['scores'], style, differences=result['differences'], labels=result['labels'], title=f'The study, profile {P.name}')
+    from rsstudy.report.paper import paper_table
+
+    result = read_result(P, "07_comparison")
+    return paper_table(
+        result["scores"] + result["variants"]["scores"],
+        style,
+        differences=result["differences"],
+        labels=result["labels"],
+        title=f"The study, profile {P.name}",
+    )
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-010
 def _engine(args):
     "The engine that the command line asks for. Raises `ValueError` on an option that is another engine's or out of range, `RuntimeError` without Ray."
     from rsstudy.runner.study import run_in_order
-    if args.engine == 'local':
-        for option in ('address', 'cpus', 'gpus'):
-            if getattr(args, option) is not None: raise ValueError(f'--{option} belongs to --engine ray')
+
+    if args.engine == "local":
+        for option in ("address", "cpus", "gpus"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--{option} belongs to --engine ray")
         return run_in_order
     from rsstudy.runner.ray import check_ray, run_on_ray
-    if args.cpus is not None and args.cpus < 1: raise ValueError(f'--cpus must be at least 1, got {args.cpus}')
-    if args.gpus is not None and args.gpus < 0: raise ValueError(f'--gpus must be zero or more, got {args.gpus:g}')
+
+    if args.cpus is not None and args.cpus < 1:
+        raise ValueError(f"--cpus must be at least 1, got {args.cpus}")
+    if args.gpus is not None and args.gpus < 0:
+        raise ValueError(f"--gpus must be zero or more, got {args.gpus:g}")
     check_ray()
     return functools.partial(run_on_ray, address=args.address, cores=args.cpus or 1, gpus=args.gpus)
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-011
 def _run(args) -> int:
     from rsstudy.runner.study import check_request, run_study
+
     chosen = overrides(args)
     P, notebooks = check_request(args.profile, chosen, args.only)
     run_study(args.profile, chosen, args.only, args.force, engine=_engine(args))
-    if '07_comparison' in notebooks: print('\n' + results_text(P))
+    if "07_comparison" in notebooks:
+        print("\n" + results_text(P))
     return 0
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-012
@@ -76,35 +111,80 @@ def _table(args) -> int:
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-013
 def _profiles(args) -> int:
-    print(profile_text([load_profile(name, **overrides(args)) for name in ([args.profile] if args.profile else profile_names())]))
+    print(
+        profile_text(
+            [load_profile(name, **overrides(args)) for name in ([args.profile] if args.profile else profile_names())]
+        )
+    )
     return 0
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-014
 def grammar(
-    commands, # Of `argparse.ArgumentParser.add_subparsers`
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
 ):
     "Adds `run`, `table` and `profiles`."
-    run = commands.add_parser('run', help='run the notebooks in order; goes on where the last run stopped', description='Runs the study\'s notebooks '
-        'in order and prints the final table. Notebooks that were done before, with the same settings, code and data, are skipped; a run that '
-        'was stopped goes on with the notebook that was not finished. Results go to results/PROFILE/.',
-        epilog='example: rsstudy run --profile riscm-nano --data ../riscm --only 03_lora --set lr=1e-4 --seeds 0,1,2')
-    run.add_argument('--only', action='append', default=[], metavar='NOTEBOOK', help='run this notebook, such as 03_lora, and no other; can be repeated')
-    run.add_argument('--force', action='store_true', help='run the notebooks even if they were done before')
-    run.add_argument('--track', choices=('none', 'tensorboard', 'wandb', 'trackio'), help='watch the training in a tracker; short for --set track=...')
-    ray = run.add_argument_group('many notebooks at a time')
-    ray.add_argument('--engine', choices=('local', 'ray'), default='local', help='local: one notebook after another, here (default); '
-        'ray: those that do not wait for each other at the same time, on this machine or a cluster')
-    ray.add_argument('--address', metavar='ADDRESS', help='Ray cluster, as ray.init takes it: auto, HOST:PORT or ray://HOST:PORT; a cluster of this machine alone by default')
-    ray.add_argument('--cpus', type=int, metavar='N', help='cores and threads of each notebook (default: 1)')
-    ray.add_argument('--gpus', type=float, metavar='N', help='GPUs, or the share of one, of each notebook that runs a model (default: 1 where the cluster has one)')
+    run = commands.add_parser(
+        "run",
+        help="run the notebooks in order; goes on where the last run stopped",
+        description="Runs the study's notebooks "
+        "in order and prints the final table. Notebooks that were done before, with the same settings, code and data, are skipped; a run that "
+        "was stopped goes on with the notebook that was not finished. Results go to results/PROFILE/.",
+        epilog="example: rsstudy run --profile riscm-nano --data ../riscm --only 03_lora --set lr=1e-4 --seeds 0,1,2",
+    )
+    run.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NOTEBOOK",
+        help="run this notebook, such as 03_lora, and no other; can be repeated",
+    )
+    run.add_argument("--force", action="store_true", help="run the notebooks even if they were done before")
+    run.add_argument(
+        "--track",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+        help="watch the training in a tracker; short for --set track=...",
+    )
+    ray = run.add_argument_group("many notebooks at a time")
+    ray.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: one notebook after another, here (default); "
+        "ray: those that do not wait for each other at the same time, on this machine or a cluster",
+    )
+    ray.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="Ray cluster, as ray.init takes it: auto, HOST:PORT or ray://HOST:PORT; a cluster of this machine alone by default",
+    )
+    ray.add_argument("--cpus", type=int, metavar="N", help="cores and threads of each notebook (default: 1)")
+    ray.add_argument(
+        "--gpus",
+        type=float,
+        metavar="N",
+        help="GPUs, or the share of one, of each notebook that runs a model (default: 1 where the cluster has one)",
+    )
 
-    table = commands.add_parser('table', help='print the final table again', description='Prints the final table from '
-        'results/PROFILE/07_comparison.json, and the figures that are there.')
-    table.add_argument('--style', choices=('text', 'markdown', 'latex'), default='text', help='text: for the terminal, with costs and findings (default); '
-        'markdown, latex: quality with intervals and ties, for a paper')
-    show = commands.add_parser('profiles', help='print the profiles, or one resolved profile', description='Prints every setting of every profile of '
-        'settings.ini, or with --profile of one, as a run with the same options would use it.')
+    table = commands.add_parser(
+        "table",
+        help="print the final table again",
+        description="Prints the final table from results/PROFILE/07_comparison.json, and the figures that are there.",
+    )
+    table.add_argument(
+        "--style",
+        choices=("text", "markdown", "latex"),
+        default="text",
+        help="text: for the terminal, with costs and findings (default); "
+        "markdown, latex: quality with intervals and ties, for a paper",
+    )
+    show = commands.add_parser(
+        "profiles",
+        help="print the profiles, or one resolved profile",
+        description="Prints every setting of every profile of "
+        "settings.ini, or with --profile of one, as a run with the same options would use it.",
+    )
     add_profile_options(run, data=True, seeds=True)
     add_profile_options(table)
     add_profile_options(show, default=None, data=True, seeds=True)
-    for command, function in ((run, _run), (table, _table), (show, _profiles)): command.set_defaults(run=function)
+    for command, function in ((run, _run), (table, _table), (show, _profiles)):
+        command.set_defaults(run=function)

@@ -8,6 +8,7 @@ __all__ = ['scores_text', 'score_files', 'grammar']
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-002
 import os
 import sys
+
 from .options import listed
 from ..common.files import file_in_the_way
 
@@ -15,96 +16,187 @@ from ..common.files import file_in_the_way
 def _system_names(paths):
     "Paths -> what their systems are called: the files' names; with their folders, then with their suffixes too, where that is needed to tell them apart."
     from pathlib import Path
-    if len(set(paths)) < len(paths): raise ValueError(f'predictions are given twice: {next(p for p in paths if paths.count(p) > 1)}')
-    short = [lambda p: Path(p).stem, lambda p: str(Path(p).with_suffix('')), str] # the first that tells the files apart
+
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"predictions are given twice: {next(p for p in paths if paths.count(p) > 1)}")
+    short = [
+        lambda p: Path(p).stem,
+        lambda p: str(Path(p).with_suffix("")),
+        str,
+    ]  # the first that tells the files apart
     return next(names for say in short if len(set((names := {p: say(p) for p in paths}).values())) == len(paths))
 
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-005
 def _targets(names, references, out):
     "Paths -> the files for their scores."
-    if len(names) == 1 and out.is_dir(): raise ValueError(f'--out {out} is a folder: with one file of predictions it names a file')
-    if len(names) > 1 and out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file: with several files of predictions it names a folder')
-    if wrong := file_in_the_way(out.parent): raise ValueError(f'--out {out}: {wrong} is no folder')
-    targets = {p: out if len(names) == 1 else out/(name.replace('/', '_') + '.json') for p, name in names.items()}
+    if len(names) == 1 and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: with one file of predictions it names a file")
+    if len(names) > 1 and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: with several files of predictions it names a folder")
+    if wrong := file_in_the_way(out.parent):
+        raise ValueError(f"--out {out}: {wrong} is no folder")
+    targets = {p: out if len(names) == 1 else out / (name.replace("/", "_") + ".json") for p, name in names.items()}
     read = {os.path.realpath(p) for p in (*names, references)}
-    if wrong := [f for f in targets.values() if os.path.realpath(f) in read]: raise ValueError(f'--out {out} would write over {wrong[0]}, which is to be read')
+    if wrong := [f for f in targets.values() if os.path.realpath(f) in read]:
+        raise ValueError(f"--out {out} would write over {wrong[0]}, which is to be read")
     return targets
 
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-006
 def scores_text(
-    rows:list[dict], # `rsstudy.stats.rows.system_rows`
-    differences:list[dict], # `rsstudy.stats.rows.system_differences`
-) -> str: # For a terminal
+    rows: list[dict],  # `rsstudy.stats.rows.system_rows`
+    differences: list[dict],  # `rsstudy.stats.rows.system_differences`
+) -> str:  # For a terminal
     "Every metric with its interval: a column a source for one system; for several a table a source and the paired differences."
     import pandas as pd
+
     from rsstudy.stats.intervals import Interval
-    say = lambda r: '-' if r['value'] is None else f'{r["value"]:.4f}' if r['low'] is None else str(Interval(*(r[k] for k in ('value', 'low', 'high', 'n'))))
+
+    def say(r):
+        return (
+            "-"
+            if r["value"] is None
+            else f"{r['value']:.4f}"
+            if r["low"] is None
+            else str(Interval(*(r[k] for k in ("value", "low", "high", "n"))))
+        )
+
     def table(rows, column):
         cells = {}
-        for r in rows: cells.setdefault(r[column] if column == 'method' else f'{r["source"]} ({r["n"]:,} images)', {})[r['metric']] = say(r)
-        return pd.DataFrame(cells).fillna('-').to_string()
-    systems, sources = (list(dict.fromkeys(r[k] for r in rows)) for k in ('method', 'source'))
-    if len(systems) == 1: return f'{systems[0]}, 95 % intervals\n\n' + table(rows, 'source')
+        for r in rows:
+            cells.setdefault(r[column] if column == "method" else f"{r['source']} ({r['n']:,} images)", {})[
+                r["metric"]
+            ] = say(r)
+        return pd.DataFrame(cells).fillna("-").to_string()
+
+    systems, sources = (list(dict.fromkeys(r[k] for r in rows)) for k in ("method", "source"))
+    if len(systems) == 1:
+        return f"{systems[0]}, 95 % intervals\n\n" + table(rows, "source")
     parts = []
     for source in sources:
-        mine = [r for r in rows if r['source'] == source]
-        parts.append(f'{source}: {mine[0]["n"]:,} images, 95 % intervals\n\n' + table(mine, 'method'))
-    lines = pd.DataFrame([dict(difference=f'{d["method"]} - {d["against"]}', metric=d['metric'], value=say(d), verdict=d['verdict']) for d in differences])
-    return '\n\n'.join([*parts, 'Paired differences: tie where the interval contains 0\n\n' + lines.to_string(index=False)])
+        mine = [r for r in rows if r["source"] == source]
+        parts.append(f"{source}: {mine[0]['n']:,} images, 95 % intervals\n\n" + table(mine, "method"))
+    lines = pd.DataFrame(
+        [
+            dict(difference=f"{d['method']} - {d['against']}", metric=d["metric"], value=say(d), verdict=d["verdict"])
+            for d in differences
+        ]
+    )
+    return "\n\n".join(
+        [*parts, "Paired differences: tie where the interval contains 0\n\n" + lines.to_string(index=False)]
+    )
 
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-007
 def score_files(
-    paths:list[str], # Files of predictions, one a system
-    references:str, # File of references
-    split:str|None=None, # Only its images
-    metrics:tuple[str,...]|None=None, # As for `score_captions`; all by default
-    partial:bool=False, # Score what all have?
-    out:str|None=None, # Scores to this file; with several systems to this folder, one file each
-    style:str|None=None, # `markdown` or `latex`: the table of a paper
-    resamples:int=1000, # Bootstrap resamples
-) -> str: # The table; see `rsstudy score --help`
+    paths: list[str],  # Files of predictions, one a system
+    references: str,  # File of references
+    split: str | None = None,  # Only its images
+    metrics: tuple[str, ...] | None = None,  # As for `score_captions`; all by default
+    partial: bool = False,  # Score what all have?
+    out: str | None = None,  # Scores to this file; with several systems to this folder, one file each
+    style: str | None = None,  # `markdown` or `latex`: the table of a paper
+    resamples: int = 1000,  # Bootstrap resamples
+) -> str:  # The table; see `rsstudy score --help`
     "What `rsstudy score` does. Raises `FileNotFoundError`, and `ValueError` naming file, line and key."
     from pathlib import Path
+
     from rsstudy.data.captionfiles import match_captions, read_predictions, read_references
     from rsstudy.metrics.registry import ALL, OPTIONAL, score_captions
     from rsstudy.report.paper import paper_table
     from rsstudy.report.tuning import write_scores
     from rsstudy.stats.rows import system_differences, system_rows
-    if resamples < 1: raise ValueError(f'--resamples must be at least 1, got {resamples}')
-    allowed = [m for m in ALL + OPTIONAL if m not in ('clipscore', 'copied')] # these need images and training captions, which files of captions have not
-    if unknown := [m for m in metrics or () if m not in allowed]: raise ValueError(f'unknown metric {unknown[0]!r}: allowed are {", ".join(allowed)}')
+
+    if resamples < 1:
+        raise ValueError(f"--resamples must be at least 1, got {resamples}")
+    allowed = [
+        m for m in ALL + OPTIONAL if m not in ("clipscore", "copied")
+    ]  # these need images and training captions, which files of captions have not
+    if unknown := [m for m in metrics or () if m not in allowed]:
+        raise ValueError(f"unknown metric {unknown[0]!r}: allowed are {', '.join(allowed)}")
     names = _system_names(paths)
     targets = _targets(names, references, Path(out)) if out else {}
-    m = match_captions({name: read_predictions(path) for path, name in names.items()}, read_references(references, split), partial)
+    m = match_captions(
+        {name: read_predictions(path) for path, name in names.items()}, read_references(references, split), partial
+    )
     chosen = dict(metrics=metrics) if metrics else {}
-    systems = {name: score_captions(captions, m.references, progress=sys.stderr.isatty(), **chosen) for name, captions in m.predictions.items()}
+    systems = {
+        name: score_captions(captions, m.references, progress=sys.stderr.isatty(), **chosen)
+        for name, captions in m.predictions.items()
+    }
     rows, differences = system_rows(systems, m.sources, resamples), system_differences(systems, resamples=resamples)
     for path, file in targets.items():
         name = names[path]
-        write_scores(file, systems[name], m.predictions[name], m.references, m.image_ids, m.sources, rows=[r for r in rows if r['method'] == name], left_out=m.left_out, resamples=resamples,
-            files=dict(predictions=Path(path).name, references=Path(references).name, split=split))
-        print(f'rsstudy: scores of {name} in {file}', file=sys.stderr)
+        write_scores(
+            file,
+            systems[name],
+            m.predictions[name],
+            m.references,
+            m.image_ids,
+            m.sources,
+            rows=[r for r in rows if r["method"] == name],
+            left_out=m.left_out,
+            resamples=resamples,
+            files=dict(predictions=Path(path).name, references=Path(references).name, split=split),
+        )
+        print(f"rsstudy: scores of {name} in {file}", file=sys.stderr)
     return paper_table(rows, style, differences=differences) if style else scores_text(rows, differences)
 
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-010
 def _score(args) -> int:
     metrics = args.metrics and tuple(dict.fromkeys(listed(args.metrics)))
-    print(score_files(args.predictions, args.references, args.split, metrics or None, args.partial, args.out, args.table, args.resamples))
+    print(
+        score_files(
+            args.predictions,
+            args.references,
+            args.split,
+            metrics or None,
+            args.partial,
+            args.out,
+            args.table,
+            args.resamples,
+        )
+    )
     return 0
 
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-011
 def grammar(
-    commands, # Of `argparse.ArgumentParser.add_subparsers`
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
 ):
     "Adds `score`."
-    score = commands.add_parser('score', help="score anyone's captions", description='Scores files of captions against human ones and prints every metric with its interval; several files are systems, '
-        'compared on the same images by paired differences.', epilog='example: rsstudy score mine.jsonl theirs.jsonl --references riscm/captions.csv --split test --table latex')
-    score.add_argument('predictions', nargs='+', metavar='PREDICTIONS', help='.jsonl or .csv with image (or file_name, image_id) and caption (or prediction, text), or .json as the COCO toolkit takes it')
-    score.add_argument('--references', required=True, metavar='FILE', help='captions.csv in the layout of RISC, .json of COCO captions, or .jsonl with image and captions')
-    score.add_argument('--split', metavar='SPLIT', help='only images of this split of the references, such as test')
-    score.add_argument('--metrics', metavar='M,M,...', help='such as bleu,cider (default: all that run offline without Java)')
-    score.add_argument('--partial', action='store_true', help='score the images that every file captions, instead of refusing; announced and recorded')
-    score.add_argument('--out', metavar='FILE', help='write the scores, per image too, to this JSON file; with several systems to this folder, one file each')
-    score.add_argument('--table', choices=('markdown', 'latex'), help='print a table for a paper instead')
-    score.add_argument('--resamples', type=int, default=1000, metavar='N', help='bootstrap resamples of the intervals (default: 1000)')
+    score = commands.add_parser(
+        "score",
+        help="score anyone's captions",
+        description="Scores files of captions against human ones and prints every metric with its interval; several files are systems, "
+        "compared on the same images by paired differences.",
+        epilog="example: rsstudy score mine.jsonl theirs.jsonl --references riscm/captions.csv --split test --table latex",
+    )
+    score.add_argument(
+        "predictions",
+        nargs="+",
+        metavar="PREDICTIONS",
+        help=".jsonl or .csv with image (or file_name, image_id) and caption (or prediction, text), or .json as the COCO toolkit takes it",
+    )
+    score.add_argument(
+        "--references",
+        required=True,
+        metavar="FILE",
+        help="captions.csv in the layout of RISC, .json of COCO captions, or .jsonl with image and captions",
+    )
+    score.add_argument("--split", metavar="SPLIT", help="only images of this split of the references, such as test")
+    score.add_argument(
+        "--metrics", metavar="M,M,...", help="such as bleu,cider (default: all that run offline without Java)"
+    )
+    score.add_argument(
+        "--partial",
+        action="store_true",
+        help="score the images that every file captions, instead of refusing; announced and recorded",
+    )
+    score.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write the scores, per image too, to this JSON file; with several systems to this folder, one file each",
+    )
+    score.add_argument("--table", choices=("markdown", "latex"), help="print a table for a paper instead")
+    score.add_argument(
+        "--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples of the intervals (default: 1000)"
+    )
     score.set_defaults(run=_score)

@@ -12,24 +12,54 @@ from ..common.settings import load_profile
 # %% ../../nbs/lib/18_commands/08_serve.ipynb #cell-004
 def _serve(args) -> int:
     from rsstudy.sharing.serve import serve
-    serve(load_profile(args.profile, **overrides(args)), args.model, args.seed, args.host, args.port, args.max_mb, args.open)
+
+    serve(
+        load_profile(args.profile, **overrides(args)),
+        args.model,
+        args.seed,
+        args.host,
+        args.port,
+        args.max_mb,
+        args.open,
+    )
     return 0
 
 # %% ../../nbs/lib/18_commands/08_serve.ipynb #cell-005
 def grammar(
-    commands, # Of `argparse.ArgumentParser.add_subparsers`
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
 ):
     "Adds `serve`."
-    serve = commands.add_parser('serve', help='a page in the browser: an image in, its caption and its explanation out', description='Serves a page on this machine: choose, drop or paste an image, '
-        'choose a model, read the caption, hover over its words to see where in the image they came from. Images stay on this machine; they are deleted after about an hour, and at the end. '
-        'Ctrl-C ends it, with exit status 0. Needs Gradio: pip install "rsstudy[serve]".', epilog='example: rsstudy serve --model none --model lora --open')
-    serve.add_argument('--model', action='append', metavar='NAME', help='offer this model: none for the untuned base, a tuning method that has been run, a folder of weights, or a base model; '
-        'can be repeated (default: the untuned base and every method that has been run under the profile)')
-    serve.add_argument('--seed', type=int, default=0, metavar='N', help='which run of the tuning methods (default: 0)')
-    serve.add_argument('--port', type=int, default=7860, metavar='N', help='where it listens (default: 7860)')
-    serve.add_argument('--host', default='127.0.0.1', metavar='ADDRESS', help='interface it listens on (default: 127.0.0.1, this machine alone); 0.0.0.0 lets others in, '
-        'without a password')
-    serve.add_argument('--open', action='store_true', help='open the page in the browser')
-    serve.add_argument('--max-mb', type=float, default=20, metavar='MB', help='largest image file that is taken (default: 20); more than 50 million pixels are refused in any case')
+    serve = commands.add_parser(
+        "serve",
+        help="a page in the browser: an image in, its caption and its explanation out",
+        description="Serves a page on this machine: choose, drop or paste an image, "
+        "choose a model, read the caption, hover over its words to see where in the image they came from. Images stay on this machine; they are deleted after about an hour, and at the end. "
+        'Ctrl-C ends it, with exit status 0. Needs Gradio: pip install "rsstudy[serve]".',
+        epilog="example: rsstudy serve --model none --model lora --open",
+    )
+    serve.add_argument(
+        "--model",
+        action="append",
+        metavar="NAME",
+        help="offer this model: none for the untuned base, a tuning method that has been run, a folder of weights, or a base model; "
+        "can be repeated (default: the untuned base and every method that has been run under the profile)",
+    )
+    serve.add_argument("--seed", type=int, default=0, metavar="N", help="which run of the tuning methods (default: 0)")
+    serve.add_argument("--port", type=int, default=7860, metavar="N", help="where it listens (default: 7860)")
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="interface it listens on (default: 127.0.0.1, this machine alone); 0.0.0.0 lets others in, "
+        "without a password",
+    )
+    serve.add_argument("--open", action="store_true", help="open the page in the browser")
+    serve.add_argument(
+        "--max-mb",
+        type=float,
+        default=20,
+        metavar="MB",
+        help="largest image file that is taken (default: 20); more than 50 million pixels are refused in any case",
+    )
     add_profile_options(serve)
     serve.set_defaults(run=_serve)

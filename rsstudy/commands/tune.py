@@ -13,18 +13,26 @@ from ..common.settings import load_profile
 def _tune(args) -> int:
     from rsstudy.report.tuning import score_table
     from rsstudy.runner.tune import tune
+
     result = tune(load_profile(args.profile, **overrides(args)), args.method)
-    if result: print(score_table(result['methods']).to_string())
+    if result:
+        print(score_table(result["methods"]).to_string())
     return 0
 
 # %% ../../nbs/lib/18_commands/03_tune.ipynb #cell-005
 def grammar(
-    commands, # Of `argparse.ArgumentParser.add_subparsers`
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
 ):
     "Adds `tune`."
-    tune = commands.add_parser('tune', help='tune one method, on several devices with accelerate launch', description='Chooses the learning rate of a method, trains '
-        'with every seed, scores the test split and leaves the weights in runs/PROFILE/weights and the scores in results/PROFILE/tune_METHOD.json.',
-        epilog='on four GPUs: accelerate launch --num_processes 4 $(which rsstudy) tune lora --profile paligemma')
-    tune.add_argument('method', metavar='METHOD', help='lora, qlora, lora_vision, dora, prompt, adapter, adapter_pfeiffer or full')
+    tune = commands.add_parser(
+        "tune",
+        help="tune one method, on several devices with accelerate launch",
+        description="Chooses the learning rate of a method, trains "
+        "with every seed, scores the test split and leaves the weights in runs/PROFILE/weights and the scores in results/PROFILE/tune_METHOD.json.",
+        epilog="on four GPUs: accelerate launch --num_processes 4 $(which rsstudy) tune lora --profile paligemma",
+    )
+    tune.add_argument(
+        "method", metavar="METHOD", help="lora, qlora, lora_vision, dora, prompt, adapter, adapter_pfeiffer or full"
+    )
     add_profile_options(tune, data=True, seeds=True)
     tune.set_defaults(run=_tune)

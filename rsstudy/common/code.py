@@ -20,92 +20,125 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+
 from .files import announce
 from .settings import package_files
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-005
 # How names of modules begin that change no result of the study: those that run or measure it, and those that serve people who use the package
-RUNNER = tuple(f'rsstudy.{part}' for part in ('_modidx', 'tuning.captioners', 'runner.', 'explain.', 'imagery.', 'sharing.', 'bench.', 'commands.'))
+RUNNER = tuple(
+    f"rsstudy.{part}"
+    for part in ("_modidx", "tuning.captioners", "runner.", "explain.", "imagery.", "sharing.", "bench.", "commands.")
+)
+
 
 def main_process() -> bool:
     "Of the processes that `accelerate launch` may have started, is this the one that writes and shows bars?"
-    return int(os.environ.get('RANK', 0)) == 0
+    return int(os.environ.get("RANK", 0)) == 0
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-006
-PACKAGES = 'torch transformers peft bitsandbytes datasets accelerate captum shap bert-score nltk numpy scikit-image papermill'.split()
-def versions() -> dict[str,str]: # Package -> version
+PACKAGES = "torch transformers peft bitsandbytes datasets accelerate captum shap bert-score nltk numpy scikit-image papermill".split()
+
+
+def versions() -> dict[str, str]:  # Package -> version
     "Versions of Python and of the packages that can change a number; a package that is not installed is left out."
-    found = {'python': platform.python_version()}
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try: found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError: continue
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return found
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-007
 @functools.cache
-def code_revision() -> str: # Commit, with "+changes" where the tree differs from it; or such as "rsstudy 0.1.0"
+def code_revision() -> str:  # Commit, with "+changes" where the tree differs from it; or such as "rsstudy 0.1.0"
     "The commit of the checkout that the package lies in; the package's version where it lies in none. The repository of the current folder says nothing about the package."
     checkout = package_files()
-    def git(*words): return subprocess.run(['git', *words], cwd=checkout, capture_output=True, text=True)
-    try: top, head, dirty = git('rev-parse', '--show-toplevel'), git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no', '--', 'nbs', 'rsstudy', 'settings.ini')
-    except OSError: return _version() # no git here
-    if head.returncode or Path(top.stdout.strip()).resolve() != checkout: return _version()
-    return head.stdout.strip() + ('+changes' if dirty.stdout.strip() else '')
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True)
+
+    try:
+        top, head, dirty = (
+            git("rev-parse", "--show-toplevel"),
+            git("rev-parse", "HEAD"),
+            git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "rsstudy", "settings.ini"),
+        )
+    except OSError:
+        return _version()  # no git here
+    if head.returncode or Path(top.stdout.strip()).resolve() != checkout:
+        return _version()
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-008
 def _version():
     import rsstudy
-    return f'rsstudy {rsstudy.__version__}'
+
+    return f"rsstudy {rsstudy.__version__}"
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-009
-def _library() -> Path: return Path(importlib.util.find_spec('rsstudy').origin).parent
+def _library() -> Path:
+    return Path(importlib.util.find_spec("rsstudy").origin).parent
 
-def _module_file(name) -> Path: return _library().joinpath(*name.split('.')[1:]).with_suffix('.py')
+
+def _module_file(name) -> Path:
+    return _library().joinpath(*name.split(".")[1:]).with_suffix(".py")
+
 
 def imported_modules(
-    code:ast.AST, # Of a module or of a cell
-    package:str='rsstudy', # Where relative imports start, such as `rsstudy.common`
-) -> set[str]: # Modules of rsstudy, such as `rsstudy.common.files`
+    code: ast.AST,  # Of a module or of a cell
+    package: str = "rsstudy",  # Where relative imports start, such as `rsstudy.common`
+) -> set[str]:  # Modules of rsstudy, such as `rsstudy.common.files`
     "What some code imports of the package, also inside functions."
     root, found = _library().parent, set()
     for node in ast.walk(code):
-        if not isinstance(node, ast.ImportFrom): continue
-        above = package.split('.')[:len(package.split('.')) + 1 - node.level] if node.level else []
-        base = '.'.join([*above, *filter(None, [node.module])])
-        if base.split('.')[0] == 'rsstudy': found |= {base, *(f'{base}.{name.name}' for name in node.names)}
-    return {name for name in found if root.joinpath(*name.split('.')).with_suffix('.py').is_file()}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+        base = ".".join([*above, *filter(None, [node.module])])
+        if base.split(".")[0] == "rsstudy":
+            found |= {base, *(f"{base}.{name.name}" for name in node.names)}
+    return {name for name in found if root.joinpath(*name.split(".")).with_suffix(".py").is_file()}
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-010
 class _Bare(ast.NodeTransformer):
     "Takes out what computes nothing: docstrings, and imports, whose modules are counted themselves."
-    def visit_Import(self, node): return None
+
+    def visit_Import(self, node):
+        return None
+
     visit_ImportFrom = visit_Import
-    def visit_Expr(self, node): return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_Expr(self, node):
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
 
 def bare_code(
-    source:str|bytes, # Python
-) -> str: # What it computes, for a digest
+    source: str | bytes,  # Python
+) -> str:  # What it computes, for a digest
     "Code without comments, docstrings, imports and layout."
     return ast.dump(_Bare().visit(ast.parse(source)))
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-011
 @functools.cache
 def module_code(
-    name:str, # Module of the package
-) -> tuple[str, frozenset[str]]: # What it computes, as `bare_code` says it; the modules it imports
+    name: str,  # Module of the package
+) -> tuple[str, frozenset[str]]:  # What it computes, as `bare_code` says it; the modules it imports
     "A module's code, read once a process."
     source = _module_file(name).read_bytes()
-    return bare_code(source), frozenset(imported_modules(ast.parse(source), name.rpartition('.')[0]))
+    return bare_code(source), frozenset(imported_modules(ast.parse(source), name.rpartition(".")[0]))
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-012
 def dependencies(
-    *modules:str, # Such as `rsstudy.training.fit`
-) -> tuple[str, ...]: # These and all they import, directly or not, also inside functions; in alphabetical order
+    *modules: str,  # Such as `rsstudy.training.fit`
+) -> tuple[str, ...]:  # These and all they import, directly or not, also inside functions; in alphabetical order
     "The modules that a result depends on: what only runs, measures or serves (`RUNNER`) is left out."
     waiting, found = list(modules), set()
     while waiting:
         name = waiting.pop()
-        if name in found or name.startswith(RUNNER): continue
+        if name in found or name.startswith(RUNNER):
+            continue
         found.add(name)
         waiting += module_code(name)[1]
     return tuple(sorted(found))
@@ -113,61 +146,78 @@ def dependencies(
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-013
 @functools.cache
 def code_digest(
-    *modules:str, # Such as `rsstudy.training.fit`: exactly these; none: the whole library without `RUNNER`
-) -> str: # SHA-256, hex
+    *modules: str,  # Such as `rsstudy.training.fit`: exactly these; none: the whole library without `RUNNER`
+) -> str:  # SHA-256, hex
     "Digest of what the library's code computes: names of files, prose and docstrings count for nothing."
-    every = ('.'.join(['rsstudy', *f.relative_to(_library()).with_suffix('').parts]) for f in _library().rglob('*.py'))
+    every = (".".join(["rsstudy", *f.relative_to(_library()).with_suffix("").parts]) for f in _library().rglob("*.py"))
     names = modules or [name for name in every if not name.startswith(RUNNER)]
-    return hashlib.sha256('\0'.join(sorted(module_code(name)[0] for name in names)).encode()).hexdigest()
+    return hashlib.sha256("\0".join(sorted(module_code(name)[0] for name in names)).encode()).hexdigest()
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-014
-def device_name() -> str: # Processor or GPU, with its count of cores
+def device_name() -> str:  # Processor or GPU, with its count of cores
     "What a run computes on."
     import torch
-    if torch.cuda.is_available(): return torch.cuda.get_device_name()
-    return f'CPU, {platform.machine()}, {torch.get_num_threads()} threads'
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-017
 def _resident_peak() -> int:
-    try: return next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM'))
+    try:
+        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
     except (FileNotFoundError, StopIteration):
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-018
-def _energy() -> float|None:
+def _energy() -> float | None:
     "Joules the GPU has used since its driver started, where it tells."
     import torch
-    if not torch.cuda.is_available(): return None
+
+    if not torch.cuda.is_available():
+        return None
     try:
         import pynvml
+
         pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())) / 1e3
+        return (
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device()))
+            / 1e3
+        )
     except Exception as reason:
-        announce('energy', f'the GPU does not tell its energy ({type(reason).__name__}): not recorded')
+        announce("energy", f"the GPU does not tell its energy ({type(reason).__name__}): not recorded")
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-019
 @dataclasses.dataclass
 class Cost:
     "What a part of a run took."
-    seconds:float = 0. # Wall clock
-    peak_memory_bytes:int = 0 # GPU: most allocated; CPU: most resident in the process
-    energy_joules:float|None = None # GPU only, and only where it tells
+
+    seconds: float = 0.0  # Wall clock
+    peak_memory_bytes: int = 0  # GPU: most allocated; CPU: most resident in the process
+    energy_joules: float | None = None  # GPU only, and only where it tells
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-020
 @contextmanager
 def measured():
     "Measures the block: yields a `Cost` that is filled when the block ends."
     import torch
+
     cost, gpu = Cost(), torch.cuda.is_available()
-    if gpu: torch.cuda.reset_peak_memory_stats()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
     else:
-        try: Path('/proc/self/clear_refs').write_text('5') # resets the high-water mark
-        except OSError: announce('memory', 'the peak of memory cannot be reset here: it is the whole process\'s')
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        except OSError:
+            announce("memory", "the peak of memory cannot be reset here: it is the whole process's")
     joules, start = _energy(), time.perf_counter()
-    try: yield cost
+    try:
+        yield cost
     finally:
-        if gpu: torch.cuda.synchronize()
+        if gpu:
+            torch.cuda.synchronize()
         cost.seconds = time.perf_counter() - start
         cost.peak_memory_bytes = torch.cuda.max_memory_allocated() if gpu else _resident_peak()
         cost.energy_joules = None if joules is None else _energy() - joules

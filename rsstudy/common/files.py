@@ -21,87 +21,111 @@ from urllib.parse import urlparse
 # %% ../../nbs/lib/01_common/02_files.ipynb #cell-005
 @contextmanager
 def atomic_path(
-    path:str|Path, # Where the finished file belongs
+    path: str | Path,  # Where the finished file belongs
 ):
     "A temporary path to write to; it takes the name `path` when the block ends well and is removed when it does not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{os.getpid()}-{threading.get_ident()}-{path.name}') # keeps the suffix, which savers go by
+    temporary = path.with_name(
+        f".{os.getpid()}-{threading.get_ident()}-{path.name}"
+    )  # keeps the suffix, which savers go by
     try:
         yield temporary
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 # %% ../../nbs/lib/01_common/02_files.ipynb #cell-006
 def file_in_the_way(
-    folder:str|Path, # To be made, or there
-) -> Path|None: # None where nothing is in the way
+    folder: str | Path,  # To be made, or there
+) -> Path | None:  # None where nothing is in the way
     "The file that stands where a folder, or a folder above it, is to be."
     return next((p for p in (Path(folder), *Path(folder).parents) if p.exists() and not p.is_dir()), None)
 
 # %% ../../nbs/lib/01_common/02_files.ipynb #cell-007
 def _plain(value):
     "What JSON cannot say by itself: arrays, numpy numbers, paths, dataclasses."
-    if dataclasses.is_dataclass(value): return dataclasses.asdict(value)
-    if hasattr(value, 'tolist'): return value.tolist()
-    if isinstance(value, Path): return str(value)
-    raise TypeError(f'{type(value).__name__} has no place in a result: {value!r:.80}')
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in a result: {value!r:.80}")
 
 # %% ../../nbs/lib/01_common/02_files.ipynb #cell-008
 def _finite(value):
     "Floats to 6 significant digits; NaN and infinity as null, which is what JSON has for them."
-    if isinstance(value, float): return float(f'{value:.6g}') if abs(value) < float('inf') else None
-    if isinstance(value, dict): return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
-    if value is None or isinstance(value, (str, int)): return value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if abs(value) < float("inf") else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if value is None or isinstance(value, (str, int)):
+        return value
     return _finite(_plain(value))
 
 # %% ../../nbs/lib/01_common/02_files.ipynb #cell-009
 def write_json(
-    path:str|Path, # Where to
-    data:dict, # JSON values, numpy arrays, paths or dataclasses; floats are kept to 6 significant digits
+    path: str | Path,  # Where to
+    data: dict,  # JSON values, numpy arrays, paths or dataclasses; floats are kept to 6 significant digits
 ):
     "Writes `data` as readable JSON, whole or not at all. Raises `TypeError` on a value that JSON cannot hold."
     text = json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False)
     # a list of plain numbers or short words on one line: a hundred times fewer lines to scroll past
-    text = re.sub(r'\[\s+((?:-?[\d.eE+-]+|null|"[^"\\]{0,40}")(?:,\s+(?:-?[\d.eE+-]+|null|"[^"\\]{0,40}"))*)\s+\]',
-        lambda m: '[' + re.sub(r',\n\s+', ', ', m[1]) + ']', text)
-    with atomic_path(path) as temporary: temporary.write_text(text + '\n', encoding='utf-8')
+    text = re.sub(
+        r'\[\s+((?:-?[\d.eE+-]+|null|"[^"\\]{0,40}")(?:,\s+(?:-?[\d.eE+-]+|null|"[^"\\]{0,40}"))*)\s+\]',
+        lambda m: "[" + re.sub(r",\n\s+", ", ", m[1]) + "]",
+        text,
+    )
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 # %% ../../nbs/lib/01_common/02_files.ipynb #cell-013
 @contextmanager
 def locked(
-    folder:str|Path, # Made where it is missing
+    folder: str | Path,  # Made where it is missing
 ):
     "Holds a folder for this process. Raises `RuntimeError` when another process holds it."
     import fcntl
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'.lock', 'a+') as file:
-        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise RuntimeError(f'{folder} is in use by another run (process {file.read().strip() or "unknown"}): wait for it or stop it') from None
+            raise RuntimeError(
+                f"{folder} is in use by another run (process {file.read().strip() or 'unknown'}): wait for it or stop it"
+            ) from None
         file.truncate(0)
-        file.write(f'{os.getpid()}\n')
+        file.write(f"{os.getpid()}\n")
         file.flush()
         yield
 
 # %% ../../nbs/lib/01_common/02_files.ipynb #cell-015
-FALLBACKS:dict[str,str] = {} # topic -> what was used instead, in this process
+FALLBACKS: dict[str, str] = {}  # topic -> what was used instead, in this process
+
+
 def announce(
-    topic:str, # What is concerned, one word
-    message:str, # What is missing and what is used instead
+    topic: str,  # What is concerned, one word
+    message: str,  # What is missing and what is used instead
 ):
     "Warns once a process and records the message for every manifest written from now on."
-    if FALLBACKS.get(topic) == message: return
+    if FALLBACKS.get(topic) == message:
+        return
     FALLBACKS[topic] = message
-    warnings.warn(f'{topic}: {message}', stacklevel=2)
+    warnings.warn(f"{topic}: {message}", stacklevel=2)
 
 # %% ../../nbs/lib/01_common/02_files.ipynb #cell-018
 @functools.cache
-def hub_reachable() -> bool: # Can the hub's name be resolved?
+def hub_reachable() -> bool:  # Can the hub's name be resolved?
     "Whether it makes sense to ask the hub at all; where not, load with `local_files_only=True`."
-    if os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1', 'true', 'yes', 'on'): return False
-    try: return bool(socket.getaddrinfo(urlparse(os.environ.get('HF_ENDPOINT', 'https://huggingface.co')).hostname, 443))
-    except OSError: return False
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return False
+    try:
+        return bool(socket.getaddrinfo(urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname, 443))
+    except OSError:
+        return False

@@ -13,82 +13,196 @@ import math
 
 # %% ../../nbs/lib/01_common/05_form.ipynb #cell-005
 def captions_digest(
-    image_ids:list[str], # n
-    captions:list, # A text or a list of texts for each image, n
-) -> str: # SHA-256, hex
+    image_ids: list[str],  # n
+    captions: list,  # A text or a list of texts for each image, n
+) -> str:  # SHA-256, hex
     "Digest of the captions of a set of images; their order does not count."
-    rows = sorted(json.dumps([image, texts], ensure_ascii=False) for image, texts in zip(image_ids, captions, strict=True))
-    return hashlib.sha256('\n'.join(rows).encode()).hexdigest()
+    rows = sorted(
+        json.dumps([image, texts], ensure_ascii=False) for image, texts in zip(image_ids, captions, strict=True)
+    )
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 # %% ../../nbs/lib/01_common/05_form.ipynb #cell-008
-def _part(description, **rules): return dict(description=description, **rules)
+def _part(description, **rules):
+    return dict(description=description, **rules)
 
 # %% ../../nbs/lib/01_common/05_form.ipynb #cell-009
-_NAME = _part('metric names such as cider-coco.v2', pattern=r'^[a-z][a-z0-9_]*(-\S+)?\.v[0-9]+$')
-_VALUES = _part('an object: full metric name -> value over all images, null where there is none', type='object', minProperties=1, propertyNames=_NAME,
-    additionalProperties=_part('a finite number or null', type=['number', 'null']))
-_COUNTS = _part('a list of counts for each image', type='array', items=_part('a list of counts', type='array', items=_part('a finite number', type='number')))
-_INTERVALS = _part('an object: metric -> {low, high}, null where the corpus value does not follow from values per image', type='object', propertyNames=_NAME,
-    additionalProperties=_part('an object with low and high, or null', type=['object', 'null'], required=['low', 'high'], properties=dict.fromkeys(('low', 'high'), _part('a finite number', type='number'))))
-_DIGEST = _part('a SHA-256 in hex', type='string', pattern='^[0-9a-f]{64}$')
-_WORDS = _part('a list of texts, one for each image', type='array', minItems=1, items=_part('text', type='string'))
-RUN_SCHEMA = _part('an object: captions and their scores', type='object', required=['predictions', 'scores', 'info', 'per_image'], properties=dict(
-    predictions=_part('a list of captions, one for each image', type='array', minItems=1, items=_part('a caption, as text', type='string')),
-    scores=_VALUES,
-    info=_part('an object with images, tokenizer, and what each metric needs to say', type='object', required=['images', 'tokenizer'], properties=dict(
-        images=_part('the number of images', type='integer', minimum=1), tokenizer=_part("the tokenizer's name, as text", type='string'))),
-    per_image=_part('an object: full metric name -> a value for each image; and counts whose sums make corpus values', type='object', patternProperties={'_counts$': _COUNTS},
-        additionalProperties=_part('a list of numbers, one for each image', type='array', items=_part('a finite number', type='number')))))
-SCORES_SCHEMA = _part('an object: a file of scores', type='object', required=RUN_SCHEMA['required'] + 'schema image_ids sources digests intervals level resamples by_source versions'.split(), properties=RUN_SCHEMA['properties'] | dict(
-    schema=_part("'rsstudy-scores.v1'", const='rsstudy-scores.v1'),
-    image_ids=_part('a list of different names, one for each image', type='array', minItems=1, uniqueItems=True, items=_part('the name of an image, as text', type='string')),
-    sources=_WORDS,
-    digests=_part('an object with the digests of predictions and references', type='object', required=['predictions', 'references'], properties=dict(predictions=_DIGEST, references=_DIGEST)),
-    intervals=_INTERVALS,
-    level=_part('the share of resamples inside the intervals, between 0 and 1', type='number', exclusiveMinimum=0, exclusiveMaximum=1),
-    resamples=_part('the number of bootstrap resamples', type='integer', minimum=1),
-    by_source=_part('an object: source -> {images, scores, intervals}; empty where there is one source', type='object', additionalProperties=_part('an object with images, scores and intervals',
-        type='object', required=['images', 'scores', 'intervals'], properties=dict(images=_part('a number of images', type='integer', minimum=1), scores=_VALUES, intervals=_INTERVALS))),
-    versions=_part('an object: package -> version', type='object', additionalProperties=_part('a version, as text', type='string')),
-    left_out=_part('an object: what partial scoring left out, counted', type='object', additionalProperties=_part('a number', type='integer', minimum=0))))
+_NAME = _part("metric names such as cider-coco.v2", pattern=r"^[a-z][a-z0-9_]*(-\S+)?\.v[0-9]+$")
+_VALUES = _part(
+    "an object: full metric name -> value over all images, null where there is none",
+    type="object",
+    minProperties=1,
+    propertyNames=_NAME,
+    additionalProperties=_part("a finite number or null", type=["number", "null"]),
+)
+_COUNTS = _part(
+    "a list of counts for each image",
+    type="array",
+    items=_part("a list of counts", type="array", items=_part("a finite number", type="number")),
+)
+_INTERVALS = _part(
+    "an object: metric -> {low, high}, null where the corpus value does not follow from values per image",
+    type="object",
+    propertyNames=_NAME,
+    additionalProperties=_part(
+        "an object with low and high, or null",
+        type=["object", "null"],
+        required=["low", "high"],
+        properties=dict.fromkeys(("low", "high"), _part("a finite number", type="number")),
+    ),
+)
+_DIGEST = _part("a SHA-256 in hex", type="string", pattern="^[0-9a-f]{64}$")
+_WORDS = _part("a list of texts, one for each image", type="array", minItems=1, items=_part("text", type="string"))
+RUN_SCHEMA = _part(
+    "an object: captions and their scores",
+    type="object",
+    required=["predictions", "scores", "info", "per_image"],
+    properties=dict(
+        predictions=_part(
+            "a list of captions, one for each image",
+            type="array",
+            minItems=1,
+            items=_part("a caption, as text", type="string"),
+        ),
+        scores=_VALUES,
+        info=_part(
+            "an object with images, tokenizer, and what each metric needs to say",
+            type="object",
+            required=["images", "tokenizer"],
+            properties=dict(
+                images=_part("the number of images", type="integer", minimum=1),
+                tokenizer=_part("the tokenizer's name, as text", type="string"),
+            ),
+        ),
+        per_image=_part(
+            "an object: full metric name -> a value for each image; and counts whose sums make corpus values",
+            type="object",
+            patternProperties={"_counts$": _COUNTS},
+            additionalProperties=_part(
+                "a list of numbers, one for each image", type="array", items=_part("a finite number", type="number")
+            ),
+        ),
+    ),
+)
+SCORES_SCHEMA = _part(
+    "an object: a file of scores",
+    type="object",
+    required=RUN_SCHEMA["required"]
+    + "schema image_ids sources digests intervals level resamples by_source versions".split(),
+    properties=RUN_SCHEMA["properties"]
+    | dict(
+        schema=_part("'rsstudy-scores.v1'", const="rsstudy-scores.v1"),
+        image_ids=_part(
+            "a list of different names, one for each image",
+            type="array",
+            minItems=1,
+            uniqueItems=True,
+            items=_part("the name of an image, as text", type="string"),
+        ),
+        sources=_WORDS,
+        digests=_part(
+            "an object with the digests of predictions and references",
+            type="object",
+            required=["predictions", "references"],
+            properties=dict(predictions=_DIGEST, references=_DIGEST),
+        ),
+        intervals=_INTERVALS,
+        level=_part(
+            "the share of resamples inside the intervals, between 0 and 1",
+            type="number",
+            exclusiveMinimum=0,
+            exclusiveMaximum=1,
+        ),
+        resamples=_part("the number of bootstrap resamples", type="integer", minimum=1),
+        by_source=_part(
+            "an object: source -> {images, scores, intervals}; empty where there is one source",
+            type="object",
+            additionalProperties=_part(
+                "an object with images, scores and intervals",
+                type="object",
+                required=["images", "scores", "intervals"],
+                properties=dict(
+                    images=_part("a number of images", type="integer", minimum=1), scores=_VALUES, intervals=_INTERVALS
+                ),
+            ),
+        ),
+        versions=_part(
+            "an object: package -> version",
+            type="object",
+            additionalProperties=_part("a version, as text", type="string"),
+        ),
+        left_out=_part(
+            "an object: what partial scoring left out, counted",
+            type="object",
+            additionalProperties=_part("a number", type="integer", minimum=0),
+        ),
+    ),
+)
 
 # %% ../../nbs/lib/01_common/05_form.ipynb #cell-012
 @functools.cache
 def _validator():
     "JSON Schema 2020-12 where numbers are finite and lists of plain numbers are looked at in one go."
-    from jsonschema import Draft202012Validator as Draft, validators
-    number = lambda _, v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    from jsonschema import Draft202012Validator as Draft
+    from jsonschema import validators
+
+    def number(_, v):
+        return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
     def items(validator, rule, values, schema):
-        plain = rule.get('type') == 'number' and isinstance(values, list) and set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
-        if not plain: yield from Draft.VALIDATORS['items'](validator, rule, values, schema)
-    return validators.extend(Draft, {'items': items}, type_checker=Draft.TYPE_CHECKER.redefine('number', number))
+        plain = (
+            rule.get("type") == "number"
+            and isinstance(values, list)
+            and set(map(type, values)) <= {int, float}
+            and all(map(math.isfinite, values))
+        )
+        if not plain:
+            yield from Draft.VALIDATORS["items"](validator, rule, values, schema)
+
+    return validators.extend(Draft, {"items": items}, type_checker=Draft.TYPE_CHECKER.redefine("number", number))
 
 # %% ../../nbs/lib/01_common/05_form.ipynb #cell-013
 def check_form(
-    data, # JSON value
-    schema:dict, # `RUN_SCHEMA` or `SCORES_SCHEMA`
-    where:str, # File, or file and place, for the message
+    data,  # JSON value
+    schema: dict,  # `RUN_SCHEMA` or `SCORES_SCHEMA`
+    where: str,  # File, or file and place, for the message
 ):
     "Raises `ValueError` with one sentence: where, which key, what is allowed there and what is there, or which images lack a value."
     from jsonschema.exceptions import best_match
+
     if error := best_match(_validator()(schema).iter_errors(data)):
-        key = '.'.join(map(str, error.absolute_path)) or 'the top'
-        if error.validator == 'required': raise ValueError(f'{where}: {key} lacks {", ".join(k for k in error.validator_value if k not in error.instance)}: it must be {error.schema["description"]}')
-        if error.schema is _NAME: key = f'the keys of {key}'
-        raise ValueError(f'{where}: {key} must be {error.schema["description"]}, got {json.dumps(error.instance, default=str):.60}')
-    n = data['info']['images']
-    sizes = {k: len(data[k]) for k in ('predictions', 'image_ids', 'sources') if k in schema['properties']} | {f'per_image.{k}': len(v) for k, v in data['per_image'].items()}
-    if wrong := [k for k, size in sizes.items() if size != n]: raise ValueError(f'{where}: {wrong[0]} must have one entry for each of the {n} images (info.images), got {sizes[wrong[0]]}')
-    if extra := [k for k in data['per_image'] if not k.endswith('_counts') and k not in data['scores']]: raise ValueError(f'{where}: per_image.{extra[0]} must be a metric of scores, got none there')
+        key = ".".join(map(str, error.absolute_path)) or "the top"
+        if error.validator == "required":
+            raise ValueError(
+                f"{where}: {key} lacks {', '.join(k for k in error.validator_value if k not in error.instance)}: it must be {error.schema['description']}"
+            )
+        if error.schema is _NAME:
+            key = f"the keys of {key}"
+        raise ValueError(
+            f"{where}: {key} must be {error.schema['description']}, got {json.dumps(error.instance, default=str):.60}"
+        )
+    n = data["info"]["images"]
+    sizes = {k: len(data[k]) for k in ("predictions", "image_ids", "sources") if k in schema["properties"]} | {
+        f"per_image.{k}": len(v) for k, v in data["per_image"].items()
+    }
+    if wrong := [k for k, size in sizes.items() if size != n]:
+        raise ValueError(
+            f"{where}: {wrong[0]} must have one entry for each of the {n} images (info.images), got {sizes[wrong[0]]}"
+        )
+    if extra := [k for k in data["per_image"] if not k.endswith("_counts") and k not in data["scores"]]:
+        raise ValueError(f"{where}: per_image.{extra[0]} must be a metric of scores, got none there")
 
 # %% ../../nbs/lib/01_common/05_form.ipynb #cell-014
 def check_result(
-    result:dict, # A chapter's JSON; one without "methods" has nothing to check
-    where:str, # Its file, for the message
-) -> dict: # The same result
+    result: dict,  # A chapter's JSON; one without "methods" has nothing to check
+    where: str,  # Its file, for the message
+) -> dict:  # The same result
     "Checks the form of every run of a chapter. Raises `ValueError` as `check_form`, also where a run has more or fewer images than the chapter."
-    for name, method in result.get('methods', {}).items():
-        for i, run in enumerate(method['runs']):
-            check_form(run, RUN_SCHEMA, place := f'{where}: methods.{name}.runs.{i}')
-            if run['info']['images'] != len(result['image_ids']): raise ValueError(f'{place}: info.images must be the {len(result["image_ids"])} of image_ids, got {run["info"]["images"]}')
+    for name, method in result.get("methods", {}).items():
+        for i, run in enumerate(method["runs"]):
+            check_form(run, RUN_SCHEMA, place := f"{where}: methods.{name}.runs.{i}")
+            if run["info"]["images"] != len(result["image_ids"]):
+                raise ValueError(
+                    f"{place}: info.images must be the {len(result['image_ids'])} of image_ids, got {run['info']['images']}"
+                )
     return result

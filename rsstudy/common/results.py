@@ -10,6 +10,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+
 from .code import _resident_peak, code_revision, device_name, versions
 from .files import FALLBACKS, atomic_path, write_json
 from .settings import Profile
@@ -17,64 +18,84 @@ from .settings import Profile
 # %% ../../nbs/lib/01_common/04_results.ipynb #cell-005
 class Run:
     "One notebook's run under one profile: its manifest, its JSON and its figures."
-    def __init__(self,
-        profile:Profile, # The resolved settings
-        notebook:str, # The notebook's name without suffix, such as "03_lora"
+
+    def __init__(
+        self,
+        profile: Profile,  # The resolved settings
+        notebook: str,  # The notebook's name without suffix, such as "03_lora"
     ):
         self.profile, self.notebook = profile, notebook
         self.start = time.perf_counter()
 
     @property
-    def path(self) -> Path: # results/<profile>/<notebook>.json
-        return self.profile.results_dir/f'{self.notebook}.json'
+    def path(self) -> Path:  # results/<profile>/<notebook>.json
+        return self.profile.results_dir / f"{self.notebook}.json"
 
-    def manifest(self) -> dict: # Circumstances of this run
+    def manifest(self) -> dict:  # Circumstances of this run
         "Settings, code, packages, device, seconds so far, peak memory and fallbacks."
-        return dict(notebook=self.notebook, profile=self.profile.name, settings=dataclasses.asdict(self.profile), code=code_revision(),
-            versions=versions(), device=device_name(), seconds=time.perf_counter() - self.start, peak_memory_bytes=_resident_peak(),
-            fallbacks=dict(FALLBACKS))
+        return dict(
+            notebook=self.notebook,
+            profile=self.profile.name,
+            settings=dataclasses.asdict(self.profile),
+            code=code_revision(),
+            versions=versions(),
+            device=device_name(),
+            seconds=time.perf_counter() - self.start,
+            peak_memory_bytes=_resident_peak(),
+            fallbacks=dict(FALLBACKS),
+        )
 
-    def write(self,
-        data:dict, # What the notebook found; see `write_json`
-        **facts, # More lines of the manifest: digest of the data, revision of the base model
-    ) -> dict: # The same as `read_result` gives
+    def write(
+        self,
+        data: dict,  # What the notebook found; see `write_json`
+        **facts,  # More lines of the manifest: digest of the data, revision of the base model
+    ) -> dict:  # The same as `read_result` gives
         "Writes the notebook's JSON, manifest first, and reads it back: what is drawn from here on is what was written. Raises `ValueError` where scores have not their form."
-        from rsstudy.common.form import check_result # the form of scores builds on this module
+        from rsstudy.common.form import check_result  # the form of scores builds on this module
+
         write_json(self.path, dict(manifest=self.manifest() | facts, **check_result(data, self.path.name)))
         return read_result(self.profile, self.notebook)
 
-    def figure(self,
-        figure, # matplotlib Figure
-        name:str, # What it shows, one word or two
-        photos:bool=False, # Mostly photographs? Then it is a JPEG, a tenth of the bytes
-    ) -> Path: # results/<profile>/<notebook>_<name>.png, or .jpg
+    def figure(
+        self,
+        figure,  # matplotlib Figure
+        name: str,  # What it shows, one word or two
+        photos: bool = False,  # Mostly photographs? Then it is a JPEG, a tenth of the bytes
+    ) -> Path:  # results/<profile>/<notebook>_<name>.png, or .jpg
         "Saves a figure beside the JSON, closes it, and shows the file in the notebook."
         import matplotlib.pyplot as plt
         from IPython.display import Image, display
-        path = self.profile.results_dir/f"{self.notebook}_{name}.{'jpg' if photos else 'png'}"
-        kind = dict(pil_kwargs=dict(quality=88)) if photos else dict(metadata={'Software': None})
-        with atomic_path(path) as temporary: figure.savefig(temporary, dpi=110, bbox_inches='tight', **kind)
+
+        path = self.profile.results_dir / f"{self.notebook}_{name}.{'jpg' if photos else 'png'}"
+        kind = dict(pil_kwargs=dict(quality=88)) if photos else dict(metadata={"Software": None})
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=110, bbox_inches="tight", **kind)
         plt.close(figure)
         display(Image(path))
         return path
 
 # %% ../../nbs/lib/01_common/04_results.ipynb #cell-006
 def figure_files(
-    folder:Path, # Results folder of a profile
-    notebook:str='*', # One notebook's, such as "03_lora"; all by default
-) -> list[Path]: # In the order of their names
+    folder: Path,  # Results folder of a profile
+    notebook: str = "*",  # One notebook's, such as "03_lora"; all by default
+) -> list[Path]:  # In the order of their names
     "The figures that notebooks have left."
-    return sorted(path for path in folder.glob(f'{notebook}_*') if path.suffix in ('.png', '.jpg'))
+    return sorted(path for path in folder.glob(f"{notebook}_*") if path.suffix in (".png", ".jpg"))
 
 # %% ../../nbs/lib/01_common/04_results.ipynb #cell-007
 def read_result(
-    profile:Profile, # The resolved settings
-    notebook:str, # Such as "03_lora"
-) -> dict: # The notebook's JSON
+    profile: Profile,  # The resolved settings
+    notebook: str,  # Such as "03_lora"
+) -> dict:  # The notebook's JSON
     "What an earlier notebook wrote. Raises `FileNotFoundError` naming the command that makes it, `ValueError` where the file is not JSON or scores have not their form."
     from rsstudy.common.form import check_result
-    path = profile.results_dir/f'{notebook}.json'
+
+    path = profile.results_dir / f"{notebook}.json"
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing: make it with `rsstudy run --profile {profile.name} --only {notebook}`')
-    try: return check_result(json.loads(path.read_text(encoding='utf-8')), str(path))
-    except json.JSONDecodeError as error: raise ValueError(f'{path} is not JSON: {error}') from None
+        raise FileNotFoundError(
+            f"{path} is missing: make it with `rsstudy run --profile {profile.name} --only {notebook}`"
+        )
+    try:
+        return check_result(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None

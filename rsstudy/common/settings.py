@@ -20,217 +20,309 @@ from typing import get_args, get_origin
 @dataclass(frozen=True)
 class Profile:
     "Every setting of a study, resolved and checked."
-    name:str # Section of settings.ini
+
+    name: str  # Section of settings.ini
     # data
-    data:str # "scenes" (the built-in world), a folder in RISCM's layout, or "hub:<dataset id>"
-    split:str # "file": the table's own split; "seeded": 80/10/10 by image; "official": each source's published split; "leave_<source>_out": that source only tests
-    split_seed:int # Seed of the seeded split and of the choice of a subset
-    clean:bool # Lower-case captions, trim them and collapse spaces?
-    strict:bool # Fail on a bad row? Otherwise it is dropped and recorded
-    caption_choice:str # Captions that train: "all", "longest", "first", "random" or "clip"
-    train_images:int # Images of the split used, the first of a seeded shuffle; 0 takes all
-    val_images:int # As train_images
-    test_images:int # As train_images
+    data: str  # "scenes" (the built-in world), a folder in RISCM's layout, or "hub:<dataset id>"
+    split: str  # "file": the table's own split; "seeded": 80/10/10 by image; "official": each source's published split; "leave_<source>_out": that source only tests
+    split_seed: int  # Seed of the seeded split and of the choice of a subset
+    clean: bool  # Lower-case captions, trim them and collapse spaces?
+    strict: bool  # Fail on a bad row? Otherwise it is dropped and recorded
+    caption_choice: str  # Captions that train: "all", "longest", "first", "random" or "clip"
+    train_images: int  # Images of the split used, the first of a seeded shuffle; 0 takes all
+    val_images: int  # As train_images
+    test_images: int  # As train_images
     # base model
-    base_model:str # "paligemma-nano", a hub id or a folder
-    precision:str # "auto" (bfloat16 on a GPU that has it, else float32), "float32" or "bfloat16"
+    base_model: str  # "paligemma-nano", a hub id or a folder
+    precision: str  # "auto" (bfloat16 on a GPU that has it, else float32), "float32" or "bfloat16"
     # captioning
-    prompt:str # Text before the caption; PaliGemma's captioning prefix by default
-    max_new_tokens:int # Longest caption, tokens
-    num_beams:int # 1 decodes greedily
-    generate_batch:int # Images decoded together
+    prompt: str  # Text before the caption; PaliGemma's captioning prefix by default
+    max_new_tokens: int  # Longest caption, tokens
+    num_beams: int  # 1 decodes greedily
+    generate_batch: int  # Images decoded together
     # training
-    seeds:tuple[int,...] # One run for each
-    epochs:int # Passes over the training images
-    batch_images:int # Images an optimiser step; each brings all its chosen captions
-    lr:float|None # Learning rate; none sweeps the method's grid on the validation images
-    lr_grid_lora:tuple[float,...] # Learning rates tried for LoRA and QLoRA
-    lr_grid_prompt:tuple[float,...] # Learning rates tried for prompt tuning
-    lr_grid_adapter:tuple[float,...] # Learning rates tried for adapters
-    lr_grid_full:tuple[float,...] # Learning rates tried for full fine-tuning
-    sweep_epochs:int # Epochs of each run of the sweep
-    sweep_images:int # Training images of each run of the sweep; 0 takes all
-    warmup:float # Share of the steps in which the learning rate rises, 0 to 1
-    weight_decay:float # AdamW's decoupled weight decay
-    clip:float # Largest gradient norm
-    patience:int # Evaluations without improvement before training stops
-    val_captions:int # Validation images captioned at each evaluation: their CIDEr chooses the best state; 0: validation loss does
-    micro_images:int # Images computed at once in a step; 0: all of them
-    checkpoint_every:int # Optimiser steps between checkpoints; 0: at each evaluation
-    gradient_checkpointing:bool # Compute activations again in the backward pass: less memory, more arithmetic?
-    compile:bool # Compile the decoder's layers?
-    loader_workers:int # Processes that decode images ahead
-    track:str # "none", "tensorboard", "wandb" or "trackio"
+    seeds: tuple[int, ...]  # One run for each
+    epochs: int  # Passes over the training images
+    batch_images: int  # Images an optimiser step; each brings all its chosen captions
+    lr: float | None  # Learning rate; none sweeps the method's grid on the validation images
+    lr_grid_lora: tuple[float, ...]  # Learning rates tried for LoRA and QLoRA
+    lr_grid_prompt: tuple[float, ...]  # Learning rates tried for prompt tuning
+    lr_grid_adapter: tuple[float, ...]  # Learning rates tried for adapters
+    lr_grid_full: tuple[float, ...]  # Learning rates tried for full fine-tuning
+    sweep_epochs: int  # Epochs of each run of the sweep
+    sweep_images: int  # Training images of each run of the sweep; 0 takes all
+    warmup: float  # Share of the steps in which the learning rate rises, 0 to 1
+    weight_decay: float  # AdamW's decoupled weight decay
+    clip: float  # Largest gradient norm
+    patience: int  # Evaluations without improvement before training stops
+    val_captions: int  # Validation images captioned at each evaluation: their CIDEr chooses the best state; 0: validation loss does
+    micro_images: int  # Images computed at once in a step; 0: all of them
+    checkpoint_every: int  # Optimiser steps between checkpoints; 0: at each evaluation
+    gradient_checkpointing: bool  # Compute activations again in the backward pass: less memory, more arithmetic?
+    compile: bool  # Compile the decoder's layers?
+    loader_workers: int  # Processes that decode images ahead
+    track: str  # "none", "tensorboard", "wandb" or "trackio"
     # methods
-    rank:int # LoRA's r
-    alpha:int # LoRA's alpha: the update is scaled by alpha / rank
-    lora_dropout:float # Dropout before LoRA's A, 0 to 1
-    rslora:bool # Scale LoRA's update by alpha / sqrt(rank)?
-    lora_init:str # Start of LoRA: "default" (B is zero), "pissa" or "olora"
-    lora_plus:float # LoRA+: learning rate of B over that of A; 1 is plain LoRA
-    prompt_length:int # Soft tokens of prompt tuning
-    prompt_text:str # Words the soft tokens start from, repeated as needed; empty: those of the prompt
-    adapter_width:int # Bottleneck width of an adapter
-    adapter_activation:str # "gelu", "relu" or "silu"
+    rank: int  # LoRA's r
+    alpha: int  # LoRA's alpha: the update is scaled by alpha / rank
+    lora_dropout: float  # Dropout before LoRA's A, 0 to 1
+    rslora: bool  # Scale LoRA's update by alpha / sqrt(rank)?
+    lora_init: str  # Start of LoRA: "default" (B is zero), "pissa" or "olora"
+    lora_plus: float  # LoRA+: learning rate of B over that of A; 1 is plain LoRA
+    prompt_length: int  # Soft tokens of prompt tuning
+    prompt_text: str  # Words the soft tokens start from, repeated as needed; empty: those of the prompt
+    adapter_width: int  # Bottleneck width of an adapter
+    adapter_activation: str  # "gelu", "relu" or "silu"
     # explanations
-    xai_images:int # Test images explained
-    ig_steps:int # Integrated Gradients: points of the path
-    shap_evaluations:int # SHAP: model evaluations an image
-    segments:int # PixelSHAP: segments an image
-    pixelshap_samples:int # PixelSHAP: coalitions an image
-    rise_masks:int # RISE: masks an image
-    noise_samples:int # SmoothGrad: noisy copies of an image
-    xai_checks:int # Images explained again under noise, other seeds and shuffled parameters for each tuned model; all of `xai_images` for the untuned one
+    xai_images: int  # Test images explained
+    ig_steps: int  # Integrated Gradients: points of the path
+    shap_evaluations: int  # SHAP: model evaluations an image
+    segments: int  # PixelSHAP: segments an image
+    pixelshap_samples: int  # PixelSHAP: coalitions an image
+    rise_masks: int  # RISE: masks an image
+    noise_samples: int  # SmoothGrad: noisy copies of an image
+    xai_checks: int  # Images explained again under noise, other seeds and shuffled parameters for each tuned model; all of `xai_images` for the untuned one
     # comparison
-    resamples:int # Bootstrap resamples
-    tasks:tuple[str,...] # The base's own tasks that each method is asked before and after, see `rsstudy.evaluation.tasks`; none asks nothing
-    task_images:int # Items of each task; 0 takes all
+    resamples: int  # Bootstrap resamples
+    tasks: tuple[
+        str, ...
+    ]  # The base's own tasks that each method is asked before and after, see `rsstudy.evaluation.tasks`; none asks nothing
+    task_images: int  # Items of each task; 0 takes all
     # where
-    results:str # Folder of the committed results
-    work:str # Folder of what a run needs and nobody commits: worlds, weights, caches
+    results: str  # Folder of the committed results
+    work: str  # Folder of what a run needs and nobody commits: worlds, weights, caches
 
     @property
-    def results_dir(self) -> Path: # results/<profile>
-        return project_root()/self.results/self.name
+    def results_dir(self) -> Path:  # results/<profile>
+        return project_root() / self.results / self.name
+
     @property
-    def work_dir(self) -> Path: # runs/<profile>
-        return project_root()/self.work/self.name
+    def work_dir(self) -> Path:  # runs/<profile>
+        return project_root() / self.work / self.name
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-007
-def package_files() -> Path: # Folder with settings.ini and nbs/
+def package_files() -> Path:  # Folder with settings.ini and nbs/
     "What comes with the package: the checkout it lies in, or `study_files` of an installed one."
-    package = Path(importlib.util.find_spec('rsstudy').origin).resolve().parent
+    package = Path(importlib.util.find_spec("rsstudy").origin).resolve().parent
     checkout = package.parent
-    return checkout if (checkout/'settings.ini').is_file() and (checkout/'nbs').is_dir() else package/'study_files'
+    return (
+        checkout if (checkout / "settings.ini").is_file() and (checkout / "nbs").is_dir() else package / "study_files"
+    )
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-008
-def settings_file() -> Path: # The settings.ini that is read
+def settings_file() -> Path:  # The settings.ini that is read
     "That of the current folder or of the nearest one above it, else the package's. Raises `FileNotFoundError` where there is none."
-    try: here = Path.cwd().resolve()
-    except FileNotFoundError: raise FileNotFoundError('the current folder has been removed: change to another one') from None
+    try:
+        here = Path.cwd().resolve()
+    except FileNotFoundError:
+        raise FileNotFoundError("the current folder has been removed: change to another one") from None
     for folder in (here, *here.parents, package_files()):
-        if (folder/'settings.ini').is_file(): return folder/'settings.ini'
-    raise FileNotFoundError(f'no settings.ini in {here} or above it, and the installed rsstudy has lost its own: install it again')
+        if (folder / "settings.ini").is_file():
+            return folder / "settings.ini"
+    raise FileNotFoundError(
+        f"no settings.ini in {here} or above it, and the installed rsstudy has lost its own: install it again"
+    )
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-009
-def project_root() -> Path: # Folder that results/ and runs/ go to
+def project_root() -> Path:  # Folder that results/ and runs/ go to
     "The folder of `settings_file`; the current one where that is inside an installed package."
     folder = settings_file().parent
-    return Path.cwd().resolve() if folder.name == 'study_files' else folder
+    return Path.cwd().resolve() if folder.name == "study_files" else folder
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-012
 ALLOWED = dict(
-    caption_choice=('all', 'longest', 'first', 'random', 'clip'), precision=('auto', 'float32', 'bfloat16'),
-    track=('none', 'tensorboard', 'wandb', 'trackio'), lora_init=('default', 'pissa', 'olora'), adapter_activation=('gelu', 'relu', 'silu'))
-AT_LEAST_ONE = ('max_new_tokens', 'num_beams', 'generate_batch', 'epochs', 'batch_images', 'sweep_epochs', 'patience', 'rank', 'alpha',
-    'prompt_length', 'adapter_width', 'xai_images', 'ig_steps', 'shap_evaluations', 'segments', 'pixelshap_samples', 'rise_masks',
-    'noise_samples', 'resamples')
+    caption_choice=("all", "longest", "first", "random", "clip"),
+    precision=("auto", "float32", "bfloat16"),
+    track=("none", "tensorboard", "wandb", "trackio"),
+    lora_init=("default", "pissa", "olora"),
+    adapter_activation=("gelu", "relu", "silu"),
+)
+AT_LEAST_ONE = (
+    "max_new_tokens",
+    "num_beams",
+    "generate_batch",
+    "epochs",
+    "batch_images",
+    "sweep_epochs",
+    "patience",
+    "rank",
+    "alpha",
+    "prompt_length",
+    "adapter_width",
+    "xai_images",
+    "ig_steps",
+    "shap_evaluations",
+    "segments",
+    "pixelshap_samples",
+    "rise_masks",
+    "noise_samples",
+    "resamples",
+)
 TYPES = {f.name: f.type for f in dataclasses.fields(Profile)}
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-013
-def _wrong(key, value, wanted): return ValueError(f"setting '{key}' must be {wanted}, got {value!r}")
+def _wrong(key, value, wanted):
+    return ValueError(f"setting '{key}' must be {wanted}, got {value!r}")
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-014
 def _type_name(kind) -> str:
-    if get_origin(kind) is tuple: return f'a comma-separated list of {get_args(kind)[0].__name__}'
-    if isinstance(kind, types.UnionType): return f'{get_args(kind)[0].__name__} or none'
-    return {'str': 'text', 'bool': 'true or false'}.get(kind.__name__, kind.__name__)
+    if get_origin(kind) is tuple:
+        return f"a comma-separated list of {get_args(kind)[0].__name__}"
+    if isinstance(kind, types.UnionType):
+        return f"{get_args(kind)[0].__name__} or none"
+    return {"str": "text", "bool": "true or false"}.get(kind.__name__, kind.__name__)
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-015
 def parse_value(
-    key:str, # Name of a Profile field
-    value, # Text, or a value already of the field's type
-    kind:type|None=None, # The type wanted; the field's own by default
+    key: str,  # Name of a Profile field
+    value,  # Text, or a value already of the field's type
+    kind: type | None = None,  # The type wanted; the field's own by default
 ):
     "`value` as the type of the Profile field `key`. Raises `ValueError` naming the key, the value and what is allowed."
     kind = kind or TYPES[key]
     if isinstance(kind, types.UnionType):
-        return None if value is None or str(value).strip().lower() == 'none' else parse_value(key, value, get_args(kind)[0])
+        return (
+            None
+            if value is None or str(value).strip().lower() == "none"
+            else parse_value(key, value, get_args(kind)[0])
+        )
     if get_origin(kind) is tuple:
-        if value == 'none' and get_args(kind)[0] is str: return ()
-        parts = value.split(',') if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-        try: return tuple(parse_value(key, p, get_args(kind)[0]) for p in parts)
-        except ValueError: raise _wrong(key, value, _type_name(kind)) from None
+        if value == "none" and get_args(kind)[0] is str:
+            return ()
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        try:
+            return tuple(parse_value(key, p, get_args(kind)[0]) for p in parts)
+        except ValueError:
+            raise _wrong(key, value, _type_name(kind)) from None
     if kind is bool:
-        known = {'true': True, 'false': False}
-        if str(value).strip().lower() in known: return known[str(value).strip().lower()]
+        known = {"true": True, "false": False}
+        if str(value).strip().lower() in known:
+            return known[str(value).strip().lower()]
     elif kind is str:
-        if isinstance(value, (str, Path)): return str(value)
-    elif not isinstance(value, bool) and (isinstance(value, (str, kind)) or kind is float and isinstance(value, int)):
-        try: return kind(value)
-        except ValueError: pass
+        if isinstance(value, (str, Path)):
+            return str(value)
+    elif not isinstance(value, bool) and (isinstance(value, (str, kind)) or (kind is float and isinstance(value, int))):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
     raise _wrong(key, value, _type_name(kind))
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-018
 def check_values(
-    values:dict, # Field -> value, every field of Profile
+    values: dict,  # Field -> value, every field of Profile
 ):
     "Raises `ValueError` on a value no study can run with."
     for key, allowed in ALLOWED.items():
-        if values[key] not in allowed: raise _wrong(key, values[key], 'one of ' + ', '.join(allowed))
+        if values[key] not in allowed:
+            raise _wrong(key, values[key], "one of " + ", ".join(allowed))
     for key in AT_LEAST_ONE:
-        if values[key] < 1: raise _wrong(key, values[key], 'at least 1')
-    for key in ('train_images', 'val_images', 'test_images', 'sweep_images', 'weight_decay', 'split_seed', 'val_captions', 'micro_images', 'checkpoint_every', 'loader_workers', 'task_images', 'xai_checks'):
-        if values[key] < 0: raise _wrong(key, values[key], 'zero or more')
-    for key in ('warmup', 'lora_dropout'):
-        if not 0 <= values[key] < 1: raise _wrong(key, values[key], 'at least 0 and below 1')
-    rates = {key: v if isinstance(v, tuple) else (v,) for key, v in values.items() if key.startswith('lr') and v is not None}
-    rates |= {key: (values[key],) for key in ('clip', 'lora_plus')}
+        if values[key] < 1:
+            raise _wrong(key, values[key], "at least 1")
+    for key in (
+        "train_images",
+        "val_images",
+        "test_images",
+        "sweep_images",
+        "weight_decay",
+        "split_seed",
+        "val_captions",
+        "micro_images",
+        "checkpoint_every",
+        "loader_workers",
+        "task_images",
+        "xai_checks",
+    ):
+        if values[key] < 0:
+            raise _wrong(key, values[key], "zero or more")
+    for key in ("warmup", "lora_dropout"):
+        if not 0 <= values[key] < 1:
+            raise _wrong(key, values[key], "at least 0 and below 1")
+    rates = {
+        key: v if isinstance(v, tuple) else (v,) for key, v in values.items() if key.startswith("lr") and v is not None
+    }
+    rates |= {key: (values[key],) for key in ("clip", "lora_plus")}
     for key, rate in rates.items():
-        if not rate or not all(0 < r < float('inf') for r in rate): raise _wrong(key, values[key], 'above 0')
-    if values['split'] not in ('file', 'seeded', 'official') and not re.fullmatch(r'leave_\w+_out', values['split']):
-        raise _wrong('split', values['split'], 'one of file, seeded, official, or leave_SOURCE_out as in leave_NWPU_out')
-    seeds = values['seeds']
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0: raise _wrong('seeds', seeds, 'different integers, zero or more')
+        if not rate or not all(0 < r < float("inf") for r in rate):
+            raise _wrong(key, values[key], "above 0")
+    if values["split"] not in ("file", "seeded", "official") and not re.fullmatch(r"leave_\w+_out", values["split"]):
+        raise _wrong(
+            "split", values["split"], "one of file, seeded, official, or leave_SOURCE_out as in leave_NWPU_out"
+        )
+    seeds = values["seeds"]
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise _wrong("seeds", seeds, "different integers, zero or more")
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-020
 def _parser() -> configparser.ConfigParser:
     "Raises `ValueError` naming file, line and what is wrong with a file that is not one of settings."
     parser, path = configparser.ConfigParser(inline_comment_prefixes=None, interpolation=None), settings_file()
-    try: text = path.read_text(encoding='utf-8')
-    except UnicodeDecodeError as error: raise ValueError(f'{path} is not text in UTF-8 (byte {error.start})') from None
-    try: parser.read_string(text, str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 (byte {error.start})") from None
+    try:
+        parser.read_string(text, str(path))
     except configparser.MissingSectionHeaderError as error:
-        raise ValueError(f'{path} line {error.lineno}: {error.line.strip()!r} stands before the first section: sections are [DEFAULT] and one for each profile') from None
-    except configparser.DuplicateOptionError as error: raise ValueError(f'{path} line {error.lineno}: setting {error.option!r} is given twice in section [{error.section}]') from None
-    except configparser.DuplicateSectionError as error: raise ValueError(f'{path} line {error.lineno}: section [{error.section}] is there twice') from None
+        raise ValueError(
+            f"{path} line {error.lineno}: {error.line.strip()!r} stands before the first section: sections are [DEFAULT] and one for each profile"
+        ) from None
+    except configparser.DuplicateOptionError as error:
+        raise ValueError(
+            f"{path} line {error.lineno}: setting {error.option!r} is given twice in section [{error.section}]"
+        ) from None
+    except configparser.DuplicateSectionError as error:
+        raise ValueError(f"{path} line {error.lineno}: section [{error.section}] is there twice") from None
     except configparser.ParsingError as error:
         line = error.errors[0][0]
-        raise ValueError(f'{path} line {line}: {text.splitlines()[line - 1].strip()!r} is neither SETTING = VALUE nor [SECTION]') from None
+        raise ValueError(
+            f"{path} line {line}: {text.splitlines()[line - 1].strip()!r} is neither SETTING = VALUE nor [SECTION]"
+        ) from None
     return parser
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-021
-def profile_names() -> list[str]: # Sections of settings.ini
+def profile_names() -> list[str]:  # Sections of settings.ini
     "The profiles that `settings.ini` defines."
     return _parser().sections()
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-022
 def load_profile(
-    name:str='nano', # Section of settings.ini
-    **overrides, # Field -> value that takes precedence over the file
+    name: str = "nano",  # Section of settings.ini
+    **overrides,  # Field -> value that takes precedence over the file
 ) -> Profile:
     "The resolved profile. Raises `ValueError` naming an unknown profile or key, a missing key, a wrong type or an impossible value."
     parser = _parser()
-    if name not in parser.sections(): raise ValueError(f"unknown profile {name!r}: settings.ini has {', '.join(parser.sections()) or 'none'} ({settings_file()})")
+    if name not in parser.sections():
+        raise ValueError(
+            f"unknown profile {name!r}: settings.ini has {', '.join(parser.sections()) or 'none'} ({settings_file()})"
+        )
     values = {**dict(parser[name]), **overrides}
-    fields = [f for f in TYPES if f != 'name']
+    fields = [f for f in TYPES if f != "name"]
     for key in values:
-        if key not in fields: raise ValueError(f"unknown setting {key!r}: the settings are {', '.join(fields)}")
+        if key not in fields:
+            raise ValueError(f"unknown setting {key!r}: the settings are {', '.join(fields)}")
     for key in fields:
-        if key not in values: raise ValueError(f"setting {key!r} is missing in section [{name}] of settings.ini")
+        if key not in values:
+            raise ValueError(f"setting {key!r} is missing in section [{name}] of settings.ini")
     values = {key: parse_value(key, values[key]) for key in fields}
     check_values(values)
     return Profile(name=name, **values)
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-028
 def notebook_profile(
-    variables:dict, # The notebook's globals()
+    variables: dict,  # The notebook's globals()
 ) -> Profile:
     """The profile that a notebook's parameters ask for: `profile` names it, every other plain variable overrides a setting.
 
     Raises `ValueError` on a variable that is not a setting, or as `load_profile`. Names that start with an underscore and names in capitals (constants) are left alone.
     """
-    plain = {k: v for k, v in variables.items() if isinstance(v, (str, int, float, list, tuple)) and not k.startswith('_')
-        and not k.isupper() and k not in ('In', 'Out')}
-    overrides = {k: v for k, v in plain.items() if k != 'profile'}
-    return load_profile(plain.get('profile', 'nano'), **overrides)
+    plain = {
+        k: v
+        for k, v in variables.items()
+        if isinstance(v, (str, int, float, list, tuple))
+        and not k.startswith("_")
+        and not k.isupper()
+        and k not in ("In", "Out")
+    }
+    overrides = {k: v for k, v in plain.items() if k != "profile"}
+    return load_profile(plain.get("profile", "nano"), **overrides)

@@ -12,89 +12,117 @@ from dataclasses import asdict, dataclass, field
 
 # %% ../../nbs/lib/03_data/02_badrows.ipynb #cell-006
 KINDS = {
-    'missing image': 'the table names a file that is not there',
-    'unreadable image': 'the file is empty, truncated or no image',
-    'path leaving the folder': 'the name leads out of the folder of images',
-    'empty caption': 'at least one of the five captions has nothing to read; the whole row is dropped, so that every image has five',
-    'duplicate id': 'an earlier row of the same split has this image',
-    'image in two splits': 'an earlier row of another split has this image, by name or byte for byte',
-    'not UTF-8': 'the row cannot be read as text',
-    'wrong number of fields': 'the row has more or fewer fields than the header, as after a lost quote',
-    'unknown split': 'the split is none of train, val, test',
+    "missing image": "the table names a file that is not there",
+    "unreadable image": "the file is empty, truncated or no image",
+    "path leaving the folder": "the name leads out of the folder of images",
+    "empty caption": "at least one of the five captions has nothing to read; the whole row is dropped, so that every image has five",
+    "duplicate id": "an earlier row of the same split has this image",
+    "image in two splits": "an earlier row of another split has this image, by name or byte for byte",
+    "not UTF-8": "the row cannot be read as text",
+    "wrong number of fields": "the row has more or fewer fields than the header, as after a lost quote",
+    "unknown split": "the split is none of train, val, test",
 }
+
+
 @dataclass(frozen=True, order=True)
 class BadRow:
     "One thing that is wrong with one row."
-    row:int # Its number, as `BadRows.unit` counts
-    image:str # Its image, as the table names it
-    kind:str # A key of `KINDS`
-    detail:str='' # What exactly
+
+    row: int  # Its number, as `BadRows.unit` counts
+    image: str  # Its image, as the table names it
+    kind: str  # A key of `KINDS`
+    detail: str = ""  # What exactly
 
 # %% ../../nbs/lib/03_data/02_badrows.ipynb #cell-008
 def _shown(text, width):
     "On one line, whatever the table holds, and not wider than `width`."
-    text = re.sub(r'[\x00-\x1f\x7f\ud800-\udfff]', '?', text)
-    return text if len(text) <= width else text[:width - 3] + '...'
+    text = re.sub(r"[\x00-\x1f\x7f\ud800-\udfff]", "?", text)
+    return text if len(text) <= width else text[: width - 3] + "..."
 
 # %% ../../nbs/lib/03_data/02_badrows.ipynb #cell-009
 @dataclass
 class BadRows:
     "Everything that is wrong with a table, and how much of it is left."
-    where:str # The table: a file or a dataset id
-    unit:str # What a row's number counts, such as "line of captions.csv"
-    total:int=0 # Rows of the table
-    rows:list[BadRow]=field(default_factory=list) # In the table's order; a row may be there more than once
 
-    def add(self,
-        row:int, image:str, kind:str, detail:str='', # As in `BadRow`
+    where: str  # The table: a file or a dataset id
+    unit: str  # What a row's number counts, such as "line of captions.csv"
+    total: int = 0  # Rows of the table
+    rows: list[BadRow] = field(default_factory=list)  # In the table's order; a row may be there more than once
+
+    def add(
+        self,
+        row: int,
+        image: str,
+        kind: str,
+        detail: str = "",  # As in `BadRow`
     ):
         "Notes a problem. Raises `ValueError` on a kind that is not in `KINDS`."
-        if kind not in KINDS: raise ValueError(f"a bad row is one of {', '.join(KINDS)}, got {kind!r}")
+        if kind not in KINDS:
+            raise ValueError(f"a bad row is one of {', '.join(KINDS)}, got {kind!r}")
         self.rows.append(BadRow(row, image, kind, detail))
 
     @property
-    def dropped(self) -> int: # Rows, each counted once
+    def dropped(self) -> int:  # Rows, each counted once
         "Rows with at least one problem."
         return len({r.row for r in self.rows})
 
-    def counts(self) -> dict[str,int]: # Kind -> problems, the most frequent first
+    def counts(self) -> dict[str, int]:  # Kind -> problems, the most frequent first
         "How often each kind of problem occurs."
         return dict(sorted(Counter(r.kind for r in self.rows).items(), key=lambda item: (-item[1], item[0])))
 
-    def summary(self) -> str: # One sentence
+    def summary(self) -> str:  # One sentence
         "What was found, with the numbers of the first rows."
-        if not self.rows: return f'{self.where}: all {self.total:,} rows are good'
-        kinds = ', '.join(f'{n:,} {kind}' for kind, n in self.counts().items())
+        if not self.rows:
+            return f"{self.where}: all {self.total:,} rows are good"
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.counts().items())
         first = list(dict.fromkeys(r.row for r in sorted(self.rows)))
-        some = ', '.join(map(str, first[:5])) + (', ...' if len(first) > 5 else '')
-        return f'{self.where}: {self.dropped:,} of {self.total:,} rows are bad ({kinds}); {self.unit} {some}'
+        some = ", ".join(map(str, first[:5])) + (", ..." if len(first) > 5 else "")
+        return f"{self.where}: {self.dropped:,} of {self.total:,} rows are bad ({kinds}); {self.unit} {some}"
 
-    def table(self,
-        limit:int=20, # Most lines
-    ) -> str: # Plain text, one line a problem
+    def table(
+        self,
+        limit: int = 20,  # Most lines
+    ) -> str:  # Plain text, one line a problem
         "The problems as a person reads them."
         lines = [self.summary()]
         if self.rows:
-            lines += [f'{self.unit:>24}  {"problem":24}  {"image":32}  detail']
-            lines += [f'{r.row:>24}  {r.kind:24}  {_shown(r.image, 32):32}  {_shown(r.detail, 100)}' for r in sorted(self.rows)[:limit]]
-        if len(self.rows) > limit: lines.append(f'... and {len(self.rows) - limit:,} more')
-        return '\n'.join(lines)
+            lines += [f"{self.unit:>24}  {'problem':24}  {'image':32}  detail"]
+            lines += [
+                f"{r.row:>24}  {r.kind:24}  {_shown(r.image, 32):32}  {_shown(r.detail, 100)}"
+                for r in sorted(self.rows)[:limit]
+            ]
+        if len(self.rows) > limit:
+            lines.append(f"... and {len(self.rows) - limit:,} more")
+        return "\n".join(lines)
 
-    def __len__(self): return len(self.rows)
-    def __iter__(self): return iter(self.rows)
-    def __str__(self): return self.table()
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __str__(self):
+        return self.table()
+
     __repr__ = __str__
 
-    def to_json(self,
-        limit:int|None=None, # Most problems listed; all of them by default
-    ) -> dict: # JSON values
+    def to_json(
+        self,
+        limit: int | None = None,  # Most problems listed; all of them by default
+    ) -> dict:  # JSON values
         "The report as JSON; with a limit the counts still cover everything."
-        rows = [asdict(r) | dict(image=_shown(r.image, 500), detail=_shown(r.detail, 500)) for r in sorted(self.rows)[:limit]]
-        return dict(where=self.where, unit=self.unit, total=self.total, dropped=self.dropped, counts=self.counts(), rows=rows)
+        rows = [
+            asdict(r) | dict(image=_shown(r.image, 500), detail=_shown(r.detail, 500))
+            for r in sorted(self.rows)[:limit]
+        ]
+        return dict(
+            where=self.where, unit=self.unit, total=self.total, dropped=self.dropped, counts=self.counts(), rows=rows
+        )
 
     @classmethod
-    def from_json(cls,
-        data:dict, # What `to_json` gave
-    ) -> 'BadRows':
+    def from_json(
+        cls,
+        data: dict,  # What `to_json` gave
+    ) -> "BadRows":
         "The report that `to_json` wrote."
-        return cls(data['where'], data['unit'], data['total'], [BadRow(**r) for r in data['rows']])
+        return cls(data["where"], data["unit"], data["total"], [BadRow(**r) for r in data["rows"]])

@@ -11,198 +11,294 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+
 from ..common.files import announce
 from .badrows import BadRows
 from .table import clean_caption, read_table
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-005
-IMAGE_KEYS = ('image', 'file_name', 'image_id') # the first that is there counts
-CAPTION_KEYS = ('caption', 'prediction', 'text') # exactly one of them
+IMAGE_KEYS = ("image", "file_name", "image_id")  # the first that is there counts
+CAPTION_KEYS = ("caption", "prediction", "text")  # exactly one of them
 
 
 @dataclass
 class Entry:
     "What a file says about one image."
-    image:str # Its name, with a folder or without
-    captions:list[str] # One of a prediction, at least one of references
-    where:str # File and line, or file and place, for messages
-    source:str='unknown' # References only
-    split:str='' # References only; empty where the file does not say
-    number:str='' # COCO's id of the image
+
+    image: str  # Its name, with a folder or without
+    captions: list[str]  # One of a prediction, at least one of references
+    where: str  # File and line, or file and place, for messages
+    source: str = "unknown"  # References only
+    split: str = ""  # References only; empty where the file does not say
+    number: str = ""  # COCO's id of the image
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-006
 def _text(path):
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path} is missing' if not path.exists() else f'{path} is a folder: a file is needed')
-    try: return path.read_bytes().decode('utf-8-sig')
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing" if not path.exists() else f"{path} is a folder: a file is needed")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} line {error.object[:error.start].count(10) + 1}: not UTF-8') from None
-    except OSError as error: raise ValueError(f'{path} cannot be read: {error.strerror}') from None
+        raise ValueError(f"{path} line {error.object[: error.start].count(10) + 1}: not UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-007
 def _json(text, where):
-    try: return json.loads(text)
-    except ValueError as error: raise ValueError(f'{where}: not JSON ({error})') from None
-    except RecursionError: raise ValueError(f'{where}: not JSON that can be read (nested too deeply)') from None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON that can be read (nested too deeply)") from None
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-008
 def _lines(path):
     "Objects of a .jsonl file, with their places; blank lines count but say nothing."
-    for number, line in enumerate(_text(path).split('\n'), 1):
-        if line.strip(): yield f'{path} line {number}', _json(line, f'{path} line {number}')
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path} line {number}", _json(line, f"{path} line {number}")
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-009
 def _word(value, where, key):
-    if not isinstance(value, str): raise ValueError(f'{where}: {key} must be text, got {json.dumps(value)[:40]}')
-    if not value.isascii() and any('\ud800' <= letter <= '\udfff' for letter in value): raise ValueError(f'{where}: {key} holds half a character (a lone surrogate)')
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} must be text, got {json.dumps(value)[:40]}")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{where}: {key} holds half a character (a lone surrogate)")
     return value
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-010
 def _image(row, where, keys=IMAGE_KEYS):
-    if not isinstance(row, dict): raise ValueError(f'{where}: a JSON object with the image and its caption is needed, got {json.dumps(row)[:40]}')
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a JSON object with the image and its caption is needed, got {json.dumps(row)[:40]}")
     key = next((k for k in keys if row.get(k) is not None), None)
-    if key is None: raise ValueError(f'{where} names no image: one of the keys {", ".join(keys)} is needed, it has {", ".join(map(str, row)) or "none"}')
+    if key is None:
+        raise ValueError(
+            f"{where} names no image: one of the keys {', '.join(keys)} is needed, it has {', '.join(map(str, row)) or 'none'}"
+        )
     value = row[key]
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else _word(value, where, key).strip()
-    if not name: raise ValueError(f'{where}: {key} is empty: the name of an image is needed')
+    if not name:
+        raise ValueError(f"{where}: {key} is empty: the name of an image is needed")
     return name
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-012
 def _csv_rows(path):
     "Rows of a .csv file as dicts, with the lines they start on."
-    reader = csv.reader(io.StringIO(_text(path), newline=''), strict=True)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     columns = None
     while True:
-        where = f'{path} line {reader.line_num + 1}'
-        try: fields = next(reader)
-        except StopIteration: return
-        except csv.Error as error: raise ValueError(f'{where}: not CSV ({error})') from None
-        if not fields: continue
+        where = f"{path} line {reader.line_num + 1}"
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"{where}: not CSV ({error})") from None
+        if not fields:
+            continue
         if columns is None:
             columns = [c.strip() for c in fields]
-            if len(set(columns)) < len(columns): raise ValueError(f'{where} has a column twice: {", ".join(columns)}')
-        elif len(fields) != len(columns): raise ValueError(f'{where} has {len(fields)} fields, the header has {len(columns)}: quote a caption that has commas')
-        else: yield where, dict(zip(columns, fields))
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"{where} has a column twice: {', '.join(columns)}")
+        elif len(fields) != len(columns):
+            raise ValueError(
+                f"{where} has {len(fields)} fields, the header has {len(columns)}: quote a caption that has commas"
+            )
+        else:
+            yield where, dict(zip(columns, fields))
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-013
 def read_predictions(
-    path:str|Path, # .jsonl, .csv or .json, see above
-) -> list[Entry]: # In the file's order, captions as they are
+    path: str | Path,  # .jsonl, .csv or .json, see above
+) -> list[Entry]:  # In the file's order, captions as they are
     "Captions to be scored. Raises `FileNotFoundError`, and `ValueError` naming file, line and key."
     kind, found = Path(path).suffix.lower(), []
-    if kind == '.jsonl': rows = _lines(path)
-    elif kind == '.csv': rows = _csv_rows(path)
-    elif kind == '.json':
+    if kind == ".jsonl":
+        rows = _lines(path)
+    elif kind == ".csv":
+        rows = _csv_rows(path)
+    elif kind == ".json":
         listed = _json(_text(path), path)
-        if not isinstance(listed, list): raise ValueError(f'{path}: a list of objects with image_id and caption is needed, as the COCO toolkit takes it')
-        rows = ((f'{path} item {i}', row) for i, row in enumerate(listed))
-    else: raise ValueError(f'{path}: predictions are .jsonl, .csv or .json, got {kind or "no suffix"}')
+        if not isinstance(listed, list):
+            raise ValueError(
+                f"{path}: a list of objects with image_id and caption is needed, as the COCO toolkit takes it"
+            )
+        rows = ((f"{path} item {i}", row) for i, row in enumerate(listed))
+    else:
+        raise ValueError(f"{path}: predictions are .jsonl, .csv or .json, got {kind or 'no suffix'}")
     for where, row in rows:
         image, keys = _image(row, where), [k for k in CAPTION_KEYS if k in row]
         if len(keys) != 1:
-            raise ValueError(f'{where} has {"no caption" if not keys else " and ".join(keys)}: exactly one of the keys {", ".join(CAPTION_KEYS)} is needed, it has {", ".join(map(str, row))}')
+            raise ValueError(
+                f"{where} has {'no caption' if not keys else ' and '.join(keys)}: exactly one of the keys {', '.join(CAPTION_KEYS)} is needed, it has {', '.join(map(str, row))}"
+            )
         found.append(Entry(image, [_word(row[keys[0]], where, keys[0])], where))
-    if not found: raise ValueError(f'{path} holds no predictions')
+    if not found:
+        raise ValueError(f"{path} holds no predictions")
     return found
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-018
 def _coco(path):
     "Entries of a COCO captions file."
     data = _json(_text(path), path)
-    for key in ('images', 'annotations'):
-        if not isinstance(data, dict) or not isinstance(data.get(key), list): raise ValueError(f'{path} lacks the list {key}: COCO captions are {{"images": [...], "annotations": [...]}}')
+    for key in ("images", "annotations"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise ValueError(
+                f'{path} lacks the list {key}: COCO captions are {{"images": [...], "annotations": [...]}}'
+            )
     entries = {}
-    for i, row in enumerate(data['images']):
-        where = f'{path} images[{i}]'
-        number, image = _image(row, where, ('id',)), _image(row, where, ('file_name',))
-        if number in entries: raise ValueError(f'{where}: id {number} was given before, by {entries[number].where}')
-        entries[number] = Entry(image, [], where, str(row.get('source') or 'unknown'), str(row.get('split') or ''), number)
-    for i, row in enumerate(data['annotations']):
-        where = f'{path} annotations[{i}]'
-        number = _image(row, where, ('image_id',))
-        if number not in entries: raise ValueError(f'{where}: image_id {number} is not the id of one of the images')
-        entries[number].captions.append(_word(row.get('caption'), where, 'caption'))
+    for i, row in enumerate(data["images"]):
+        where = f"{path} images[{i}]"
+        number, image = _image(row, where, ("id",)), _image(row, where, ("file_name",))
+        if number in entries:
+            raise ValueError(f"{where}: id {number} was given before, by {entries[number].where}")
+        entries[number] = Entry(
+            image, [], where, str(row.get("source") or "unknown"), str(row.get("split") or ""), number
+        )
+    for i, row in enumerate(data["annotations"]):
+        where = f"{path} annotations[{i}]"
+        number = _image(row, where, ("image_id",))
+        if number not in entries:
+            raise ValueError(f"{where}: image_id {number} is not the id of one of the images")
+        entries[number].captions.append(_word(row.get("caption"), where, "caption"))
     return list(entries.values())
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-019
 def _reference_line(where, row):
     image = _image(row, where)
-    if not isinstance(row.get('captions'), list): raise ValueError(f'{where}: captions must be a list of texts, got {json.dumps(row.get("captions"))[:40]}')
-    return Entry(image, [_word(c, where, 'captions') for c in row['captions']], where, str(row.get('source') or 'unknown'), str(row.get('split') or ''))
+    if not isinstance(row.get("captions"), list):
+        raise ValueError(f"{where}: captions must be a list of texts, got {json.dumps(row.get('captions'))[:40]}")
+    return Entry(
+        image,
+        [_word(c, where, "captions") for c in row["captions"]],
+        where,
+        str(row.get("source") or "unknown"),
+        str(row.get("split") or ""),
+    )
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-020
 def read_references(
-    path:str|Path, # .csv in RISC's layout, .json of COCO captions, or .jsonl, see above
-    split:str|None=None, # Only its images, such as "test"; all of the file by default
-) -> list[Entry]: # In the file's order, each with at least one caption
+    path: str | Path,  # .csv in RISC's layout, .json of COCO captions, or .jsonl, see above
+    split: str | None = None,  # Only its images, such as "test"; all of the file by default
+) -> list[Entry]:  # In the file's order, each with at least one caption
     "Human captions. Raises `FileNotFoundError`, and `ValueError` naming file, line and key: also for an image that is there twice, and for an unknown split."
     kind = Path(path).suffix.lower()
-    if kind == '.csv':
-        report = BadRows(str(path), 'line of the file')
-        entries = [Entry(r.image, [clean_caption(c) for c in r.captions], f'{path} line {r.number}', r.source, r.split) for r in read_table(path, report)[0]]
-        if report.rows: raise ValueError(report.summary())
-    elif kind == '.json': entries = _coco(path)
-    elif kind == '.jsonl': entries = [_reference_line(*line) for line in _lines(path)]
-    else: raise ValueError(f'{path}: references are .csv, .json or .jsonl, got {kind or "no suffix"}')
+    if kind == ".csv":
+        report = BadRows(str(path), "line of the file")
+        entries = [
+            Entry(r.image, [clean_caption(c) for c in r.captions], f"{path} line {r.number}", r.source, r.split)
+            for r in read_table(path, report)[0]
+        ]
+        if report.rows:
+            raise ValueError(report.summary())
+    elif kind == ".json":
+        entries = _coco(path)
+    elif kind == ".jsonl":
+        entries = [_reference_line(*line) for line in _lines(path)]
+    else:
+        raise ValueError(f"{path}: references are .csv, .json or .jsonl, got {kind or 'no suffix'}")
     if split is not None:
-        splits = sorted({e.split for e in entries} - {''})
-        if split not in splits: raise ValueError(f'{path} has no images of split {split!r}: ' + (f'it has {", ".join(splits)}' if splits else 'it names no splits'))
+        splits = sorted({e.split for e in entries} - {""})
+        if split not in splits:
+            raise ValueError(
+                f"{path} has no images of split {split!r}: "
+                + (f"it has {', '.join(splits)}" if splits else "it names no splits")
+            )
         entries = [e for e in entries if e.split == split]
-    if not entries: raise ValueError(f'{path} holds no references')
+    if not entries:
+        raise ValueError(f"{path} holds no references")
     seen = {}
     for e in entries:
         e.captions = [c for c in e.captions if c.strip()]
-        if not e.captions: raise ValueError(f'{e.where}: image {e.image!r} has no caption: at least one is needed')
-        if seen.setdefault(e.image, e) is not e: raise ValueError(f'{e.where}: image {e.image!r} was given before, by {seen[e.image].where}')
+        if not e.captions:
+            raise ValueError(f"{e.where}: image {e.image!r} has no caption: at least one is needed")
+        if seen.setdefault(e.image, e) is not e:
+            raise ValueError(f"{e.where}: image {e.image!r} was given before, by {seen[e.image].where}")
     return entries
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-024
 @dataclass
 class Matched:
     "Captions of one or more systems with the references of the same images."
-    image_ids:list[str] # n, in the references' order
-    sources:list[str] # n; "unknown" where the references do not say
-    references:list[list[str]] # n
-    predictions:dict[str,list[str]] # System -> n captions
-    left_out:dict[str,int]=field(default_factory=dict) # Partial: images without a caption of every system, captions of no known image
+
+    image_ids: list[str]  # n, in the references' order
+    sources: list[str]  # n; "unknown" where the references do not say
+    references: list[list[str]]  # n
+    predictions: dict[str, list[str]]  # System -> n captions
+    left_out: dict[str, int] = field(
+        default_factory=dict
+    )  # Partial: images without a caption of every system, captions of no known image
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-025
-def _parts(name): return tuple(p for p in name.replace('\\', '/').split('/') if p not in ('', '.'))
+def _parts(name):
+    return tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-026
 def _place(entry, by_base, by_number):
     "The position of the reference that an entry is about, None where there is none."
     parts = _parts(entry.image)
-    found = [(i, other) for i, other in by_base.get(parts[-1:], ()) if parts[-len(other):] == other or other[-len(parts):] == parts]
-    if len(found) > 1: found = [(i, other) for i, other in found if other == parts] or found
-    if len(found) > 1: raise ValueError(f'{entry.where}: image {entry.image!r} could be ' + ' or '.join('/'.join(other) for _, other in found[:3]) + ': name it with its folder')
+    found = [
+        (i, other)
+        for i, other in by_base.get(parts[-1:], ())
+        if parts[-len(other) :] == other or other[-len(parts) :] == parts
+    ]
+    if len(found) > 1:
+        found = [(i, other) for i, other in found if other == parts] or found
+    if len(found) > 1:
+        raise ValueError(
+            f"{entry.where}: image {entry.image!r} could be "
+            + " or ".join("/".join(other) for _, other in found[:3])
+            + ": name it with its folder"
+        )
     return found[0][0] if found else by_number.get(entry.image)
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-027
 def match_captions(
-    systems:dict[str,list[Entry]], # System -> its predictions
-    references:list[Entry], # As `read_references` gives them
-    partial:bool=False, # Score the images that all have, instead of an error?
-) -> Matched: # See `Matched`
+    systems: dict[str, list[Entry]],  # System -> its predictions
+    references: list[Entry],  # As `read_references` gives them
+    partial: bool = False,  # Score the images that all have, instead of an error?
+) -> Matched:  # See `Matched`
     "Brings together what belongs together. Raises `ValueError` naming file, line and image: unknown, predicted twice, or missing without `partial`; announces what `partial` leaves out."
     by_base, by_number, captions, unknown = {}, {e.number: i for i, e in enumerate(references) if e.number}, {}, 0
-    for i, e in enumerate(references): by_base.setdefault(_parts(e.image)[-1:], []).append((i, _parts(e.image)))
+    for i, e in enumerate(references):
+        by_base.setdefault(_parts(e.image)[-1:], []).append((i, _parts(e.image)))
     for name, entries in systems.items():
         placed = captions[name] = {}
         for e in entries:
             i = _place(e, by_base, by_number)
-            if i is None and not partial: raise ValueError(f'{e.where}: image {e.image!r} is not among the {len(references):,} images of the references (--partial leaves it out)')
-            if i is None: unknown += 1
-            elif i in placed: raise ValueError(f'{e.where}: image {e.image!r} has a caption already, by {placed[i].where}')
-            else: placed[i] = e
+            if i is None and not partial:
+                raise ValueError(
+                    f"{e.where}: image {e.image!r} is not among the {len(references):,} images of the references (--partial leaves it out)"
+                )
+            if i is None:
+                unknown += 1
+            elif i in placed:
+                raise ValueError(f"{e.where}: image {e.image!r} has a caption already, by {placed[i].where}")
+            else:
+                placed[i] = e
         missing = [r for i, r in enumerate(references) if i not in placed]
         if missing and not partial:
-            raise ValueError(f'{name} has no caption for {len(missing):,} of {len(references):,} images, such as {missing[0].image!r} ({missing[0].where}): '
-                'caption them, name the split (--split test), or score those that are there (--partial)')
+            raise ValueError(
+                f"{name} has no caption for {len(missing):,} of {len(references):,} images, such as {missing[0].image!r} ({missing[0].where}): "
+                "caption them, name the split (--split test), or score those that are there (--partial)"
+            )
     kept = [i for i in range(len(references)) if all(i in placed for placed in captions.values())]
-    left_out = dict(images_without_caption=len(references) - len(kept), captions_of_unknown_images=unknown) if partial else {}
-    if not kept: raise ValueError(f'{", ".join(systems)}: no image of the references has a caption of every system')
+    left_out = (
+        dict(images_without_caption=len(references) - len(kept), captions_of_unknown_images=unknown) if partial else {}
+    )
+    if not kept:
+        raise ValueError(f"{', '.join(systems)}: no image of the references has a caption of every system")
     if any(left_out.values()):
-        announce('partial', f'{len(kept):,} of {len(references):,} images are scored, {unknown:,} captions belong to no image of the references: not comparable with scores on other images')
-    return Matched([references[i].image for i in kept], [references[i].source for i in kept], [references[i].captions for i in kept],
-        {name: [placed[i].captions[0] for i in kept] for name, placed in captions.items()}, left_out)
+        announce(
+            "partial",
+            f"{len(kept):,} of {len(references):,} images are scored, {unknown:,} captions belong to no image of the references: not comparable with scores on other images",
+        )
+    return Matched(
+        [references[i].image for i in kept],
+        [references[i].source for i in kept],
+        [references[i].captions for i in kept],
+        {name: [placed[i].captions[0] for i in kept] for name, placed in captions.items()},
+        left_out,
+    )

@@ -10,27 +10,41 @@ __all__ = ['KINDS', 'THRESHOLDS', 'thumbnails', 'kept_thumbnails', 'perceptual_h
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-002
 import hashlib
 import itertools
-import numpy as np
-import pandas as pd
 from collections import Counter
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
 from ..common.files import atomic_path
 from .table import clean_caption
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-006
 def thumbnails(
-    dataset, # With `image`
-    progress:bool=True, # Show a bar?
-    batch:int=64, # Images decoded together
-) -> np.ndarray: # (n, 32, 32) uint8, grey
+    dataset,  # With `image`
+    progress: bool = True,  # Show a bar?
+    batch: int = 64,  # Images decoded together
+) -> np.ndarray:  # (n, 32, 32) uint8, grey
     "Grey 32 x 32 thumbnails, from which perceptual hashes are taken."
     from concurrent.futures import ThreadPoolExecutor
+
     from PIL import Image
     from tqdm import tqdm
-    images = dataset.select_columns('image')
-    def shrink(at): # decoding leaves Python free for the other thread
-        return np.stack([np.asarray(i.convert('L').resize((32, 32), Image.Resampling.LANCZOS)) for i in images[at:at + batch]['image']])
-    with ThreadPoolExecutor(2) as pool, tqdm(total=len(images), desc='hashing images', unit='image', disable=not progress, mininterval=1) as bar:
+
+    images = dataset.select_columns("image")
+
+    def shrink(at):  # decoding leaves Python free for the other thread
+        return np.stack(
+            [
+                np.asarray(i.convert("L").resize((32, 32), Image.Resampling.LANCZOS))
+                for i in images[at : at + batch]["image"]
+            ]
+        )
+
+    with (
+        ThreadPoolExecutor(2) as pool,
+        tqdm(total=len(images), desc="hashing images", unit="image", disable=not progress, mininterval=1) as bar,
+    ):
         small = []
         for part in pool.map(shrink, range(0, len(images), batch)):
             small.append(part)
@@ -39,185 +53,276 @@ def thumbnails(
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-007
 def kept_thumbnails(
-    data, # A `CaptionData`: its dataset and hashes count
-    folder:str|Path, # Where thumbnails are kept, 1 kB an image
-    progress:bool=True, # Show a bar?
-) -> np.ndarray: # (n, 32, 32) uint8, grey
+    data,  # A `CaptionData`: its dataset and hashes count
+    folder: str | Path,  # Where thumbnails are kept, 1 kB an image
+    progress: bool = True,  # Show a bar?
+) -> np.ndarray:  # (n, 32, 32) uint8, grey
     "`thumbnails` of a dataset, made once."
-    path = Path(folder)/f"{hashlib.sha256(' '.join(data.hashes).encode()).hexdigest()[:24]}.npy"
-    if path.is_file(): return np.load(path, allow_pickle=False)
+    path = Path(folder) / f"{hashlib.sha256(' '.join(data.hashes).encode()).hexdigest()[:24]}.npy"
+    if path.is_file():
+        return np.load(path, allow_pickle=False)
     small = thumbnails(data.dataset, progress)
-    with atomic_path(path) as temporary: np.save(temporary, small, allow_pickle=False)
+    with atomic_path(path) as temporary:
+        np.save(temporary, small, allow_pickle=False)
     return small
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-010
 def perceptual_hash(
-    small:np.ndarray, # Grey thumbnails, (n, 32, 32)
-) -> np.ndarray: # (n,) uint64
+    small: np.ndarray,  # Grey thumbnails, (n, 32, 32)
+) -> np.ndarray:  # (n,) uint64
     "The 64-bit DCT hash, bit for bit that of `imagehash.phash`. Source: Zauner 2010, Implementation and benchmarking of perceptual image hash functions, sec. 3.2."
     from scipy.fft import dct
+
     low = dct(dct(small.astype(float), axis=1), axis=2)[:, :8, :8].reshape(len(small), 64)
-    return np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1).view('>u8')[:, 0].astype(np.uint64)
+    return np.packbits(low > np.median(low, axis=1, keepdims=True), axis=1).view(">u8")[:, 0].astype(np.uint64)
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-011
 def turn(
-    images:np.ndarray, # (n, side, side, ...)
-    way:int, # 0 leaves them; 1 to 3 quarter turns against the clock; 4 to 7 the same after mirroring left and right
-) -> np.ndarray: # The same shape
+    images: np.ndarray,  # (n, side, side, ...)
+    way: int,  # 0 leaves them; 1 to 3 quarter turns against the clock; 4 to 7 the same after mirroring left and right
+) -> np.ndarray:  # The same shape
     "One of the eight ways to lay a square image."
     return np.rot90(images[:, :, ::-1] if way >= 4 else images, way % 4, axes=(1, 2))
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-014
 def correlation_of(
-    small:np.ndarray, # Grey thumbnails, (m, 32, 32)
-    others:np.ndarray, # The thumbnails beside them, (m, 32, 32)
-) -> np.ndarray: # (m,) float32, -1 to 1; 0 where one is of one grey, 1 where both are equal
+    small: np.ndarray,  # Grey thumbnails, (m, 32, 32)
+    others: np.ndarray,  # The thumbnails beside them, (m, 32, 32)
+) -> np.ndarray:  # (m,) float32, -1 to 1; 0 where one is of one grey, 1 where both are equal
     "Correlation of thumbnails, pair by pair."
-    x, y = (v.reshape(len(v), 32*32).astype(np.float32) for v in (small, others))
+    x, y = (v.reshape(len(v), 32 * 32).astype(np.float32) for v in (small, others))
     same = (x == y).all(axis=1)
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
-    return np.where(same, 1, (x*y).sum(axis=1)/np.maximum(np.sqrt((x*x).sum(axis=1)*(y*y).sum(axis=1)), 1e-6))
+    return np.where(same, 1, (x * y).sum(axis=1) / np.maximum(np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)), 1e-6))
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-015
 def near_pairs(
-    small:np.ndarray, # Grey thumbnails, (n, 32, 32)
-    bits:int=8, # Candidates: hashes differ in at most so many of 64 bits
-    correlation:float=.6, # and thumbnails correlate at least so much, -1 to 1
-    ways:tuple[int,...]=(0,), # How the second image may be turned, see `turn`
-    block:int=256, # Images compared with all at once: memory
-) -> pd.DataFrame: # A row a pair: a, b (row numbers, a < b), bits, way, correlation
+    small: np.ndarray,  # Grey thumbnails, (n, 32, 32)
+    bits: int = 8,  # Candidates: hashes differ in at most so many of 64 bits
+    correlation: float = 0.6,  # and thumbnails correlate at least so much, -1 to 1
+    ways: tuple[int, ...] = (0,),  # How the second image may be turned, see `turn`
+    block: int = 256,  # Images compared with all at once: memory
+) -> pd.DataFrame:  # A row a pair: a, b (row numbers, a < b), bits, way, correlation
     "Pairs of images that look the same, by perceptual hash and thumbnail."
     hashes, found = perceptual_hash(small), []
     for way in ways:
         laid = turn(small, way)
         others = perceptual_hash(laid)
         for at in range(0, len(small), block):
-            distance = np.bitwise_count(hashes[at:at + block, None] ^ others[None, at:])
+            distance = np.bitwise_count(hashes[at : at + block, None] ^ others[None, at:])
             a, b = np.nonzero(distance <= bits)
             a, b, distance = (v[a < b] for v in (a + at, b + at, distance[a, b]))
             alike = correlation_of(small[a], laid[b])
-            found.append(pd.DataFrame(dict(a=a, b=b, bits=distance.astype(int), way=way, correlation=alike))[alike >= correlation])
+            found.append(
+                pd.DataFrame(dict(a=a, b=b, bits=distance.astype(int), way=way, correlation=alike))[
+                    alike >= correlation
+                ]
+            )
     return pd.concat(found, ignore_index=True)
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-019
 def whiten(
-    features:np.ndarray, # (n, d) float, a row an image
-) -> np.ndarray: # (n, k) float32, k <= d: rows of length 1, directions of equal variance
+    features: np.ndarray,  # (n, d) float, a row an image
+) -> np.ndarray:  # (n, k) float32, k <= d: rows of length 1, directions of equal variance
     """Whitened features: at most one direction for every ten images, which is what their variance can be known for.
 
     Raises `ValueError` on fewer than 20 images or a value that is not finite.
     Source: Jégou and Chum 2012, Negative evidences and co-occurences in image retrieval, sec. 3.
     """
     x = np.asarray(features, np.float64)
-    if x.ndim != 2 or len(x) < 20 or not np.isfinite(x).all(): raise ValueError(f'features must be finite numbers of 20 images or more, (n, d), got {x.shape}')
+    if x.ndim != 2 or len(x) < 20 or not np.isfinite(x).all():
+        raise ValueError(f"features must be finite numbers of 20 images or more, (n, d), got {x.shape}")
     x = x - x.mean(axis=0)
-    variance, axes = np.linalg.eigh(x.T @ x/len(x))
-    chosen = [i for i in np.argsort(-variance)[:len(x)//10] if variance[i] > 1e-9*variance.max()]
-    white = x @ axes[:, chosen]/np.sqrt(variance[chosen])
-    return (white/np.maximum(np.linalg.norm(white, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    variance, axes = np.linalg.eigh(x.T @ x / len(x))
+    chosen = [i for i in np.argsort(-variance)[: len(x) // 10] if variance[i] > 1e-9 * variance.max()]
+    white = x @ axes[:, chosen] / np.sqrt(variance[chosen])
+    return (white / np.maximum(np.linalg.norm(white, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-020
 def similar_pairs(
-    features:np.ndarray, # (n, d) float, a row an image
-    cosine:float=.85, # Least cosine, -1 to 1
-    block:int=512, # Images compared with all at once: memory
-) -> pd.DataFrame: # A row a pair: a, b (row numbers, a < b), cosine
+    features: np.ndarray,  # (n, d) float, a row an image
+    cosine: float = 0.85,  # Least cosine, -1 to 1
+    block: int = 512,  # Images compared with all at once: memory
+) -> pd.DataFrame:  # A row a pair: a, b (row numbers, a < b), cosine
     "Pairs of images with similar features."
     x = np.asarray(features, np.float32)
-    x, found = x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), []
+    x, found = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), []
     for at in range(0, len(x), block):
-        near = x[at:at + block] @ x[at:].T
+        near = x[at : at + block] @ x[at:].T
         a, b = np.nonzero(near >= cosine)
         found.append(pd.DataFrame(dict(a=a + at, b=b + at, cosine=near[a, b]))[a < b])
     return pd.concat(found, ignore_index=True)
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-023
-KINDS = ('identical', 'near', 'turned', 'similar')
-THRESHOLDS = dict(bits=8, correlation=.6, turned_bits=4, turned_correlation=.9, cosine=.85)
+KINDS = ("identical", "near", "turned", "similar")
+THRESHOLDS = dict(bits=8, correlation=0.6, turned_bits=4, turned_correlation=0.9, cosine=0.85)
 
 
 def identical_pairs(
-    hashes:list[str], # For each image a digest of its bytes
-) -> pd.DataFrame: # A row a pair: a, b (row numbers, a < b)
+    hashes: list[str],  # For each image a digest of its bytes
+) -> pd.DataFrame:  # A row a pair: a, b (row numbers, a < b)
     "Pairs of images that are the same byte for byte."
     rows = pd.Series(range(len(hashes))).groupby(list(hashes)).apply(list)
-    return pd.DataFrame([pair for same in rows for pair in itertools.combinations(same, 2)], columns=['a', 'b'], dtype=int)
+    return pd.DataFrame(
+        [pair for same in rows for pair in itertools.combinations(same, 2)], columns=["a", "b"], dtype=int
+    )
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-024
 def near_duplicates(
-    hashes:list[str], # For each image a digest of its bytes
-    small:np.ndarray, # Grey thumbnails, (n, 32, 32)
-    features:np.ndarray|None=None, # (n, d), best whitened; without them there is no kind `similar`
-    thresholds:dict|None=None, # Changes to `THRESHOLDS`
-) -> pd.DataFrame: # A row a pair, the closest first: a, b (row numbers, a < b), kind, bits, way, correlation, cosine (null where not looked at)
+    hashes: list[str],  # For each image a digest of its bytes
+    small: np.ndarray,  # Grey thumbnails, (n, 32, 32)
+    features: np.ndarray | None = None,  # (n, d), best whitened; without them there is no kind `similar`
+    thresholds: dict | None = None,  # Changes to `THRESHOLDS`
+) -> pd.DataFrame:  # A row a pair, the closest first: a, b (row numbers, a < b), kind, bits, way, correlation, cosine (null where not looked at)
     "Every pair of images that is suspected to show the same, once. Raises `ValueError` where lengths differ or a threshold is unknown."
-    if unknown := set(thresholds or {}) - set(THRESHOLDS): raise ValueError(f"unknown threshold {', '.join(sorted(unknown))}: they are {', '.join(THRESHOLDS)}")
+    if unknown := set(thresholds or {}) - set(THRESHOLDS):
+        raise ValueError(f"unknown threshold {', '.join(sorted(unknown))}: they are {', '.join(THRESHOLDS)}")
     if len({len(v) for v in (hashes, small, features) if v is not None}) > 1:
-        raise ValueError(f'hashes, thumbnails and features must be of the same images, got {[len(v) for v in (hashes, small, features) if v is not None]}')
+        raise ValueError(
+            f"hashes, thumbnails and features must be of the same images, got {[len(v) for v in (hashes, small, features) if v is not None]}"
+        )
     limit = THRESHOLDS | (thresholds or {})
-    found = [identical_pairs(hashes).assign(bits=0, way=0, correlation=1.), near_pairs(small, limit['bits'], limit['correlation']),
-        near_pairs(small, limit['turned_bits'], limit['turned_correlation'], ways=range(1, 8))]
+    found = [
+        identical_pairs(hashes).assign(bits=0, way=0, correlation=1.0),
+        near_pairs(small, limit["bits"], limit["correlation"]),
+        near_pairs(small, limit["turned_bits"], limit["turned_correlation"], ways=range(1, 8)),
+    ]
     if features is not None:
-        pairs = similar_pairs(features, limit['cosine'])
-        pairs['correlation'] = correlation_of(small[pairs['a']], small[pairs['b']])
-        found.append(pairs[pairs['correlation'] >= limit['correlation']].assign(way=0))
-    pairs = pd.concat([part.assign(kind=kind) for kind, part in zip(KINDS, found)], ignore_index=True).reindex(columns=['a', 'b', 'kind', 'bits', 'way', 'correlation', 'cosine'])
-    rank = pairs.assign(rank=pairs['kind'].map(KINDS.index)).sort_values(['rank', 'bits', 'correlation', 'a', 'b'], ascending=[True, True, False, True, True])
-    return rank.drop_duplicates(['a', 'b']).drop(columns='rank').reset_index(drop=True)
+        pairs = similar_pairs(features, limit["cosine"])
+        pairs["correlation"] = correlation_of(small[pairs["a"]], small[pairs["b"]])
+        found.append(pairs[pairs["correlation"] >= limit["correlation"]].assign(way=0))
+    pairs = pd.concat([part.assign(kind=kind) for kind, part in zip(KINDS, found)], ignore_index=True).reindex(
+        columns=["a", "b", "kind", "bits", "way", "correlation", "cosine"]
+    )
+    rank = pairs.assign(rank=pairs["kind"].map(KINDS.index)).sort_values(
+        ["rank", "bits", "correlation", "a", "b"], ascending=[True, True, False, True, True]
+    )
+    return rank.drop_duplicates(["a", "b"]).drop(columns="rank").reset_index(drop=True)
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-027
 def duplicate_images(
-    data, # A `CaptionData`: its dataset and hashes count
-    small:np.ndarray, # Thumbnails of its images
-    listed:int=50, # Pairs listed at most, the closest first
-) -> dict: # JSON values: identical and near pairs, within and across splits
+    data,  # A `CaptionData`: its dataset and hashes count
+    small: np.ndarray,  # Thumbnails of its images
+    listed: int = 50,  # Pairs listed at most, the closest first
+) -> dict:  # JSON values: identical and near pairs, within and across splits
     "Identical and near-duplicate images within and across splits."
-    ids, splits = data.dataset['image_id'][:], data.dataset['split'][:]
+    ids, splits = data.dataset["image_id"][:], data.dataset["split"][:]
     found = near_pairs(small)
-    pairs, distance = found[['a', 'b']].to_numpy(), found['bits'].to_numpy()
+    pairs, distance = found[["a", "b"]].to_numpy(), found["bits"].to_numpy()
     same = np.array([data.hashes[a] == data.hashes[b] for a, b in pairs], bool)
-    order = np.argsort(distance - same, kind='stable')
-    kind = lambda a, b: '-'.join(sorted({splits[a], splits[b]}, key=('train', 'val', 'test').index))
-    count = lambda chosen: dict(within=sum('-' not in kind(a, b) for a, b in chosen), across=sum('-' in kind(a, b) for a, b in chosen),
-        splits=dict(Counter(kind(a, b) for a, b in chosen)))
-    return dict(identical=count(pairs[same]), near=count(pairs[~same]), bits=THRESHOLDS['bits'], correlation=THRESHOLDS['correlation'],
-        pairs=[dict(a=ids[pairs[i][0]], b=ids[pairs[i][1]], splits=kind(*pairs[i]), bits=int(distance[i]), identical=bool(same[i])) for i in order[:listed]])
+    order = np.argsort(distance - same, kind="stable")
+
+    def kind(a, b):
+        return "-".join(sorted({splits[a], splits[b]}, key=("train", "val", "test").index))
+
+    def count(chosen):
+        return dict(
+            within=sum("-" not in kind(a, b) for a, b in chosen),
+            across=sum("-" in kind(a, b) for a, b in chosen),
+            splits=dict(Counter(kind(a, b) for a, b in chosen)),
+        )
+
+    return dict(
+        identical=count(pairs[same]),
+        near=count(pairs[~same]),
+        bits=THRESHOLDS["bits"],
+        correlation=THRESHOLDS["correlation"],
+        pairs=[
+            dict(
+                a=ids[pairs[i][0]],
+                b=ids[pairs[i][1]],
+                splits=kind(*pairs[i]),
+                bits=int(distance[i]),
+                identical=bool(same[i]),
+            )
+            for i in order[:listed]
+        ],
+    )
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-030
 def group_digests(
-    hashes:list[str], # For each image a digest of its bytes
-    pairs:pd.DataFrame, # With a and b, row numbers
-) -> list[str]: # For each image a digest that is the same for all that pairs link, directly or over others
+    hashes: list[str],  # For each image a digest of its bytes
+    pairs: pd.DataFrame,  # With a and b, row numbers
+) -> list[str]:  # For each image a digest that is the same for all that pairs link, directly or over others
     "Digests for `seeded_split` with which duplicates stay in one split; images without a pair keep theirs."
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
+
     n = len(hashes)
-    group = connected_components(coo_array((np.ones(len(pairs)), (pairs['a'], pairs['b'])), shape=(n, n)), directed=False)[1]
-    return list(pd.Series(hashes).groupby(group).transform('min'))
+    group = connected_components(
+        coo_array((np.ones(len(pairs)), (pairs["a"], pairs["b"])), shape=(n, n)), directed=False
+    )[1]
+    return list(pd.Series(hashes).groupby(group).transform("min"))
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-033
 def leakage(
-    dataset, # With image_id, source, split and captions: what a study trains and tests on
-    pairs:pd.DataFrame, # From `near_duplicates`, of its rows
-    listed:int=50, # Pairs across splits listed at most, the closest first
-) -> dict: # JSON values: images, pairs, listed, captions_seen, clean, caption_unseen
+    dataset,  # With image_id, source, split and captions: what a study trains and tests on
+    pairs: pd.DataFrame,  # From `near_duplicates`, of its rows
+    listed: int = 50,  # Pairs across splits listed at most, the closest first
+) -> dict:  # JSON values: images, pairs, listed, captions_seen, clean, caption_unseen
     "What of the test set stands in the training set, or nearly."
-    ids, sources, splits, captions = (dataset[c][:] for c in ('image_id', 'source', 'split', 'captions'))
-    join = lambda values, order=None: '-'.join(sorted(set(values), key=order and order.index)) # "train-test"; one name where both are the same
-    between = [join((splits[a], splits[b]), ('train', 'val', 'test')) for a, b in zip(pairs['a'], pairs['b'])]
-    counts = Counter(zip(pairs['kind'], between, [join((sources[a], sources[b])) for a, b in zip(pairs['a'], pairs['b'])]))
+    ids, sources, splits, captions = (dataset[c][:] for c in ("image_id", "source", "split", "captions"))
+
+    def join(values, order=None):
+        return "-".join(
+            sorted(set(values), key=order and order.index)
+        )  # "train-test"; one name where both are the same
+
+    between = [join((splits[a], splits[b]), ("train", "val", "test")) for a, b in zip(pairs["a"], pairs["b"])]
+    counts = Counter(
+        zip(pairs["kind"], between, [join((sources[a], sources[b])) for a, b in zip(pairs["a"], pairs["b"])])
+    )
     nested = {kind: {} for kind in KINDS}
-    for (kind, split, source), n in sorted(counts.items()): nested[kind].setdefault(split, {})[source] = n
-    across = pairs[['-' in b for b in between]]
-    touched = {row for pair in zip(pairs['a'], pairs['b']) if {splits[i] for i in pair} == {'train', 'test'} for row in pair}
-    known = {clean_caption(c) for split, own in zip(splits, captions) if split == 'train' for c in own}
-    test = pd.DataFrame([dict(image_id=ids[i], source=sources[i], clean=i not in touched, seen=sum(clean_caption(c) in known for c in captions[i]), captions=len(captions[i]))
-        for i, split in enumerate(splits) if split == 'test'], columns=['image_id', 'source', 'clean', 'seen', 'captions'])
-    def share(part): # of a source's test captions, and of its images
-        return dict(images=len(part), clean=int(part['clean'].sum()), captions=part['seen'].sum()/part['captions'].sum(),
-            any=float((part['seen'] > 0).mean()), all=float((part['seen'] == part['captions']).mean()))
-    return dict(images={s: splits.count(s) for s in ('train', 'val', 'test')}, pairs=nested,
-        listed=[dict(a=ids[p.a], b=ids[p.b], kind=p.kind, splits=f'{splits[p.a]}-{splits[p.b]}', way=int(p.way), bits=None if np.isnan(p.bits) else int(p.bits),
-            correlation=float(p.correlation), cosine=None if np.isnan(p.cosine) else float(p.cosine)) for p in across.head(listed).itertuples()],
-        captions_seen={s: share(part) for s, part in [*test.groupby('source'), *([('all', test)] if len(test) else [])]},
-        clean=test['image_id'][test['clean']].tolist(), caption_unseen=test['image_id'][test['seen'] == 0].tolist())
+    for (kind, split, source), n in sorted(counts.items()):
+        nested[kind].setdefault(split, {})[source] = n
+    across = pairs[["-" in b for b in between]]
+    touched = {
+        row for pair in zip(pairs["a"], pairs["b"]) if {splits[i] for i in pair} == {"train", "test"} for row in pair
+    }
+    known = {clean_caption(c) for split, own in zip(splits, captions) if split == "train" for c in own}
+    test = pd.DataFrame(
+        [
+            dict(
+                image_id=ids[i],
+                source=sources[i],
+                clean=i not in touched,
+                seen=sum(clean_caption(c) in known for c in captions[i]),
+                captions=len(captions[i]),
+            )
+            for i, split in enumerate(splits)
+            if split == "test"
+        ],
+        columns=["image_id", "source", "clean", "seen", "captions"],
+    )
+
+    def share(part):  # of a source's test captions, and of its images
+        return dict(
+            images=len(part),
+            clean=int(part["clean"].sum()),
+            captions=part["seen"].sum() / part["captions"].sum(),
+            any=float((part["seen"] > 0).mean()),
+            all=float((part["seen"] == part["captions"]).mean()),
+        )
+
+    return dict(
+        images={s: splits.count(s) for s in ("train", "val", "test")},
+        pairs=nested,
+        listed=[
+            dict(
+                a=ids[p.a],
+                b=ids[p.b],
+                kind=p.kind,
+                splits=f"{splits[p.a]}-{splits[p.b]}",
+                way=int(p.way),
+                bits=None if np.isnan(p.bits) else int(p.bits),
+                correlation=float(p.correlation),
+                cosine=None if np.isnan(p.cosine) else float(p.cosine),
+            )
+            for p in across.head(listed).itertuples()
+        ],
+        captions_seen={
+            s: share(part) for s, part in [*test.groupby("source"), *([("all", test)] if len(test) else [])]
+        },
+        clean=test["image_id"][test["clean"]].tolist(),
+        caption_unseen=test["image_id"][test["seen"] == 0].tolist(),
+    )

@@ -8,175 +8,268 @@ __all__ = ['PAPER_LENGTHS', 'source_rows', 'count_images', 'caption_lengths', 'd
            'leak_findings']
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-002
-import numpy as np
 import re
 from collections import Counter
+
+import numpy as np
+
 from .duplicates import KINDS, duplicate_images
 from .load import CaptionData
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-005
 def source_rows(
-    dataset, # With `source`
-) -> dict[str,np.ndarray]: # Source -> which rows are of it, (n,) bool; "all" last
+    dataset,  # With `source`
+) -> dict[str, np.ndarray]:  # Source -> which rows are of it, (n,) bool; "all" last
     "The rows of every source, and all of them. Where no row names its source, only `all` is left."
-    sources = np.array(dataset['source'][:])
-    names = sorted(set(sources.tolist()) - ({'unknown'} if set(sources.tolist()) == {'unknown'} else set()))
-    return {name: sources == name for name in names} | {'all': np.full(len(sources), True)}
+    sources = np.array(dataset["source"][:])
+    names = sorted(set(sources.tolist()) - ({"unknown"} if set(sources.tolist()) == {"unknown"} else set()))
+    return {name: sources == name for name in names} | {"all": np.full(len(sources), True)}
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-006
 def count_images(
-    dataset, # With `source` and `split`
-) -> dict[str,dict[str,int]]: # Source -> split -> images; the source "all" last
+    dataset,  # With `source` and `split`
+) -> dict[str, dict[str, int]]:  # Source -> split -> images; the source "all" last
     "Images of every source in every split."
-    splits = np.array(dataset['split'][:])
-    return {source: {split: int((splits[rows] == split).sum()) for split in ('train', 'val', 'test')} for source, rows in source_rows(dataset).items()}
+    splits = np.array(dataset["split"][:])
+    return {
+        source: {split: int((splits[rows] == split).sum()) for split in ("train", "val", "test")}
+        for source, rows in source_rows(dataset).items()
+    }
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-009
-PAPER_LENGTHS = dict(mean=12.08, std=2.23, min=5.6, max=25.) # first source paper, section III, words an image on average, all of RISC
+PAPER_LENGTHS = dict(
+    mean=12.08, std=2.23, min=5.6, max=25.0
+)  # first source paper, section III, words an image on average, all of RISC
+
+
 def caption_lengths(
-    captions:list[list[str]], # The captions of each image, n lists
-    punctuation:bool=True, # Does a piece without a letter or digit, such as a full stop, count?
-) -> np.ndarray: # Average words a caption for each image, (n,)
+    captions: list[list[str]],  # The captions of each image, n lists
+    punctuation: bool = True,  # Does a piece without a letter or digit, such as a full stop, count?
+) -> np.ndarray:  # Average words a caption for each image, (n,)
     "Average caption length of each image, in pieces between spaces."
-    count = lambda c: len(c.split()) if punctuation else sum(any(x.isalnum() for x in piece) for piece in c.split())
+
+    def count(c):
+        return len(c.split()) if punctuation else sum(any(x.isalnum() for x in piece) for piece in c.split())
+
     return np.array([np.mean([count(c) for c in own]) for own in captions])
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-010
 def describe_lengths(
-    values:np.ndarray, # Any numbers, at least one
-) -> dict[str,float]: # mean, std (of the population), min, max
+    values: np.ndarray,  # Any numbers, at least one
+) -> dict[str, float]:  # mean, std (of the population), min, max
     "Mean, standard deviation, minimum and maximum."
     return {name: float(getattr(values, name)()) for name in PAPER_LENGTHS}
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-013
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+
 def count_words(
-    captions:list[list[str]], # The captions of each image
-) -> Counter: # Word -> occurrences
+    captions: list[list[str]],  # The captions of each image
+) -> Counter:  # Word -> occurrences
     "How often every word occurs, in lower case."
     counts = Counter()
-    for own in captions: counts.update(_WORD.findall(' . '.join(own).lower()))
+    for own in captions:
+        counts.update(_WORD.findall(" . ".join(own).lower()))
     return counts
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-014
-def stop_words() -> tuple[frozenset,str]: # The words, and which list they are
+def stop_words() -> tuple[frozenset, str]:  # The words, and which list they are
     "English stop words that are there offline."
     import sklearn
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-    return ENGLISH_STOP_WORDS, f'scikit-learn {sklearn.__version__} ENGLISH_STOP_WORDS, {len(ENGLISH_STOP_WORDS)} words'
+
+    return ENGLISH_STOP_WORDS, f"scikit-learn {sklearn.__version__} ENGLISH_STOP_WORDS, {len(ENGLISH_STOP_WORDS)} words"
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-015
 def top_words(
-    counts:Counter, # Word -> occurrences
-    n:int=30, # How many
-) -> dict[str,int]: # The n most frequent that are no stop words, most frequent first; equal ones by alphabet
+    counts: Counter,  # Word -> occurrences
+    n: int = 30,  # How many
+) -> dict[str, int]:  # The n most frequent that are no stop words, most frequent first; equal ones by alphabet
     "The most frequent words that say something."
     stop = stop_words()[0]
     return dict(sorted(((w, k) for w, k in counts.items() if w not in stop), key=lambda item: (-item[1], item[0]))[:n])
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-018
 def distinct_captions(
-    captions:list[list[str]], # The captions of each image
-) -> np.ndarray: # Different captions of each image, (n,), 1 to 5
+    captions: list[list[str]],  # The captions of each image
+) -> np.ndarray:  # Different captions of each image, (n,), 1 to 5
     "How many captions of each image differ, compared without case and spaces."
     return np.array([len({_key(c) for c in own}) for own in captions])
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-019
-def _key(caption): return ' '.join(caption.lower().split())
+def _key(caption):
+    return " ".join(caption.lower().split())
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-022
 def shared_captions(
-    dataset, # With `source`, `split` and `captions`
-    punctuation:bool=True, # Must punctuation agree too?
-) -> dict[str,dict[str,float]]: # Split -> source (and "all", last) -> share of its captions that occur in train, 0 to 1
+    dataset,  # With `source`, `split` and `captions`
+    punctuation: bool = True,  # Must punctuation agree too?
+) -> dict[
+    str, dict[str, float]
+]:  # Split -> source (and "all", last) -> share of its captions that occur in train, 0 to 1
     "Captions of val and test that stand among the training captions, compared without case and spaces."
     key = _key if punctuation else lambda c: tuple(_WORD.findall(c.lower()))
-    splits, captions = np.array(dataset['split'][:]), dataset['captions'][:]
-    known = {key(c) for i in np.flatnonzero(splits == 'train') for c in captions[i]}
-    share = lambda chosen: float(np.mean([key(c) in known for i in np.flatnonzero(chosen) for c in captions[i]]))
-    return {split: {source: share(rows & (splits == split)) for source, rows in source_rows(dataset).items() if (rows & (splits == split)).any()}
-        for split in ('val', 'test')}
+    splits, captions = np.array(dataset["split"][:]), dataset["captions"][:]
+    known = {key(c) for i in np.flatnonzero(splits == "train") for c in captions[i]}
+
+    def share(chosen):
+        return float(np.mean([key(c) in known for i in np.flatnonzero(chosen) for c in captions[i]]))
+
+    return {
+        split: {
+            source: share(rows & (splits == split))
+            for source, rows in source_rows(dataset).items()
+            if (rows & (splits == split)).any()
+        }
+        for split in ("val", "test")
+    }
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-025
 def sample_rows(
-    dataset, # With `source`
-    n:int=12, # Images, at most 12
-    seed:int=0, # Of the draw
-) -> list[int]: # Rows, sources in turn
+    dataset,  # With `source`
+    n: int = 12,  # Images, at most 12
+    seed: int = 0,  # Of the draw
+) -> list[int]:  # Rows, sources in turn
     "Rows of a few images, as many of each source as can be."
-    sources, groups = np.array(dataset['source'][:]), []
+    sources, groups = np.array(dataset["source"][:]), []
     order = np.random.default_rng(seed).permutation(len(sources))
     groups = [[int(i) for i in order if sources[i] == s] for s in sorted(set(sources.tolist()))]
     turns = [group[turn] for turn in range(n) for group in groups if turn < len(group)]
-    return turns[:min(n, 12)]
+    return turns[: min(n, 12)]
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-027
 def explore(
-    data:CaptionData, # From `load_captions`
-    small:np.ndarray, # Thumbnails of its images, (n, 32, 32)
-) -> dict: # JSON values, what every figure and table below is drawn from
+    data: CaptionData,  # From `load_captions`
+    small: np.ndarray,  # Thumbnails of its images, (n, 32, 32)
+) -> dict:  # JSON values, what every figure and table below is drawn from
     "The figures of the chapter for a whole dataset."
     dataset = data.dataset
-    captions, groups = dataset['captions'][:], source_rows(dataset)
+    captions, groups = dataset["captions"][:], source_rows(dataset)
     lengths, words, distinct = caption_lengths(captions), count_words(captions), distinct_captions(captions)
     values, images = np.unique(lengths.round(2), return_counts=True)
     rows = sample_rows(dataset)
-    return dict(data=data.facts(), bad_rows=data.report.to_json(limit=200), counts=count_images(dataset),
-        lengths=dict(by_source={s: describe_lengths(lengths[g]) for s, g in groups.items()}, paper=PAPER_LENGTHS,
-            without_punctuation=describe_lengths(caption_lengths(captions, punctuation=False)), values=values, images=images),
-        words=dict(top=top_words(words), stop_words=stop_words()[1], running=words.total(), vocabulary=len(words),
-            once=sum(k == 1 for k in words.values()), wordless_captions=sum(not _WORD.search(c) for own in captions for c in own)),
+    return dict(
+        data=data.facts(),
+        bad_rows=data.report.to_json(limit=200),
+        counts=count_images(dataset),
+        lengths=dict(
+            by_source={s: describe_lengths(lengths[g]) for s, g in groups.items()},
+            paper=PAPER_LENGTHS,
+            without_punctuation=describe_lengths(caption_lengths(captions, punctuation=False)),
+            values=values,
+            images=images,
+        ),
+        words=dict(
+            top=top_words(words),
+            stop_words=stop_words()[1],
+            running=words.total(),
+            vocabulary=len(words),
+            once=sum(k == 1 for k in words.values()),
+            wordless_captions=sum(not _WORD.search(c) for own in captions for c in own),
+        ),
         distinct={s: {str(k): int((distinct[g] == k).sum()) for k in range(1, 6)} for s, g in groups.items()},
-        shared=dict(verbatim=shared_captions(dataset), words=shared_captions(dataset, punctuation=False)), duplicates=duplicate_images(data, small),
-        samples=[dict(image_id=dataset[i]['image_id'], source=dataset[i]['source'], split=dataset[i]['split'], captions=captions[i]) for i in rows])
+        shared=dict(verbatim=shared_captions(dataset), words=shared_captions(dataset, punctuation=False)),
+        duplicates=duplicate_images(data, small),
+        samples=[
+            dict(
+                image_id=dataset[i]["image_id"],
+                source=dataset[i]["source"],
+                split=dataset[i]["split"],
+                captions=captions[i],
+            )
+            for i in rows
+        ],
+    )
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-028
 def pair_rows(
-    result:dict, # 01_eda.json
-) -> list[dict]: # kind, splits, sources, pairs
+    result: dict,  # 01_eda.json
+) -> list[dict]:  # kind, splits, sources, pairs
     "The leaks' counts as the rows of a table."
-    return [dict(kind=kind, splits=splits, sources=sources, pairs=n) for kind, of in result['leakage']['pairs'].items()
-        for splits, between in of.items() for sources, n in between.items()]
+    return [
+        dict(kind=kind, splits=splits, sources=sources, pairs=n)
+        for kind, of in result["leakage"]["pairs"].items()
+        for splits, between in of.items()
+        for sources, n in between.items()
+    ]
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-029
 def data_findings(
-    result:dict, # 01_eda.json
-) -> list[str]: # Sentences
+    result: dict,  # 01_eda.json
+) -> list[str]:  # Sentences
     "What the later chapters have to know about the data, in words."
-    counts, lengths, distinct, twice = result['counts'], result['lengths']['by_source'], result['distinct'], result['duplicates']
-    sources = [s for s in counts if s != 'all']
-    total = lambda s: sum(counts[s].values())
-    origin = f'of {len(sources)} sources ' if sources else ''
-    found = [f"{total('all'):,} images {origin}are left of {result['data']['rows']:,} rows; {result['bad_rows']['dropped']:,} were dropped."]
+    counts, lengths, distinct, twice = (
+        result["counts"],
+        result["lengths"]["by_source"],
+        result["distinct"],
+        result["duplicates"],
+    )
+    sources = [s for s in counts if s != "all"]
+
+    def total(s):
+        return sum(counts[s].values())
+
+    origin = f"of {len(sources)} sources " if sources else ""
+    found = [
+        f"{total('all'):,} images {origin}are left of {result['data']['rows']:,} rows; {result['bad_rows']['dropped']:,} were dropped."
+    ]
     for s in sources:
-        if absent := [split for split, n in counts[s].items() if not n]: found.append(f"{s} has no image in {' and '.join(absent)}.")
-    found.append(f"An image's captions have {lengths['all']['mean']:.1f} words on average, from {lengths['all']['min']:g} to {lengths['all']['max']:g}.")
-    for s in sources or ['all']:
-        if distinct[s]['1']: found.append(f"{s}: {distinct[s]['1']/total(s):.0%} of the images carry one sentence five times, {distinct[s]['5']/total(s):.0%} five different ones.")
-    for s, share in result['shared']['words'].get('test', {}).items():
-        if share and (s != 'all' or not sources): found.append(f"{s}: {100*share:.2g} % of the test captions stand word for word among the training captions.")
-    for kind in ('identical', 'near'):
-        found.append(f"{kind.capitalize()} image pairs: {twice[kind]['within']} within a split, {twice[kind]['across']} across splits.")
-    if 'RSICD' in sources and result['data']['split'] == 'file':
-        found.append("RSICD: what RISCM's table calls val is RSICD's published test, and the other way round; `split = official` exchanges them.")
-    return found + leak_findings(result['leakage'])
+        if absent := [split for split, n in counts[s].items() if not n]:
+            found.append(f"{s} has no image in {' and '.join(absent)}.")
+    found.append(
+        f"An image's captions have {lengths['all']['mean']:.1f} words on average, from {lengths['all']['min']:g} to {lengths['all']['max']:g}."
+    )
+    for s in sources or ["all"]:
+        if distinct[s]["1"]:
+            found.append(
+                f"{s}: {distinct[s]['1'] / total(s):.0%} of the images carry one sentence five times, {distinct[s]['5'] / total(s):.0%} five different ones."
+            )
+    for s, share in result["shared"]["words"].get("test", {}).items():
+        if share and (s != "all" or not sources):
+            found.append(
+                f"{s}: {100 * share:.2g} % of the test captions stand word for word among the training captions."
+            )
+    for kind in ("identical", "near"):
+        found.append(
+            f"{kind.capitalize()} image pairs: {twice[kind]['within']} within a split, {twice[kind]['across']} across splits."
+        )
+    if "RSICD" in sources and result["data"]["split"] == "file":
+        found.append(
+            "RSICD: what RISCM's table calls val is RSICD's published test, and the other way round; `split = official` exchanges them."
+        )
+    return found + leak_findings(result["leakage"])
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-030
 def leak_findings(
-    leaks:dict, # `leakage` of 01_eda.json
-) -> list[str]: # Sentences
+    leaks: dict,  # `leakage` of 01_eda.json
+) -> list[str]:  # Sentences
     "What the profile's test images owe to its training images, in words."
-    test, seen = leaks['images']['test'], leaks['captions_seen']
-    if not test: return ['The profile has no test image.']
-    across = {kind: sum(leaks['pairs'][kind].get('train-test', {}).values()) for kind in KINDS}
-    kinds = ', '.join(f'{n:,} {kind}' for kind, n in across.items() if n)
-    clean, unseen = len(leaks['clean']), len(leaks['caption_unseen'])
-    found = [f"{clean:,} of the {test:,} test images ({clean/test:.1%}) are clean: nothing like them is among the {leaks['images']['train']:,} training images"
-        + (f"; pairs of a training and a test image: {kinds}." if kinds else ', by any of the ways looked.')]
-    if leaks['features'] is None: found.append('Features were not compared: crops and neighbouring tiles are not found.')
-    foreign = sum(n for kind in KINDS for of in leaks['pairs'][kind].values() for sources, n in of.items() if '-' in sources)
-    if len(seen) > 2: found.append(f"{foreign:,} pairs join two sources." if foreign else 'No pair joins two sources.')
-    found.append(f"{unseen:,} test images ({unseen/test:.1%}) have no caption that stands word for word among the training captions; of "
-        f"{round(seen['all']['all']*test):,} images every caption does, and they can be captioned perfectly by heart.")
-    if len(seen) > 2: found.append('Captions seen in training, by source: ' + ', '.join(f"{s} {of['captions']:.1%}" for s, of in seen.items() if s != 'all') + '.')
+    test, seen = leaks["images"]["test"], leaks["captions_seen"]
+    if not test:
+        return ["The profile has no test image."]
+    across = {kind: sum(leaks["pairs"][kind].get("train-test", {}).values()) for kind in KINDS}
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in across.items() if n)
+    clean, unseen = len(leaks["clean"]), len(leaks["caption_unseen"])
+    found = [
+        f"{clean:,} of the {test:,} test images ({clean / test:.1%}) are clean: nothing like them is among the {leaks['images']['train']:,} training images"
+        + (f"; pairs of a training and a test image: {kinds}." if kinds else ", by any of the ways looked.")
+    ]
+    if leaks["features"] is None:
+        found.append("Features were not compared: crops and neighbouring tiles are not found.")
+    foreign = sum(
+        n for kind in KINDS for of in leaks["pairs"][kind].values() for sources, n in of.items() if "-" in sources
+    )
+    if len(seen) > 2:
+        found.append(f"{foreign:,} pairs join two sources." if foreign else "No pair joins two sources.")
+    found.append(
+        f"{unseen:,} test images ({unseen / test:.1%}) have no caption that stands word for word among the training captions; of "
+        f"{round(seen['all']['all'] * test):,} images every caption does, and they can be captioned perfectly by heart."
+    )
+    if len(seen) > 2:
+        found.append(
+            "Captions seen in training, by source: "
+            + ", ".join(f"{s} {of['captions']:.1%}" for s, of in seen.items() if s != "all")
+            + "."
+        )
     return found

@@ -9,164 +9,227 @@ __all__ = ['MAX_PIXELS', 'PERCENTILES', 'jpeg_size', 'ImageFacts', 'image_facts'
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-002
 import hashlib
 import io
-import numpy as np
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-006
-MAX_PIXELS = 178_956_970 # Pillow's own limit for one image
-_FRAMES = {0xC0, 0xC1, 0xC2} # baseline, extended sequential, progressive: what Pillow decodes
+MAX_PIXELS = 178_956_970  # Pillow's own limit for one image
+_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended sequential, progressive: what Pillow decodes
 
 
 def jpeg_size(
-    data:bytes, # A whole file
-) -> tuple[int,int]: # Width and height, pixels
+    data: bytes,  # A whole file
+) -> tuple[int, int]:  # Width and height, pixels
     """Size of a complete JPEG, from its segments alone.
 
     Raises `ValueError` saying what is wrong: no JPEG, a broken segment, truncated, an unsupported kind.
     Source: ITU-T T.81 (1992), annex B.
     """
-    if data[:2] != b'\xff\xd8': raise ValueError('not a JPEG')
+    if data[:2] != b"\xff\xd8":
+        raise ValueError("not a JPEG")
     at, size = 2, None
     try:
         while True:
-            if data[at] != 0xFF: raise ValueError(f'broken segment at byte {at}')
-            while data[at + 1] == 0xFF: at += 1 # fill bytes
+            if data[at] != 0xFF:
+                raise ValueError(f"broken segment at byte {at}")
+            while data[at + 1] == 0xFF:
+                at += 1  # fill bytes
             marker = data[at + 1]
-            if marker == 0xD9: raise ValueError('ends before any image data')
-            if marker == 0x01 or 0xD0 <= marker <= 0xD7: # no payload
+            if marker == 0xD9:
+                raise ValueError("ends before any image data")
+            if marker == 0x01 or 0xD0 <= marker <= 0xD7:  # no payload
                 at += 2
                 continue
             if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-                if marker not in _FRAMES: raise ValueError(f'JPEG of an unsupported kind (frame 0x{marker:X})')
+                if marker not in _FRAMES:
+                    raise ValueError(f"JPEG of an unsupported kind (frame 0x{marker:X})")
                 size = (data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6])
             at += 2 + (data[at + 2] << 8 | data[at + 3])
-            if marker == 0xDA: break
-    except IndexError: raise ValueError(f'truncated after {len(data)} bytes, inside the header') from None
-    if size is None: raise ValueError('image data without a frame header')
-    if data.find(b'\xff\xd9', at) < 0: raise ValueError(f'truncated after {len(data)} bytes, no end of image')
+            if marker == 0xDA:
+                break
+    except IndexError:
+        raise ValueError(f"truncated after {len(data)} bytes, inside the header") from None
+    if size is None:
+        raise ValueError("image data without a frame header")
+    if data.find(b"\xff\xd9", at) < 0:
+        raise ValueError(f"truncated after {len(data)} bytes, no end of image")
     return size
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-009
 @dataclass(frozen=True)
 class ImageFacts:
     "What a look at a file told."
-    size:tuple[int,int]=(0, 0) # Width and height, pixels; (0, 0) where the file is no image
-    digest:str='' # SHA-256 of the bytes, hexadecimal; empty where they could not be read
-    problem:str='' # What is wrong, in a few words; empty where nothing is
+
+    size: tuple[int, int] = (0, 0)  # Width and height, pixels; (0, 0) where the file is no image
+    digest: str = ""  # SHA-256 of the bytes, hexadecimal; empty where they could not be read
+    problem: str = ""  # What is wrong, in a few words; empty where nothing is
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-010
 def image_facts(
-    data:bytes, # A whole file
-) -> ImageFacts: # Its `problem` is empty for a readable image
+    data: bytes,  # A whole file
+) -> ImageFacts:  # Its `problem` is empty for a readable image
     "Whether some bytes are a whole image, its size and its digest. Never raises: what is wrong is in `problem`."
     digest = hashlib.sha256(data).hexdigest()
-    if not data: return ImageFacts((0, 0), digest, 'empty file')
-    try: size = jpeg_size(data) if data[:2] == b'\xff\xd8' else _other_size(data)
-    except ValueError as error: return ImageFacts((0, 0), digest, str(error))
-    if 0 in size: return ImageFacts((0, 0), digest, f'{size[0]} x {size[1]} pixels')
-    if size[0]*size[1] > MAX_PIXELS: return ImageFacts((0, 0), digest, f'{size[0]} x {size[1]} pixels, over the limit of {MAX_PIXELS:,}')
+    if not data:
+        return ImageFacts((0, 0), digest, "empty file")
+    try:
+        size = jpeg_size(data) if data[:2] == b"\xff\xd8" else _other_size(data)
+    except ValueError as error:
+        return ImageFacts((0, 0), digest, str(error))
+    if 0 in size:
+        return ImageFacts((0, 0), digest, f"{size[0]} x {size[1]} pixels")
+    if size[0] * size[1] > MAX_PIXELS:
+        return ImageFacts((0, 0), digest, f"{size[0]} x {size[1]} pixels, over the limit of {MAX_PIXELS:,}")
     return ImageFacts(size, digest)
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-011
 def _other_size(data):
     "Size of an image in another format, decoded in full since each format ends in its own way."
     from PIL import Image
+
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.width*image.height <= MAX_PIXELS: image.load()
+            if image.width * image.height <= MAX_PIXELS:
+                image.load()
             return image.size
-    except Exception as error: # Pillow raises nearly anything on foreign bytes
-        raise ValueError(f'neither a JPEG nor another image that Pillow reads ({type(error).__name__})') from None
+    except Exception as error:  # Pillow raises nearly anything on foreign bytes
+        raise ValueError(f"neither a JPEG nor another image that Pillow reads ({type(error).__name__})") from None
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-014
 class ImageFolder:
     "Finds the files that a table names. Raises `FileNotFoundError` where the folder is missing."
-    def __init__(self,
-        folder:str|Path, # The images' folder
+
+    def __init__(
+        self,
+        folder: str | Path,  # The images' folder
     ):
-        if not os.path.isdir(folder): raise FileNotFoundError(f'the folder of images {folder} is missing')
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"the folder of images {folder} is missing")
         self.root = os.path.realpath(folder)
-        with os.scandir(self.root) as entries: # plain files that are no links, by name
+        with os.scandir(self.root) as entries:  # plain files that are no links, by name
             self.plain = {e.name for e in entries if e.is_file(follow_symlinks=False)}
 
-    def find(self,
-        name:str, # As the table has it, such as "UCM_12.jpg" or "airport/7.jpg"
-    ) -> tuple[str,str]: # The path, and the kind of problem ("" if none): "path leaving the folder" or "missing image"
+    def find(
+        self,
+        name: str,  # As the table has it, such as "UCM_12.jpg" or "airport/7.jpg"
+    ) -> tuple[
+        str, str
+    ]:  # The path, and the kind of problem ("" if none): "path leaving the folder" or "missing image"
         "Where an image lies. Never raises: what is wrong is in the second value."
         path = os.path.join(self.root, name)
-        if name in self.plain: return path, ''
-        if not name or '\0' in name: return path, 'missing image'
-        if os.path.isabs(name) or '\\' in name or name[1:2] == ':': return path, 'path leaving the folder'
-        try: real = os.path.realpath(path)
-        except OSError: return path, 'missing image' # a name too long, a ring of links
-        if not real.startswith(self.root + os.sep): return path, 'path leaving the folder'
-        return path, '' if os.path.isfile(real) else 'missing image'
+        if name in self.plain:
+            return path, ""
+        if not name or "\0" in name:
+            return path, "missing image"
+        if os.path.isabs(name) or "\\" in name or name[1:2] == ":":
+            return path, "path leaving the folder"
+        try:
+            real = os.path.realpath(path)
+        except OSError:
+            return path, "missing image"  # a name too long, a ring of links
+        if not real.startswith(self.root + os.sep):
+            return path, "path leaving the folder"
+        return path, "" if os.path.isfile(real) else "missing image"
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-015
 def read_image_facts(
-    path:str, # A file that exists
-) -> ImageFacts: # As `image_facts`; what the system refuses to read is a problem too
+    path: str,  # A file that exists
+) -> ImageFacts:  # As `image_facts`; what the system refuses to read is a problem too
     "`image_facts` of a file."
     try:
-        with open(path, 'rb', buffering=0) as file: return image_facts(file.read())
-    except OSError as error: return ImageFacts(problem=error.strerror or type(error).__name__)
+        with open(path, "rb", buffering=0) as file:
+            return image_facts(file.read())
+    except OSError as error:
+        return ImageFacts(problem=error.strerror or type(error).__name__)
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-016
 def all_facts(
-    paths:list[str], # Files that exist
-    progress:bool=True, # Show a bar?
-    workers:int=2, # Threads: one reads while the other looks
-    batch:int=128, # Files a task; a task for each file would cost more than the file
-) -> list[ImageFacts]: # In the same order
+    paths: list[str],  # Files that exist
+    progress: bool = True,  # Show a bar?
+    workers: int = 2,  # Threads: one reads while the other looks
+    batch: int = 128,  # Files a task; a task for each file would cost more than the file
+) -> list[ImageFacts]:  # In the same order
     "`read_image_facts` of many files."
     from tqdm import tqdm
-    parts, found = [paths[at:at + batch] for at in range(0, len(paths), batch)], []
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(paths), desc='checking images', unit='image', disable=not progress) as bar:
+
+    parts, found = [paths[at : at + batch] for at in range(0, len(paths), batch)], []
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=len(paths), desc="checking images", unit="image", disable=not progress) as bar,
+    ):
         for part in pool.map(lambda part: [read_image_facts(p) for p in part], parts):
             found += part
             bar.update(len(part))
     return found
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-019
-PERCENTILES = (2., 98.) # of an image's values, that become black and white
-class DeepColour(ValueError): "A colour image of more than 8 bits a channel, of which Pillow keeps 8."
+PERCENTILES = (2.0, 98.0)  # of an image's values, that become black and white
+
+
+class DeepColour(ValueError):
+    "A colour image of more than 8 bits a channel, of which Pillow keeps 8."
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-020
 def stretch(
-    values:np.ndarray, # Real numbers, any shape
-    low:float, # Becomes 0
-    high:float, # Becomes 255
-) -> np.ndarray: # uint8, same shape
+    values: np.ndarray,  # Real numbers, any shape
+    low: float,  # Becomes 0
+    high: float,  # Becomes 255
+) -> np.ndarray:  # uint8, same shape
     "Values as 8 bits, what lies outside cut off. Where `high` is not above `low` there is no contrast to show: all is middle grey."
-    if not high > low: return np.full(values.shape, 127, np.uint8)
-    return np.clip((values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low)), 0, 255).round().astype(np.uint8)
+    if not high > low:
+        return np.full(values.shape, 127, np.uint8)
+    return (
+        np.clip((values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low)), 0, 255)
+        .round()
+        .astype(np.uint8)
+    )
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-021
 def read_pixels(
-    file:str|Path|bytes, # A file, or its whole content
-    name:str, # What it is called in messages
-    percentiles:tuple[float,float]|None=PERCENTILES, # That deep pixels are stretched between; None refuses deep pixels
-): # PIL image, RGB, upright
+    file: str | Path | bytes,  # A file, or its whole content
+    name: str,  # What it is called in messages
+    percentiles: tuple[float, float]
+    | None = PERCENTILES,  # That deep pixels are stretched between; None refuses deep pixels
+):  # PIL image, RGB, upright
     "One image. Raises `ValueError` saying what is wrong with the file, `DeepColour` where Pillow would lose bits."
     from PIL import Image, ImageOps
+
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            if image.width * image.height > MAX_PIXELS: raise Image.DecompressionBombError
-            deep = any(';16' in str(tile[3]) or ';12' in str(tile[3]) for tile in image.tile)
-            if image.mode[0] not in 'IF':
-                if deep: raise DeepColour(f'{name} has more than 8 bits a colour channel, which needs rasterio: pip install \'rsstudy[geo]\'')
-                return ImageOps.exif_transpose(image).convert('RGB')
-            if percentiles is None: raise ValueError(f'{name} has pixels of kind {image.mode}: percentiles are needed to show them with 8 bits')
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            deep = any(";16" in str(tile[3]) or ";12" in str(tile[3]) for tile in image.tile)
+            if image.mode[0] not in "IF":
+                if deep:
+                    raise DeepColour(
+                        f"{name} has more than 8 bits a colour channel, which needs rasterio: pip install 'rsstudy[geo]'"
+                    )
+                return ImageOps.exif_transpose(image).convert("RGB")
+            if percentiles is None:
+                raise ValueError(
+                    f"{name} has pixels of kind {image.mode}: percentiles are needed to show them with 8 bits"
+                )
             values = np.asarray(ImageOps.exif_transpose(image))
             finite = values[np.isfinite(values)]
-            if not finite.size: raise ValueError(f'{name} has no finite pixel')
-            return Image.fromarray(stretch(np.nan_to_num(values, nan=finite.min(), posinf=finite.max(), neginf=finite.min()), *np.percentile(finite, percentiles))).convert('RGB')
-    except Image.DecompressionBombError: raise ValueError(f'{name} is too large: {MAX_PIXELS:,} pixels are allowed') from None
-    except ValueError: raise
-    except OSError as error: raise ValueError(f'{name} cannot be read: {error.strerror or str(error).splitlines()[0]}') from None
-    except MemoryError: raise
-    except Exception as error: # Pillow raises nearly anything on foreign bytes
-        raise ValueError(f'{name} cannot be read ({type(error).__name__})') from None
+            if not finite.size:
+                raise ValueError(f"{name} has no finite pixel")
+            return Image.fromarray(
+                stretch(
+                    np.nan_to_num(values, nan=finite.min(), posinf=finite.max(), neginf=finite.min()),
+                    *np.percentile(finite, percentiles),
+                )
+            ).convert("RGB")
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name} is too large: {MAX_PIXELS:,} pixels are allowed") from None
+    except ValueError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror or str(error).splitlines()[0]}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on foreign bytes
+        raise ValueError(f"{name} cannot be read ({type(error).__name__})") from None

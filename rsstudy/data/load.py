@@ -9,77 +9,108 @@ __all__ = ['WORLD', 'CaptionData', 'data_digest', 'judge_rows', 'make_dataset', 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-002
 import hashlib
 import json
-import numpy as np
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
 from ..common.files import announce
 from ..common.settings import Profile, project_root
 from .badrows import BadRows
-from .splits import SPLITS, _SPLIT_NAMES, held_out, leave_source_out, official_split, seeded_split
+from .splits import _SPLIT_NAMES, SPLITS, held_out, leave_source_out, official_split, seeded_split
 from .table import HUB, Row, clean_caption, read_folder, read_hub
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-005
 @dataclass
 class CaptionData:
     "A captions dataset, and what is known about how it came to be."
-    dataset:object # `datasets.Dataset` with image_id, source, split, image, captions
-    report:BadRows # What was left out, and why
-    digest:str # SHA-256 over ids, sources, splits, captions and the bytes of the images, in the order of ids
-    origin:str # "scenes", the folder's name, or the dataset id
-    split:str # How it is split: "file", "seeded", "official" or "leave_<SOURCE>_out"
-    clean:bool # Were captions cleaned?
-    changed:int # Captions that cleaning changed
-    hashes:list[str] # For each row the SHA-256 of its image's bytes
-    sizes:np.ndarray # For each row width and height, (n, 2) int32, pixels
-    folder:Path|None=None # Where the images lie, if in a folder
-    left_out:int=0 # Good rows that the split uses for nothing
 
-    def __len__(self): return len(self.dataset)
+    dataset: object  # `datasets.Dataset` with image_id, source, split, image, captions
+    report: BadRows  # What was left out, and why
+    digest: str  # SHA-256 over ids, sources, splits, captions and the bytes of the images, in the order of ids
+    origin: str  # "scenes", the folder's name, or the dataset id
+    split: str  # How it is split: "file", "seeded", "official" or "leave_<SOURCE>_out"
+    clean: bool  # Were captions cleaned?
+    changed: int  # Captions that cleaning changed
+    hashes: list[str]  # For each row the SHA-256 of its image's bytes
+    sizes: np.ndarray  # For each row width and height, (n, 2) int32, pixels
+    folder: Path | None = None  # Where the images lie, if in a folder
+    left_out: int = 0  # Good rows that the split uses for nothing
 
-    def facts(self) -> dict: # JSON values for a run's manifest
+    def __len__(self):
+        return len(self.dataset)
+
+    def facts(self) -> dict:  # JSON values for a run's manifest
         "What a result has to say about its data."
-        return dict(origin=self.origin, digest=self.digest, images=len(self), split=self.split, clean=self.clean,
-            cleaning='lower case, trim, collapse spaces' if self.clean else 'none', captions_changed=self.changed,
-            rows=self.report.total, bad_rows=self.report.counts(), left_out=self.left_out)
+        return dict(
+            origin=self.origin,
+            digest=self.digest,
+            images=len(self),
+            split=self.split,
+            clean=self.clean,
+            cleaning="lower case, trim, collapse spaces" if self.clean else "none",
+            captions_changed=self.changed,
+            rows=self.report.total,
+            bad_rows=self.report.counts(),
+            left_out=self.left_out,
+        )
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-006
 def data_digest(
-    rows:list[Row], # Good rows, with their splits
-) -> str: # SHA-256, hexadecimal
+    rows: list[Row],  # Good rows, with their splits
+) -> str:  # SHA-256, hexadecimal
     "One number for the data that a result was computed from; the order of rows and the place on disk do not matter."
     total = hashlib.sha256()
     for r in sorted(rows, key=lambda r: r.image):
-        total.update(json.dumps([r.image, r.source, r.split, r.captions, r.facts.digest], ensure_ascii=False).encode() + b'\n')
+        total.update(
+            json.dumps([r.image, r.source, r.split, r.captions, r.facts.digest], ensure_ascii=False).encode() + b"\n"
+        )
     return total.hexdigest()
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-008
 def judge_rows(
-    rows:list[Row], # Rows as read; their captions are cleaned in place
-    report:BadRows, # Takes what is wrong with them
-    file_split:bool, # Do the table's own splits count?
-    clean:bool, # Clean the captions?
-) -> tuple[list[Row],int]: # The good rows, and how many captions cleaning changed
+    rows: list[Row],  # Rows as read; their captions are cleaned in place
+    report: BadRows,  # Takes what is wrong with them
+    file_split: bool,  # Do the table's own splits count?
+    clean: bool,  # Clean the captions?
+) -> tuple[list[Row], int]:  # The good rows, and how many captions cleaning changed
     "Finds empty captions, unreadable images, unknown splits, images that are there twice."
     seen, seen_bytes, good, changed = {}, {}, [], 0
     bad = {b.row for b in report}
     for row in rows:
         cleaned = [clean_caption(c) for c in row.captions]
-        if empty := [f'caption_{i}' for i, c in enumerate(cleaned, 1) if not c]: report.add(row.number, row.image, 'empty caption', ', '.join(empty))
-        if row.facts and row.facts.problem: report.add(row.number, row.image, 'unreadable image', row.facts.problem)
+        if empty := [f"caption_{i}" for i, c in enumerate(cleaned, 1) if not c]:
+            report.add(row.number, row.image, "empty caption", ", ".join(empty))
+        if row.facts and row.facts.problem:
+            report.add(row.number, row.image, "unreadable image", row.facts.problem)
         name = _SPLIT_NAMES.get(row.split.lower())
-        if file_split and not name: report.add(row.number, row.image, 'unknown split', repr(row.split))
-        if empty or row.number in bad or row.facts.problem or file_split and not name: continue
-        row.split = name if file_split else ''
+        if file_split and not name:
+            report.add(row.number, row.image, "unknown split", repr(row.split))
+        if empty or row.number in bad or row.facts.problem or (file_split and not name):
+            continue
+        row.split = name if file_split else ""
         first = seen.setdefault(row.image, row)
         if first is not row:
-            report.add(row.number, row.image, *(('duplicate id', f'as {first.number}') if first.split == row.split else
-                ('image in two splits', f'{row.split} here, {first.split} in {first.number}')))
+            report.add(
+                row.number,
+                row.image,
+                *(
+                    ("duplicate id", f"as {first.number}")
+                    if first.split == row.split
+                    else ("image in two splits", f"{row.split} here, {first.split} in {first.number}")
+                ),
+            )
             continue
         first = seen_bytes.setdefault(row.facts.digest, row)
         if first.split != row.split:
-            report.add(row.number, row.image, 'image in two splits', f'{row.split} here, the same bytes as {first.image} of {first.split} in {first.number}')
+            report.add(
+                row.number,
+                row.image,
+                "image in two splits",
+                f"{row.split} here, the same bytes as {first.image} of {first.split} in {first.number}",
+            )
             continue
         if clean:
             changed += sum(a != b for a, b in zip(row.captions, cleaned))
@@ -89,30 +120,43 @@ def judge_rows(
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-009
 def make_dataset(
-    rows:list[Row], # Good rows
-    images=None, # Hub: the dataset whose row `number` holds the image; else images are read from `path`
-): # `datasets.Dataset` in the study's schema
+    rows: list[Row],  # Good rows
+    images=None,  # Hub: the dataset whose row `number` holds the image; else images are read from `path`
+):  # `datasets.Dataset` in the study's schema
     "The dataset; images are decoded when they are read."
-    import datasets, pyarrow # take seconds to import
-    text = datasets.Value('string')
+    import datasets
+    import pyarrow  # take seconds to import
+
+    text = datasets.Value("string")
     features = datasets.Features(image_id=text, source=text, split=text, captions=datasets.List(text))
-    def table(rows, **more): # arrays are ten times as fast as lists here
-        columns = dict(image_id=[r.image for r in rows], source=[r.source for r in rows], split=[r.split for r in rows], captions=[r.captions for r in rows])
-        return datasets.Dataset.from_dict({name: pyarrow.array(column) for name, column in (columns | more).items()}, features=features)
-    names = ['image_id', 'source', 'split', 'image', 'captions']
+
+    def table(rows, **more):  # arrays are ten times as fast as lists here
+        columns = dict(
+            image_id=[r.image for r in rows],
+            source=[r.source for r in rows],
+            split=[r.split for r in rows],
+            captions=[r.captions for r in rows],
+        )
+        return datasets.Dataset.from_dict(
+            {name: pyarrow.array(column) for name, column in (columns | more).items()}, features=features
+        )
+
+    names = ["image_id", "source", "split", "image", "captions"]
     if images is None:
-        features['image'] = datasets.Image(mode='RGB')
+        features["image"] = datasets.Image(mode="RGB")
         return table(rows, image=[r.path for r in rows]).select_columns(names)
     at = {r.number: r for r in rows}
-    text_of_all = table([at.get(i) or Row(i, '', '', '', []) for i in range(len(images))]) # bad rows too: the pixels are not copied to drop them
-    images = images.cast_column('image', datasets.Image(mode='RGB'))
+    text_of_all = table(
+        [at.get(i) or Row(i, "", "", "", []) for i in range(len(images))]
+    )  # bad rows too: the pixels are not copied to drop them
+    images = images.cast_column("image", datasets.Image(mode="RGB"))
     whole = datasets.concatenate_datasets([text_of_all, images], axis=1).select_columns(names)
     return whole if len(rows) == len(images) else whole.select([r.number for r in rows])
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-011
 def load_captions(
-    P:Profile, # Its data, split, split_seed, clean and strict count; and work_dir, for the built-in world
-    progress:bool=True, # Show bars?
+    P: Profile,  # Its data, split, split_seed, clean and strict count; and work_dir, for the built-in world
+    progress: bool = True,  # Show bars?
 ) -> CaptionData:
     """The profile's images with their captions.
 
@@ -120,84 +164,130 @@ def load_captions(
     that cannot be loaded, on a split that the data cannot have, and, if the profile is strict, on any bad row.
     """
     images, folder, source, left_out = None, None, held_out(P.split), 0
-    if not source and P.split not in ('file', 'seeded', 'official'): raise ValueError(f"split must be file, seeded, official or leave_<SOURCE>_out, got {P.split!r}")
-    if P.data.startswith('hub:') or P.data == HUB: rows, columns, report, images = read_hub(P.data.removeprefix('hub:'), progress)
+    if not source and P.split not in ("file", "seeded", "official"):
+        raise ValueError(f"split must be file, seeded, official or leave_<SOURCE>_out, got {P.split!r}")
+    if P.data.startswith("hub:") or P.data == HUB:
+        rows, columns, report, images = read_hub(P.data.removeprefix("hub:"), progress)
     else:
-        folder = draw_world(P, progress) if P.data == 'scenes' else find_folder(P.data)
+        folder = draw_world(P, progress) if P.data == "scenes" else find_folder(P.data)
         rows, columns, report = read_folder(folder, progress)
-    if 'source' not in columns: announce('source', f"{P.data} does not name sources: all are 'unknown' and tables per source are left out")
-    if P.split == 'official' or source: check_sources(rows, P)
-    file_split = P.split != 'seeded' and 'split' in columns
-    if P.split == 'official' and not file_split: raise ValueError(f"split 'official' starts from the table's own splits, and {P.data} has none: use 'seeded'")
-    if P.split != 'seeded' and not file_split: announce('split', f'{P.data} has no split of its own: 80/10/10 by image, seed {P.split_seed}')
+    if "source" not in columns:
+        announce("source", f"{P.data} does not name sources: all are 'unknown' and tables per source are left out")
+    if P.split == "official" or source:
+        check_sources(rows, P)
+    file_split = P.split != "seeded" and "split" in columns
+    if P.split == "official" and not file_split:
+        raise ValueError(f"split 'official' starts from the table's own splits, and {P.data} has none: use 'seeded'")
+    if P.split != "seeded" and not file_split:
+        announce("split", f"{P.data} has no split of its own: 80/10/10 by image, seed {P.split_seed}")
     counts = Counter((r.source, _SPLIT_NAMES.get(r.split.lower())) for r in rows)
     good, changed = judge_rows(rows, report, file_split, P.clean)
-    if len(report) and P.strict: raise ValueError(report.summary())
-    if not good: raise ValueError(f'{P.data} has no good row: {report.summary()}')
-    if len(report): announce('bad rows', 'dropped; ' + report.summary())
+    if len(report) and P.strict:
+        raise ValueError(report.summary())
+    if not good:
+        raise ValueError(f"{P.data} has no good row: {report.summary()}")
+    if len(report):
+        announce("bad rows", "dropped; " + report.summary())
     if not file_split:
-        for row, name in zip(good, seeded_split([r.facts.digest for r in good], P.split_seed)): row.split = name
-    if P.split == 'official': good = official_split(good, counts, P.data)
+        for row, name in zip(good, seeded_split([r.facts.digest for r in good], P.split_seed)):
+            row.split = name
+    if P.split == "official":
+        good = official_split(good, counts, P.data)
     if source:
         whole, good = len(good), leave_source_out(good, source, P.data)
         left_out = whole - len(good)
-        announce('left out', f"split {P.split!r} uses {len(good):,} of {whole:,} images: not train and val of {source}, nor the other sources' test")
-    split = P.split if P.split == 'official' or source else 'file' if file_split else 'seeded'
-    return CaptionData(make_dataset(good, images), report, data_digest(good), folder.name if folder else P.data, split, P.clean, changed,
-        [r.facts.digest for r in good], np.array([r.facts.size for r in good], np.int32), folder, left_out)
+        announce(
+            "left out",
+            f"split {P.split!r} uses {len(good):,} of {whole:,} images: not train and val of {source}, nor the other sources' test",
+        )
+    split = P.split if P.split == "official" or source else "file" if file_split else "seeded"
+    return CaptionData(
+        make_dataset(good, images),
+        report,
+        data_digest(good),
+        folder.name if folder else P.data,
+        split,
+        P.clean,
+        changed,
+        [r.facts.digest for r in good],
+        np.array([r.facts.size for r in good], np.int32),
+        folder,
+        left_out,
+    )
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-012
 def check_sources(
-    rows:list[Row], # As read
-    P:Profile, # Its data and split go into the message
+    rows: list[Row],  # As read
+    P: Profile,  # Its data and split go into the message
 ):
     "Raises `ValueError` where a split by sources meets images whose source is unknown."
-    if nameless := sum(r.source == 'unknown' for r in rows):
-        raise ValueError(f"split {P.split!r} needs the source of every image, and {P.data} names none for {nameless:,} of {len(rows):,}: use 'file' or 'seeded'")
+    if nameless := sum(r.source == "unknown" for r in rows):
+        raise ValueError(
+            f"split {P.split!r} needs the source of every image, and {P.data} names none for {nameless:,} of {len(rows):,}: use 'file' or 'seeded'"
+        )
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-013
 def find_folder(
-    name:str, # A folder, absolute or from the current folder or the checkout's
+    name: str,  # A folder, absolute or from the current folder or the checkout's
 ) -> Path:
     "The data folder. Raises `FileNotFoundError` saying where it was looked for."
     for place in (Path.cwd(), project_root()):
-        if (place/Path(name).expanduser()).is_dir(): return place/Path(name).expanduser()
-    raise FileNotFoundError(f"the data folder {name} is missing (looked for in {Path.cwd()} and {project_root()}): "
-        f"give a folder with captions.csv and resized/, 'scenes', or 'hub:{HUB}'")
+        if (place / Path(name).expanduser()).is_dir():
+            return place / Path(name).expanduser()
+    raise FileNotFoundError(
+        f"the data folder {name} is missing (looked for in {Path.cwd()} and {project_root()}): "
+        f"give a folder with captions.csv and resized/, 'scenes', or 'hub:{HUB}'"
+    )
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-014
-WORLD = dict(train=320, val=64, test=128) # Scenes of the target domain that are drawn at least
+WORLD = dict(train=320, val=64, test=128)  # Scenes of the target domain that are drawn at least
+
+
 def draw_world(
-    P:Profile, # Its numbers of images, split_seed and work_dir count
-    progress:bool=True, # Show a bar?
-) -> Path: # Folder in RISCM's layout
+    P: Profile,  # Its numbers of images, split_seed and work_dir count
+    progress: bool = True,  # Show a bar?
+) -> Path:  # Folder in RISCM's layout
     "The built-in world's target domain, drawn once and kept; a profile that wants fewer images than `WORLD` takes a part of it."
-    from rsstudy.scenes.world import ensure_world # only the built-in world needs it
-    counts = {s: max(n, getattr(P, f'{s}_images')) for s, n in WORLD.items()}
-    return Path(ensure_world(P.work_dir/'scenes', domain='target', seed=P.split_seed, progress=progress, workers=min(4, os.cpu_count() or 1), **counts))
+    from rsstudy.scenes.world import ensure_world  # only the built-in world needs it
+
+    counts = {s: max(n, getattr(P, f"{s}_images")) for s, n in WORLD.items()}
+    return Path(
+        ensure_world(
+            P.work_dir / "scenes",
+            domain="target",
+            seed=P.split_seed,
+            progress=progress,
+            workers=min(4, os.cpu_count() or 1),
+            **counts,
+        )
+    )
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-021
 def subset(
-    data, # A `CaptionData`, or its dataset
-    split:str, # "train", "val" or "test"
-    n:int=0, # Images wanted; 0 takes all
-    seed:int=0, # Of the shuffle
-): # `datasets.Dataset`, the first n of the shuffled split
+    data,  # A `CaptionData`, or its dataset
+    split: str,  # "train", "val" or "test"
+    n: int = 0,  # Images wanted; 0 takes all
+    seed: int = 0,  # Of the shuffle
+):  # `datasets.Dataset`, the first n of the shuffled split
     "Part of a split. More than there are is announced and gives all. Raises `ValueError` on an unknown or empty split, or a negative n."
-    dataset = getattr(data, 'dataset', data)
-    if split not in SPLITS: raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if n < 0: raise ValueError(f'the number of images must be 0 (all) or more, got {n}')
-    splits, ids = dataset['split'][:], dataset['image_id'][:]
+    dataset = getattr(data, "dataset", data)
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if n < 0:
+        raise ValueError(f"the number of images must be 0 (all) or more, got {n}")
+    splits, ids = dataset["split"][:], dataset["image_id"][:]
     rows = sorted((i for i, s in enumerate(splits) if s == split), key=ids.__getitem__)
-    if not rows: raise ValueError(f'split {split!r} is empty: the data has {dict(Counter(splits))}')
-    if n > len(rows): announce(f'{split} images', f'{n:,} wanted, the data has {len(rows):,}: all are taken')
-    return dataset.select(np.random.default_rng(seed).permutation(rows)[:n or None])
+    if not rows:
+        raise ValueError(f"split {split!r} is empty: the data has {dict(Counter(splits))}")
+    if n > len(rows):
+        announce(f"{split} images", f"{n:,} wanted, the data has {len(rows):,}: all are taken")
+    return dataset.select(np.random.default_rng(seed).permutation(rows)[: n or None])
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-022
 def profile_subset(
-    data, # A `CaptionData`, or its dataset
-    P:Profile, # Its train_images, val_images, test_images and split_seed count
-    split:str, # "train", "val" or "test"
-): # `datasets.Dataset`
+    data,  # A `CaptionData`, or its dataset
+    P: Profile,  # Its train_images, val_images, test_images and split_seed count
+    split: str,  # "train", "val" or "test"
+):  # `datasets.Dataset`
     "The part of a split that the profile works on; see `subset`."
-    return subset(data, split, getattr(P, f'{split}_images'), P.split_seed)
+    return subset(data, split, getattr(P, f"{split}_images"), P.split_seed)

@@ -6,85 +6,119 @@
 __all__ = ['SPLITS', 'OFFICIAL', 'seeded_split', 'official_split', 'held_out', 'leave_source_out']
 
 # %% ../../nbs/lib/03_data/04_splits.ipynb #cell-002
-import numpy as np
 import re
 from collections import Counter
+
+import numpy as np
+
 from ..common.files import announce
 from .table import Row
 
 # %% ../../nbs/lib/03_data/04_splits.ipynb #cell-006
-SPLITS = ('train', 'val', 'test')
-_SPLIT_NAMES = dict(train='train', training='train', val='val', valid='val', validation='val', dev='val', test='test')
+SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = dict(train="train", training="train", val="val", valid="val", validation="val", dev="val", test="test")
 
 
 def seeded_split(
-    digests:list[str], # One an image: equal for equal images
-    seed:int=0, # Of a generator used for nothing else
-) -> list[str]: # "train", "val" or "test" for each
+    digests: list[str],  # One an image: equal for equal images
+    seed: int = 0,  # Of a generator used for nothing else
+) -> list[str]:  # "train", "val" or "test" for each
     "An 80/10/10 split by image. Raises `ValueError` on fewer than three different images."
     size, rng = Counter(digests), np.random.default_rng(seed)
-    if len(size) < 3: raise ValueError(f'a split into train, val and test needs at least 3 different images, got {len(size)}')
-    share = max(1, round(len(digests)/10))
+    if len(size) < 3:
+        raise ValueError(f"a split into train, val and test needs at least 3 different images, got {len(size)}")
+    share = max(1, round(len(digests) / 10))
     wanted, of = dict(test=share, val=share), {}
     order = sorted(size)
     order = [order[i] for i in rng.permutation(len(order))]
     for i, digest in enumerate(order):
-        name = next((s for s in wanted if wanted[s] > 0), 'train') if i < len(order) - 1 else 'train'
-        if name in wanted: wanted[name] -= size[digest]
+        name = next((s for s in wanted if wanted[s] > 0), "train") if i < len(order) - 1 else "train"
+        if name in wanted:
+            wanted[name] -= size[digest]
         of[digest] = name
     return [of[d] for d in digests]
 
 # %% ../../nbs/lib/03_data/04_splits.ipynb #cell-009
-OFFICIAL = { # Published images in train, val, test
-    'NWPU': (25_200, 3_150, 3_150), # NWPU-Captions, Cheng et al. 2022
-    'RSICD': (8_734, 1_094, 1_093), # Lu et al. 2017, arXiv 1712.07835
-    'UCM': (1_680, 210, 210)} # UCM-Captions, Qu et al. 2016
-_EXCHANGE = dict(train='train', val='test', test='val')
+OFFICIAL = {  # Published images in train, val, test
+    "NWPU": (25_200, 3_150, 3_150),  # NWPU-Captions, Cheng et al. 2022
+    "RSICD": (8_734, 1_094, 1_093),  # Lu et al. 2017, arXiv 1712.07835
+    "UCM": (1_680, 210, 210),
+}  # UCM-Captions, Qu et al. 2016
+_EXCHANGE = dict(train="train", val="test", test="val")
 
 
 def official_split(
-    rows:list[Row], # Good rows with the table's splits; RSICD's may be changed in place
-    counts:Counter, # (source, split) -> rows of the whole table, bad ones too: which of RSICD's splits is which is seen from the sizes
-    data:str, # What the profile calls the data, for messages
-) -> list[Row]: # All of them
+    rows: list[Row],  # Good rows with the table's splits; RSICD's may be changed in place
+    counts: Counter,  # (source, split) -> rows of the whole table, bad ones too: which of RSICD's splits is which is seen from the sizes
+    data: str,  # What the profile calls the data, for messages
+) -> list[Row]:  # All of them
     "The splits as the sources were published. Raises `ValueError` on another source and on a split larger than the published one."
     sources = sorted({r.source for r in rows})
     if other := [s for s in sources if s not in OFFICIAL]:
-        raise ValueError(f"split 'official' is known for {', '.join(OFFICIAL)}, and {data} has {', '.join(other)}: use 'file' or 'seeded'")
-    exchange = 'RSICD' in sources and counts['RSICD', 'val'] <= OFFICIAL['RSICD'][2] and counts['RSICD', 'test'] <= OFFICIAL['RSICD'][1]
-    name = lambda source, split: _EXCHANGE[split] if exchange and source == 'RSICD' else split
-    for row in rows: row.split = name(row.source, row.split)
+        raise ValueError(
+            f"split 'official' is known for {', '.join(OFFICIAL)}, and {data} has {', '.join(other)}: use 'file' or 'seeded'"
+        )
+    exchange = (
+        "RSICD" in sources
+        and counts["RSICD", "val"] <= OFFICIAL["RSICD"][2]
+        and counts["RSICD", "test"] <= OFFICIAL["RSICD"][1]
+    )
+
+    def name(source, split):
+        return _EXCHANGE[split] if exchange and source == "RSICD" else split
+
+    for row in rows:
+        row.split = name(row.source, row.split)
     for source in sources:
         for split, most in zip(SPLITS, OFFICIAL[source]):
             if (n := counts[source, name(source, split)]) > most:
-                raise ValueError(f"split 'official': {source} has {n:,} {split} images in {data} and was published with {most:,}: its splits are others, use 'file'")
+                raise ValueError(
+                    f"split 'official': {source} has {n:,} {split} images in {data} and was published with {most:,}: its splits are others, use 'file'"
+                )
     found = Counter((r.source, r.split) for r in rows)
-    if 'RSICD' in sources:
-        announce('official split', "val and test of RSICD are exchanged, since what RISCM calls val is RSICD's test" if exchange else
-            'val and test of RSICD are taken as they are: their sizes are the published ones')
-    if lacking := [f'{s} {found[s, split]:,} of {most:,} {split}' for s in sources for split, most in zip(SPLITS, OFFICIAL[s]) if found[s, split] < most]:
-        announce('official images', f"{data} holds a part of the official images, scores on a part are no published scores: {', '.join(lacking)}")
+    if "RSICD" in sources:
+        announce(
+            "official split",
+            "val and test of RSICD are exchanged, since what RISCM calls val is RSICD's test"
+            if exchange
+            else "val and test of RSICD are taken as they are: their sizes are the published ones",
+        )
+    if lacking := [
+        f"{s} {found[s, split]:,} of {most:,} {split}"
+        for s in sources
+        for split, most in zip(SPLITS, OFFICIAL[s])
+        if found[s, split] < most
+    ]:
+        announce(
+            "official images",
+            f"{data} holds a part of the official images, scores on a part are no published scores: {', '.join(lacking)}",
+        )
     return rows
 
 # %% ../../nbs/lib/03_data/04_splits.ipynb #cell-012
 def held_out(
-    split:str, # The setting
-) -> str: # Name of the source, "" where none is left out
+    split: str,  # The setting
+) -> str:  # Name of the source, "" where none is left out
     "Which source `leave_<SOURCE>_out` leaves out."
-    found = re.fullmatch('leave_(.+)_out', split)
-    return found[1] if found else ''
+    found = re.fullmatch("leave_(.+)_out", split)
+    return found[1] if found else ""
 
 # %% ../../nbs/lib/03_data/04_splits.ipynb #cell-013
 def leave_source_out(
-    rows:list[Row], # Good rows with their splits
-    source:str, # The one left out of training
-    data:str, # What the profile calls the data, for messages
-) -> list[Row]: # Train and val of the others, test of the source
+    rows: list[Row],  # Good rows with their splits
+    source: str,  # The one left out of training
+    data: str,  # What the profile calls the data, for messages
+) -> list[Row]:  # Train and val of the others, test of the source
     "The rows of the protocol. Raises `ValueError` on a source that is not there, and where a split would be empty."
     sources = sorted({r.source for r in rows})
-    if source not in sources: raise ValueError(f"split 'leave_{source}_out': {data} has no source {source}, only {', '.join(sources)}")
-    kept = [r for r in rows if (r.source == source) == (r.split == 'test')]
+    if source not in sources:
+        raise ValueError(f"split 'leave_{source}_out': {data} has no source {source}, only {', '.join(sources)}")
+    kept = [r for r in rows if (r.source == source) == (r.split == "test")]
     if empty := [s for s in SPLITS if s not in {r.split for r in kept}]:
-        raise ValueError(f"split 'leave_{source}_out' leaves {data} without {' and '.join(empty)} images: it has "
-            + ', '.join(f'{s} {split} {n:,}' for (s, split), n in sorted(Counter((r.source, r.split) for r in rows).items())))
+        raise ValueError(
+            f"split 'leave_{source}_out' leaves {data} without {' and '.join(empty)} images: it has "
+            + ", ".join(
+                f"{s} {split} {n:,}" for (s, split), n in sorted(Counter((r.source, r.split) for r in rows).items())
+            )
+        )
     return kept

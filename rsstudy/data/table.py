@@ -8,148 +8,203 @@ __all__ = ['CAPTION_COLUMNS', 'HUB', 'clean_caption', 'Row', 'read_table', 'read
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-002
 import csv
 import io
-import numpy as np
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+
 from .badrows import BadRows
 from .images import ImageFacts, ImageFolder, all_facts, image_facts, read_image_facts
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-006
-_ZERO_WIDTH = dict.fromkeys(map(ord, '\u200b\u2060\ufeff'), ' ')
+_ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"), " ")
+
+
 def clean_caption(
-    text:str, # A caption as the annotator left it
-) -> str: # The same words in lower case, one plain space between them, none around
+    text: str,  # A caption as the annotator left it
+) -> str:  # The same words in lower case, one plain space between them, none around
     "Lower-cases a caption, trims it and collapses its spaces (zero-width ones count as spaces)."
-    if not text.isascii(): text = text.translate(_ZERO_WIDTH)
-    return ' '.join(text.lower().split())
+    if not text.isascii():
+        text = text.translate(_ZERO_WIDTH)
+    return " ".join(text.lower().split())
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-009
-CAPTION_COLUMNS = [f'caption_{i}' for i in range(1, 6)]
+CAPTION_COLUMNS = [f"caption_{i}" for i in range(1, 6)]
+
+
 @dataclass
 class Row:
     "One row of a table, on its way into the dataset."
-    number:int # As the report counts
-    image:str # Name of the image
-    source:str # "unknown" where the table does not say
-    split:str # As the table has it; empty where it does not say
-    captions:list[str] # Five of them
-    path:str='' # Where the image lies
-    facts:ImageFacts|None=None # What a look at it told
+
+    number: int  # As the report counts
+    image: str  # Name of the image
+    source: str  # "unknown" where the table does not say
+    split: str  # As the table has it; empty where it does not say
+    captions: list[str]  # Five of them
+    path: str = ""  # Where the image lies
+    facts: ImageFacts | None = None  # What a look at it told
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-010
 def _need(columns, needed, where):
     missing = [c for c in needed if c not in columns]
     if missing:
-        raise ValueError(f"{where} lacks the column{'s'*(len(missing) > 1)} {', '.join(missing)}: it needs image and caption_1 .. caption_5, "
-            f"may have source and split, and has {', '.join(map(str, columns)) or 'none'}")
+        raise ValueError(
+            f"{where} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: it needs image and caption_1 .. caption_5, "
+            f"may have source and split, and has {', '.join(map(str, columns)) or 'none'}"
+        )
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-011
-def _is_text(field): return field.isascii() or not any('\ud800' <= letter <= '\udfff' for letter in field) # surrogates: bytes that were no UTF-8
+def _is_text(field):
+    return field.isascii() or not any(
+        "\ud800" <= letter <= "\udfff" for letter in field
+    )  # surrogates: bytes that were no UTF-8
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-012
 def read_table(
-    path:str|Path, # captions.csv
-    report:BadRows, # Takes the rows that cannot be read
-) -> tuple[list[Row],list[str]]: # The readable rows, and the columns of the header
+    path: str | Path,  # captions.csv
+    report: BadRows,  # Takes the rows that cannot be read
+) -> tuple[list[Row], list[str]]:  # The readable rows, and the columns of the header
     "Reads RISCM's table. Raises `FileNotFoundError` where it is missing, `ValueError` where no row of it can be read or a column is missing."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'the table {path} is missing')
+    if not path.is_file():
+        raise FileNotFoundError(f"the table {path} is missing")
     data = path.read_bytes()
-    if data[:2] in (b'\xff\xfe', b'\xfe\xff'): raise ValueError(f'{path} is UTF-16 text: save it as UTF-8')
-    reader = csv.reader(io.StringIO(data.decode('utf-8-sig', 'surrogateescape'), newline=''))
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path} is UTF-16 text: save it as UTF-8")
+    reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""))
     columns = [c.strip() for c in next(reader, [])]
-    _need(columns, ['image', *CAPTION_COLUMNS], path)
-    if len(set(columns)) < len(columns): raise ValueError(f'{path} has a column twice: {", ".join(columns)}')
+    _need(columns, ["image", *CAPTION_COLUMNS], path)
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{path} has a column twice: {', '.join(columns)}")
     place, rows = {c: i for i, c in enumerate(columns)}, []
     while True:
         number = reader.line_num + 1
-        try: fields = next(reader)
-        except StopIteration: return rows, columns
-        except csv.Error as error: fields, wrong = [''], str(error)
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return rows, columns
+        except csv.Error as error:
+            fields, wrong = [""], str(error)
         else:
-            wrong = f'{len(fields)} fields, the header has {len(columns)}'
-            if not fields: continue # a blank line
+            wrong = f"{len(fields)} fields, the header has {len(columns)}"
+            if not fields:
+                continue  # a blank line
         report.total += 1
-        name = fields[place['image']].strip() if len(fields) > place['image'] else ''
+        name = fields[place["image"]].strip() if len(fields) > place["image"] else ""
         if len(fields) != len(columns):
-            if reader.line_num > number: wrong += f'; it spans lines {number} to {reader.line_num}'
-            report.add(number, name, 'wrong number of fields', wrong)
+            if reader.line_num > number:
+                wrong += f"; it spans lines {number} to {reader.line_num}"
+            report.add(number, name, "wrong number of fields", wrong)
         elif bad := [c for c, f in zip(columns, fields) if not _is_text(f)]:
-            report.add(number, name, 'not UTF-8', ', '.join(bad))
+            report.add(number, name, "not UTF-8", ", ".join(bad))
         else:
-            get = lambda c, default: fields[place[c]].strip() or default if c in place else default
-            rows.append(Row(number, name, get('source', 'unknown'), get('split', ''), [fields[place[c]] for c in CAPTION_COLUMNS]))
+
+            def get(c, default):
+                return fields[place[c]].strip() or default if c in place else default
+
+            rows.append(
+                Row(
+                    number,
+                    name,
+                    get("source", "unknown"),
+                    get("split", ""),
+                    [fields[place[c]] for c in CAPTION_COLUMNS],
+                )
+            )
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-015
 def read_folder(
-    folder:str|Path, # Holds captions.csv and resized/
-    progress:bool=True, # Show a bar?
-) -> tuple[list[Row],list[str],BadRows]: # Rows whose text can be read, the table's columns, the report so far
+    folder: str | Path,  # Holds captions.csv and resized/
+    progress: bool = True,  # Show a bar?
+) -> tuple[list[Row], list[str], BadRows]:  # Rows whose text can be read, the table's columns, the report so far
     "Reads a folder in RISCM's layout and looks at every image. Raises `FileNotFoundError` naming what is missing, `ValueError` as `read_table`."
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f'the data folder {folder} is missing: give a folder with captions.csv and resized/')
-    report = BadRows(f'{folder.resolve().name}/captions.csv', 'line of captions.csv')
-    rows, columns = read_table(folder/'captions.csv', report)
-    images, good = ImageFolder(folder/'resized'), []
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the data folder {folder} is missing: give a folder with captions.csv and resized/")
+    report = BadRows(f"{folder.resolve().name}/captions.csv", "line of captions.csv")
+    rows, columns = read_table(folder / "captions.csv", report)
+    images, good = ImageFolder(folder / "resized"), []
     for row in rows:
         row.path, problem = images.find(row.image)
-        if problem: report.add(row.number, row.image, problem)
-        else: good.append(row)
-    for row, facts in zip(good, all_facts([r.path for r in good], progress)): row.facts = facts
+        if problem:
+            report.add(row.number, row.image, problem)
+        else:
+            good.append(row)
+    for row, facts in zip(good, all_facts([r.path for r in good], progress)):
+        row.facts = facts
     return rows, columns, report
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-017
-HUB = 'caglarmert/full_riscm'
+HUB = "caglarmert/full_riscm"
+
+
 def read_hub(
-    name:str, # Hub id, or a local folder of parquet files
-    progress:bool=True, # Show a bar?
-) -> tuple: # Rows, columns, the report so far, and the dataset that holds the images, row for row
+    name: str,  # Hub id, or a local folder of parquet files
+    progress: bool = True,  # Show a bar?
+) -> tuple:  # Rows, columns, the report so far, and the dataset that holds the images, row for row
     "Reads a hub dataset and looks at every image. Raises `ValueError` where it cannot be loaded or lacks a column."
     import datasets
     from tqdm import tqdm
-    try: parts = datasets.load_dataset(name)
-    except Exception as error: # network, access, layout: load_dataset raises a dozen kinds
-        raise ValueError(f'cannot load the dataset {name!r}: {type(error).__name__}: {str(error).strip().splitlines()[0]}') from error
+
+    try:
+        parts = datasets.load_dataset(name)
+    except Exception as error:  # network, access, layout: load_dataset raises a dozen kinds
+        raise ValueError(
+            f"cannot load the dataset {name!r}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
     hub = datasets.concatenate_datasets(list(parts.values()))
     columns = hub.column_names
-    _need(columns, ['image', *CAPTION_COLUMNS], f'the dataset {name!r}')
-    if not isinstance(hub.features['image'], datasets.Image): raise ValueError(f"the column image of {name!r} holds no images")
-    images = hub.select_columns(['image'])
-    own = [split for split, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else ['']*len(hub)
-    if len(parts) > 1: columns = [*columns, 'split']
-    text = {c: hub[c][:] for c in ('source', 'split', *CAPTION_COLUMNS) if c in hub.column_names}
-    report = BadRows(name, 'row of the dataset, from 0', total=len(hub))
-    rows = [Row(i, f'row-{i:06d}', str(text['source'][i]) if 'source' in text else 'unknown', str(text['split'][i]) if 'split' in text else own[i],
-        [text[c][i] or '' for c in CAPTION_COLUMNS]) for i in range(len(hub))]
-    raw, chunk = images.cast_column('image', datasets.Image(decode=False)), 256
+    _need(columns, ["image", *CAPTION_COLUMNS], f"the dataset {name!r}")
+    if not isinstance(hub.features["image"], datasets.Image):
+        raise ValueError(f"the column image of {name!r} holds no images")
+    images = hub.select_columns(["image"])
+    own = [split for split, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else [""] * len(hub)
+    if len(parts) > 1:
+        columns = [*columns, "split"]
+    text = {c: hub[c][:] for c in ("source", "split", *CAPTION_COLUMNS) if c in hub.column_names}
+    report = BadRows(name, "row of the dataset, from 0", total=len(hub))
+    rows = [
+        Row(
+            i,
+            f"row-{i:06d}",
+            str(text["source"][i]) if "source" in text else "unknown",
+            str(text["split"][i]) if "split" in text else own[i],
+            [text[c][i] or "" for c in CAPTION_COLUMNS],
+        )
+        for i in range(len(hub))
+    ]
+    raw, chunk = images.cast_column("image", datasets.Image(decode=False)), 256
     with ThreadPoolExecutor(4) as pool:
-        for at in tqdm(range(0, len(hub), chunk), desc='checking images', disable=not progress):
-            cells = raw[at:at + chunk]['image']
-            for row, cell, facts in zip(rows[at:at + chunk], cells, pool.map(_cell_facts, cells)):
+        for at in tqdm(range(0, len(hub), chunk), desc="checking images", disable=not progress):
+            cells = raw[at : at + chunk]["image"]
+            for row, cell, facts in zip(rows[at : at + chunk], cells, pool.map(_cell_facts, cells)):
                 row.facts = facts
-                if facts is None: report.add(row.number, row.image, 'missing image')
+                if facts is None:
+                    report.add(row.number, row.image, "missing image")
     return rows, columns, report, images
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-018
 def _cell_facts(cell):
-    if cell is None: return None
-    return image_facts(cell['bytes']) if cell['bytes'] is not None else read_image_facts(cell['path'])
+    if cell is None:
+        return None
+    return image_facts(cell["bytes"]) if cell["bytes"] is not None else read_image_facts(cell["path"])
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-020
 def draw_folder(
-    folder:str|Path, # Where to; must not exist
-    images:int=10, # How many: every tenth from the ninth on is val, every tenth test, the others train
-    side:int=16, # Width and height, pixels
-) -> Path: # The folder
+    folder: str | Path,  # Where to; must not exist
+    images: int = 10,  # How many: every tenth from the ninth on is val, every tenth test, the others train
+    side: int = 16,  # Width and height, pixels
+) -> Path:  # The folder
     "Writes a tiny folder in RISCM's layout, images of coloured noise: for tests and for trying the loader."
     from PIL import Image
-    (Path(folder)/'resized').mkdir(parents=True)
-    lines = [','.join(['source', 'split', 'image', *CAPTION_COLUMNS])]
+
+    (Path(folder) / "resized").mkdir(parents=True)
+    lines = [",".join(["source", "split", "image", *CAPTION_COLUMNS])]
     for i in range(images):
         pixels = np.random.default_rng(i).integers(0, 255, (side, side, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(Path(folder)/'resized'/f'UCM_{i}.jpg')
-        split = {8: 'val', 9: 'test'}.get(i % 10, 'train')
-        lines.append(f'UCM,{split},UCM_{i}.jpg,' + ','.join(f'  Caption {j} of  image {i} .' for j in range(5)))
-    (Path(folder)/'captions.csv').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+        Image.fromarray(pixels).save(Path(folder) / "resized" / f"UCM_{i}.jpg")
+        split = {8: "val", 9: "test"}.get(i % 10, "train")
+        lines.append(f"UCM,{split},UCM_{i}.jpg," + ",".join(f"  Caption {j} of  image {i} ." for j in range(5)))
+    (Path(folder) / "captions.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return Path(folder)

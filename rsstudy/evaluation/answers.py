@@ -6,48 +6,57 @@
 __all__ = ['PUNCTUATION', 'NUMBERS', 'ARTICLES', 'CONTRACTIONS', 'normalise_answer', 'vqa_accuracy', 'exact_accuracy']
 
 # %% ../../nbs/lib/07_evaluation/04_answers.ipynb #cell-002
-import numpy as np
 import re
 
+import numpy as np
+
 # %% ../../nbs/lib/07_evaluation/04_answers.ipynb #cell-005
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!' # the apostrophe, the colon and the full stop are not among them
-NUMBERS = dict(zip('none zero one two three four five six seven eight nine ten'.split(), '0 0 1 2 3 4 5 6 7 8 9 10'.split()))
-ARTICLES = ('a', 'an', 'the')
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # the apostrophe, the colon and the full stop are not among them
+NUMBERS = dict(
+    zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split())
+)
+ARTICLES = ("a", "an", "the")
 _SHORT = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd it'll ma'am mightn't might've
     mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's
     there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
     who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've
     somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at""".split()
 # one apostrophe forgotten -> put back; and a slip of the official table, which is kept
-CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in _SHORT for i, letter in enumerate(word) if letter == "'"} | {"somebody'd": 'somebodyd'}
+CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _SHORT for i, letter in enumerate(word) if letter == "'"} | {
+    "somebody'd": "somebodyd"
+}
 
 
 def normalise_answer(
-    text:str, # An answer
-) -> str: # Lower case, without punctuation and articles, with digits for number words and apostrophes in contractions
+    text: str,  # An answer
+) -> str:  # Lower case, without punctuation and articles, with digits for number words and apostrophes in contractions
     "An answer as the official VQA evaluation compares it."
-    comma = re.search(r'\d,\d', text)
+    comma = re.search(r"\d,\d", text)
     out = text
-    for mark in PUNCTUATION: out = out.replace(mark, '' if comma or f'{mark} ' in text or f' {mark}' in text else ' ')
-    out = re.sub(r'\.(?!\d)', '', out, count=32) # the official call passes re.UNICODE, which is 32, where the count belongs
+    for mark in PUNCTUATION:
+        out = out.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
+    out = re.sub(
+        r"\.(?!\d)", "", out, count=32
+    )  # the official call passes re.UNICODE, which is 32, where the count belongs
     words = [NUMBERS.get(word, word) for word in out.lower().split()]
-    return ' '.join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 # %% ../../nbs/lib/07_evaluation/04_answers.ipynb #cell-006
 def vqa_accuracy(
-    said:str, # The model's answer
-    answers:list[str], # The annotators' ten
-) -> float: # 0 to 1
+    said: str,  # The model's answer
+    answers: list[str],  # The annotators' ten
+) -> float:  # 0 to 1
     "Mean over the ten sets of nine annotators of min(annotators who said the same / 3, 1). Source: Goyal et al. 2017, as in the official evaluation."
-    said, *answers = [re.sub(r'[\n\t]', ' ', text).strip() for text in (said, *answers)]
-    if len(set(answers)) > 1: said, *answers = [normalise_answer(text) for text in (said, *answers)]
+    said, *answers = [re.sub(r"[\n\t]", " ", text).strip() for text in (said, *answers)]
+    if len(set(answers)) > 1:
+        said, *answers = [normalise_answer(text) for text in (said, *answers)]
     same = np.array([answer.lower() == said.lower() for answer in answers])
     return float(np.minimum((same.sum() - same) / 3, 1).mean())
 
 # %% ../../nbs/lib/07_evaluation/04_answers.ipynb #cell-007
 def exact_accuracy(
-    said:str, # The model's answer
-    answers:list[str], # Answers that are right
-) -> float: # 0 or 1
+    said: str,  # The model's answer
+    answers: list[str],  # Answers that are right
+) -> float:  # 0 or 1
     "Whether the answer is one of those, in lower case and without outer spaces."
     return float(said.strip().lower() in {answer.strip().lower() for answer in answers})

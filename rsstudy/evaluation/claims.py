@@ -8,32 +8,35 @@ __all__ = ['COLOURS', 'ANY', 'COUNTS', 'COUNTS_OF', 'RELATIONS', 'STOP', 'SCENE_
            'part_colours', 'relations', 'Claim', 'check_scene', 'count_claims', 'named', 'check_references']
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-002
-import numpy as np
 import re
 from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
+
 from ..scenes.language import plural_of
 from ..scenes.text import NOUNS
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-005
 class Mention(NamedTuple):
     "An object named in a caption."
-    names:frozenset # What it may mean: names of the vocabulary
-    many:bool # Plural?
-    start:int # First word
-    end:int # Behind the last word
+
+    names: frozenset  # What it may mean: names of the vocabulary
+    many: bool  # Plural?
+    start: int  # First word
+    end: int  # Behind the last word
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-006
 def caption_words(
-    caption:str, # In any case
-) -> list[str]: # Lower-case words, and the marks , ; . that end a phrase
+    caption: str,  # In any case
+) -> list[str]:  # Lower-case words, and the marks , ; . that end a phrase
     "A caption's words, as the checks see them."
-    return re.findall(r"[a-z]+(?:-[a-z]+)*|[.,;]", caption.lower().replace('surounded', 'surrounded'))
+    return re.findall(r"[a-z]+(?:-[a-z]+)*|[.,;]", caption.lower().replace("surounded", "surrounded"))
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-007
 def vocabulary(
-    groups:dict[str,list[tuple[str,str]]], # Name -> (singular, plural) of every way to say it
-) -> dict: # Words -> (names, plural?)
+    groups: dict[str, list[tuple[str, str]]],  # Name -> (singular, plural) of every way to say it
+) -> dict:  # Words -> (names, plural?)
     "A look-up from words to what they mean."
     found = {}
     for name, forms in groups.items():
@@ -45,161 +48,289 @@ def vocabulary(
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-008
 def mentions(
-    words:list[str], # As `caption_words` gives them
-    known:dict, # A `vocabulary`
+    words: list[str],  # As `caption_words` gives them
+    known: dict,  # A `vocabulary`
 ) -> list[Mention]:
     "Objects in the order of the caption."
     out, i = [], 0
     while i < len(words):
-        n = next((n for n in (3, 2, 1) if tuple(words[i:i + n]) in known and i + n <= len(words)), 0)
-        adjective = n == 1 and words[i] == 'square' and i + 1 < len(words) and words[i + 1] not in STOP
-        if n and not adjective and words[max(0, i - 1):i] != ['like']: out.append(Mention(*known[tuple(words[i:i + n])], i, i + n))
+        n = next((n for n in (3, 2, 1) if tuple(words[i : i + n]) in known and i + n <= len(words)), 0)
+        adjective = n == 1 and words[i] == "square" and i + 1 < len(words) and words[i + 1] not in STOP
+        if n and not adjective and words[max(0, i - 1) : i] != ["like"]:
+            out.append(Mention(*known[tuple(words[i : i + n])], i, i + n))
         i += n or 1
     return out
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-009
-COLOURS = frozenset('white black gray grey red green blue yellow brown orange purple pink'.split())
-ANY = float('inf')
-COUNTS = dict(a=(1, 1), an=(1, 1), one=(1, 1), two=(2, 2), three=(3, 3), four=(4, 4), five=(5, 5), six=(6, 6), seven=(7, 7), eight=(8, 8), nine=(9, 9), ten=(10, 10),
-    several=(2, 20), few=(2, 12), some=(2, ANY), many=(5, ANY), numerous=(5, ANY), countless=(10, ANY)) # what may truly be said so: from, to
-COUNTS_OF = dict(lots=(5, ANY), lot=(5, ANY), plenty=(5, ANY), number=(5, ANY), dozens=(10, ANY), hundreds=(10, ANY),
-    rows=(2, ANY), lines=(2, ANY), row=(2, ANY), group=(2, ANY), pair=(2, 2)) # followed by "of"
+COLOURS = frozenset("white black gray grey red green blue yellow brown orange purple pink".split())
+ANY = float("inf")
+COUNTS = dict(
+    a=(1, 1),
+    an=(1, 1),
+    one=(1, 1),
+    two=(2, 2),
+    three=(3, 3),
+    four=(4, 4),
+    five=(5, 5),
+    six=(6, 6),
+    seven=(7, 7),
+    eight=(8, 8),
+    nine=(9, 9),
+    ten=(10, 10),
+    several=(2, 20),
+    few=(2, 12),
+    some=(2, ANY),
+    many=(5, ANY),
+    numerous=(5, ANY),
+    countless=(10, ANY),
+)  # what may truly be said so: from, to
+COUNTS_OF = dict(
+    lots=(5, ANY),
+    lot=(5, ANY),
+    plenty=(5, ANY),
+    number=(5, ANY),
+    dozens=(10, ANY),
+    hundreds=(10, ANY),
+    rows=(2, ANY),
+    lines=(2, ANY),
+    row=(2, ANY),
+    group=(2, ANY),
+    pair=(2, 2),
+)  # followed by "of"
 # `RELATIONS`: A in B, A amid B, A around B, A near B; the register says *around* of a single car beside a house, so the word means no more than near
-RELATIONS = {tuple(phrase.replace('_', ' ').split()): kind for kind, phrases in {
-    'in': 'in on inside within over above across through in_the_middle_of in_the_center_of on_top_of',
-    'amid': 'surrounded_by encircled_by enclosed_by among amid', 'around': 'surround surrounds surrounding encircle encircles',
-    'near': 'around on_both_sides_of on_two_sides_of in_two_sides_of near beside besides by next_to close_to adjacent_to alongside along in_front_of behind '
-        'at_the_side_of by_the_side_of on_one_side_of at_the_edge_of'}.items() for phrase in phrases.split()}
-STOP = frozenset('the this that these those its their is are was were be been has have and or but with of to from at for which who while where there here it we can '
-    'see shows contains between into . , ;'.split()) | set(COUNTS) | {phrase[-1] for phrase in RELATIONS} # words that end a noun phrase to the left
+RELATIONS = {
+    tuple(phrase.replace("_", " ").split()): kind
+    for kind, phrases in {
+        "in": "in on inside within over above across through in_the_middle_of in_the_center_of on_top_of",
+        "amid": "surrounded_by encircled_by enclosed_by among amid",
+        "around": "surround surrounds surrounding encircle encircles",
+        "near": "around on_both_sides_of on_two_sides_of in_two_sides_of near beside besides by next_to close_to adjacent_to alongside along in_front_of behind "
+        "at_the_side_of by_the_side_of on_one_side_of at_the_edge_of",
+    }.items()
+    for phrase in phrases.split()
+}
+STOP = (
+    frozenset(
+        "the this that these those its their is are was were be been has have and or but with of to from at for which who while where there here it we can "
+        "see shows contains between into . , ;".split()
+    )
+    | set(COUNTS)
+    | {phrase[-1] for phrase in RELATIONS}
+)  # words that end a noun phrase to the left
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-012
 def phrase(
-    words:list[str], # Of the caption
-    m:Mention, # One of its objects
-    left:int, # Where the object before ends
-) -> tuple: # (first word of the phrase, (from, to) or None, colours)
+    words: list[str],  # Of the caption
+    m: Mention,  # One of its objects
+    left: int,  # Where the object before ends
+) -> tuple:  # (first word of the phrase, (from, to) or None, colours)
     "Number and colours told of an object, and where its phrase begins."
     i, colours = m.start, []
     while i > left and m.start - i < 4 and words[i - 1] not in STOP:
-        if words[i - 1] in COLOURS: colours.append(words[i - 1].replace('grey', 'gray'))
+        if words[i - 1] in COLOURS:
+            colours.append(words[i - 1].replace("grey", "gray"))
         i -= 1
     told = None
-    if i > left and words[i - 1] in COUNTS: told, i = COUNTS[words[i - 1]], i - 1
-    elif i - 1 > left and words[i - 1] == 'of' and words[i - 2] in COUNTS_OF: told, i = COUNTS_OF[words[i - 2]], i - 2
-    elif i - 1 > left and words[i - 1] == 'of' and words[i - 2] in ('piece', 'pieces', 'area'): i -= 2
-    elif i > left and words[i - 1] in ('the', 'this', 'these', 'its', 'their'): i -= 1
-    while i > left and words[i - 1] in ('a', 'the', 'large', 'many', 'several', 'some'): i -= 1 # of "a large number of", "many pieces of"
-    if m.many and told == (1, 1): told = None # "a factories" tells nothing
-    after = words[m.end:m.end + 6]
-    if after[:1] in (['is'], ['are']): colours += [w.replace('grey', 'gray') for w in after[1:2] if w in COLOURS]
+    if i > left and words[i - 1] in COUNTS:
+        told, i = COUNTS[words[i - 1]], i - 1
+    elif i - 1 > left and words[i - 1] == "of" and words[i - 2] in COUNTS_OF:
+        told, i = COUNTS_OF[words[i - 2]], i - 2
+    elif i - 1 > left and words[i - 1] == "of" and words[i - 2] in ("piece", "pieces", "area"):
+        i -= 2
+    elif i > left and words[i - 1] in ("the", "this", "these", "its", "their"):
+        i -= 1
+    while i > left and words[i - 1] in ("a", "the", "large", "many", "several", "some"):
+        i -= 1  # of "a large number of", "many pieces of"
+    if m.many and told == (1, 1):
+        told = None  # "a factories" tells nothing
+    after = words[m.end : m.end + 6]
+    if after[:1] in (["is"], ["are"]):
+        colours += [w.replace("grey", "gray") for w in after[1:2] if w in COLOURS]
     return i, told, colours
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-013
 def part_colours(
-    words:list[str], # Of the caption
-    m:Mention, # One of its objects
-) -> list[str]: # Colours
+    words: list[str],  # Of the caption
+    m: Mention,  # One of its objects
+) -> list[str]:  # Colours
     "Colours told of an object's roofs or stands: *with (a) red roof(s)*."
-    hit = re.match(r'(?:with|has|have) (?:an? )?(\w+) (?:roofs?|stands|seats)\b', ' '.join(words[m.end:m.end + 5]))
-    return [hit[1].replace('grey', 'gray')] if hit and hit[1] in COLOURS else []
+    hit = re.match(r"(?:with|has|have) (?:an? )?(\w+) (?:roofs?|stands|seats)\b", " ".join(words[m.end : m.end + 5]))
+    return [hit[1].replace("grey", "gray")] if hit and hit[1] in COLOURS else []
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-016
 def relations(
-    words:list[str], # Of the caption
-    found:list[Mention], # Its objects
-    starts:list[int], # Where their phrases begin
-) -> list[tuple]: # (candidates for A, kind, B): places in `found`
+    words: list[str],  # Of the caption
+    found: list[Mention],  # Its objects
+    starts: list[int],  # Where their phrases begin
+) -> list[tuple]:  # (candidates for A, kind, B): places in `found`
     "Relations told between objects."
     out = []
     for j, m in enumerate(found):
         for n in (4, 3, 2, 1):
-            kind = RELATIONS.get(tuple(words[max(0, starts[j] - n):starts[j]])) if starts[j] >= n else None
-            if kind: break
-        if kind and j: out.append((sorted({0, j - 1}), kind, j))
-        last = j and words[starts[j] - 1] == 'with' and words[m.end:m.end + 1]
-        if last and last[0] in ('around', 'beside', 'nearby') and (words[m.end + 1:m.end + 2] or ['.'])[0] in ('.', ',', 'in', 'is', 'are', 'and'):
-            out.append(([j], 'near', j - 1))
-        if last and (words[m.end:m.end + 2] == ['on', 'it'] or words[m.end:m.end + 3] in (['in', 'the', 'middle'], ['in', 'the', 'center'])): out.append(([j], 'in', j - 1))
+            kind = RELATIONS.get(tuple(words[max(0, starts[j] - n) : starts[j]])) if starts[j] >= n else None
+            if kind:
+                break
+        if kind and j:
+            out.append((sorted({0, j - 1}), kind, j))
+        last = j and words[starts[j] - 1] == "with" and words[m.end : m.end + 1]
+        if (
+            last
+            and last[0] in ("around", "beside", "nearby")
+            and (words[m.end + 1 : m.end + 2] or ["."])[0] in (".", ",", "in", "is", "are", "and")
+        ):
+            out.append(([j], "near", j - 1))
+        if last and (
+            words[m.end : m.end + 2] == ["on", "it"]
+            or words[m.end : m.end + 3] in (["in", "the", "middle"], ["in", "the", "center"])
+        ):
+            out.append(([j], "in", j - 1))
     return out
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-019
-def _forms(text): return [(w, plural_of(w)) for w in (t.replace('_', ' ') for t in text.split())]
+def _forms(text):
+    return [(w, plural_of(w)) for w in (t.replace("_", " ") for t in text.split())]
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-020
-_SAID_ALSO = { # more words for nouns of the world, and its places
-    'ripple': 'sand_dune', 'storage tank': 'tank', 'tennis court': 'court', 'basketball court': 'court', 'baseball diamond': 'diamond', 'mobile home': 'home',
-    'house': 'home', 'ice': 'floe', 'bunker': 'sand_pit', 'circular farmland': 'farmland', 'rectangular farmland': 'farmland rectangular_field', 'pond': 'pool',
-    'intersection': 'junction', 'roundabout': 'junction round_island', 'island': 'round_island', 'beach': 'sand', 'desert': 'sand',
-    'ground track field': 'sports_field', 'railway': 'railway_track', 'golf course': 'fairway', 'airport': 'airport', 'harbor': 'harbor harbour port',
-    'residential area': 'residential_area neighborhood', 'dense residential area': 'dense_residential_area', 'medium residential area': 'medium_residential_area',
-    'sparse residential area': 'sparse_residential_area', 'commercial area': 'commercial_area commercial_district downtown_area downtown_district',
-    'industrial area': 'industrial_area industrial_district factory_district', 'mobile home park': 'mobile_home_park',
-    'thermal power station': 'thermal_power_station power_station', 'chaparral': 'chaparral'}
-SCENE_WORDS = vocabulary({name: (([(name, NOUNS[name][0]), *NOUNS[name][1]] if name in NOUNS else []) + _forms(_SAID_ALSO.get(name, ''))) for name in {**NOUNS, **_SAID_ALSO}})
-for _word in ('stripe', 'stripes'): SCENE_WORDS.pop((_word,)) # ripples of a desert or paint on a runway: says too little
+_SAID_ALSO = {  # more words for nouns of the world, and its places
+    "ripple": "sand_dune",
+    "storage tank": "tank",
+    "tennis court": "court",
+    "basketball court": "court",
+    "baseball diamond": "diamond",
+    "mobile home": "home",
+    "house": "home",
+    "ice": "floe",
+    "bunker": "sand_pit",
+    "circular farmland": "farmland",
+    "rectangular farmland": "farmland rectangular_field",
+    "pond": "pool",
+    "intersection": "junction",
+    "roundabout": "junction round_island",
+    "island": "round_island",
+    "beach": "sand",
+    "desert": "sand",
+    "ground track field": "sports_field",
+    "railway": "railway_track",
+    "golf course": "fairway",
+    "airport": "airport",
+    "harbor": "harbor harbour port",
+    "residential area": "residential_area neighborhood",
+    "dense residential area": "dense_residential_area",
+    "medium residential area": "medium_residential_area",
+    "sparse residential area": "sparse_residential_area",
+    "commercial area": "commercial_area commercial_district downtown_area downtown_district",
+    "industrial area": "industrial_area industrial_district factory_district",
+    "mobile home park": "mobile_home_park",
+    "thermal power station": "thermal_power_station power_station",
+    "chaparral": "chaparral",
+}
+SCENE_WORDS = vocabulary(
+    {
+        name: (([(name, NOUNS[name][0]), *NOUNS[name][1]] if name in NOUNS else []) + _forms(_SAID_ALSO.get(name, "")))
+        for name in {**NOUNS, **_SAID_ALSO}
+    }
+)
+for _word in ("stripe", "stripes"):
+    SCENE_WORDS.pop((_word,))  # ripples of a desert or paint on a runway: says too little
 IS_A = {
-    'house': ('building',), 'factory': ('building',), 'church': ('building',), 'palace': ('building',), 'terminal': ('building',),
-    'railway station': ('building',), 'mobile home': ('house', 'building'), 'freeway': ('road',), 'intersection': ('road',), 'roundabout': ('road',),
-    'overpass': ('road', 'bridge'), 'forest': ('tree',), 'snowberg': ('mountain', 'snow'), 'ice': ('snow',), 'ship': ('boat',)}
-PLACES = {'airplane': ('airport',), 'runway': ('airport',)} | {f'{d} residential area': ('residential area',) for d in ('dense', 'medium', 'sparse')} # class -> places true besides its own name
+    "house": ("building",),
+    "factory": ("building",),
+    "church": ("building",),
+    "palace": ("building",),
+    "terminal": ("building",),
+    "railway station": ("building",),
+    "mobile home": ("house", "building"),
+    "freeway": ("road",),
+    "intersection": ("road",),
+    "roundabout": ("road",),
+    "overpass": ("road", "bridge"),
+    "forest": ("tree",),
+    "snowberg": ("mountain", "snow"),
+    "ice": ("snow",),
+    "ship": ("boat",),
+}
+PLACES = {"airplane": ("airport",), "runway": ("airport",)} | {
+    f"{d} residential area": ("residential area",) for d in ("dense", "medium", "sparse")
+}  # class -> places true besides its own name
 UNLABELLED = {
-    'ship': ('wave',), 'island': ('beach',), 'lake': ('beach',), 'golf course': ('lawn',), 'thermal power station': ('factory',),
-    'sparse residential area': ('path',)} # drawn without a label of their own: wakes, rims of sand, ...
+    "ship": ("wave",),
+    "island": ("beach",),
+    "lake": ("beach",),
+    "golf course": ("lawn",),
+    "thermal power station": ("factory",),
+    "sparse residential area": ("path",),
+}  # drawn without a label of their own: wakes, rims of sand, ...
 
 
 class Claim(NamedTuple):
     "One thing that a caption says."
-    kind:str # "hallucinated", "count_error", "colour_error", "relation_error" or "missed"
-    says:str # The words
-    wrong:bool # Is it?
+
+    kind: str  # "hallucinated", "count_error", "colour_error", "relation_error" or "missed"
+    says: str  # The words
+    wrong: bool  # Is it?
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-021
-def _means(noun): return {noun, *IS_A.get(noun, ())}
+def _means(noun):
+    return {noun, *IS_A.get(noun, ())}
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-022
 def check_scene(
-    caption:str, # Any text
-    scene:dict, # What is true, see `rsstudy.scenes.world.truth`
-) -> list[Claim]: # One "hallucinated" an object named, at most one "count_error" an object, ..., and one "missed"
+    caption: str,  # Any text
+    scene: dict,  # What is true, see `rsstudy.scenes.world.truth`
+) -> list[Claim]:  # One "hallucinated" an object named, at most one "count_error" an object, ..., and one "missed"
     "Every claim of a caption held against the truth of its scene."
     words = caption_words(caption)
-    found, facts, seen = mentions(words, SCENE_WORDS), scene['facts'], scene['around']
-    places = {scene['land'], *PLACES.get(scene['land'], ())}
-    extra = UNLABELLED.get(scene['land'], ())
-    there = places.union(extra, *(_means(n) for n in (*scene['seen'], *(f.noun for f in facts))))
+    found, facts, seen = mentions(words, SCENE_WORDS), scene["facts"], scene["around"]
+    places = {scene["land"], *PLACES.get(scene["land"], ())}
+    extra = UNLABELLED.get(scene["land"], ())
+    there = places.union(extra, *(_means(n) for n in (*scene["seen"], *(f.noun for f in facts))))
     out, starts, here = [], [], [bool(m.names & there) for m in found]
     for k, m in enumerate(found):
         start, told, colours = phrase(words, m, found[k - 1].end if k else 0)
         starts.append(start)
-        out.append(Claim('hallucinated', ' '.join(words[m.start:m.end]), not here[k]))
-        if not here[k]: continue
+        out.append(Claim("hallucinated", " ".join(words[m.start : m.end]), not here[k]))
+        if not here[k]:
+            continue
         own = [f.count for f in facts if f.noun in m.names and f.count]
-        if told and own: out.append(Claim('count_error', ' '.join(words[start:m.end]), not any(told[0] <= n <= told[1] for n in own)))
-        true = [f.color for f in facts if _means(f.noun) & m.names or m.names & places and f.role == 'main']
+        if told and own:
+            out.append(
+                Claim("count_error", " ".join(words[start : m.end]), not any(told[0] <= n <= told[1] for n in own))
+            )
+        true = [f.color for f in facts if _means(f.noun) & m.names or (m.names & places and f.role == "main")]
         colours = part_colours(words, m) + ([] if m.names & places.union(extra) else colours)
-        if true and None not in true: out += [Claim('colour_error', f"{c} {' '.join(words[m.start:m.end])}", c not in true) for c in colours]
+        if true and None not in true:
+            out += [Claim("colour_error", f"{c} {' '.join(words[m.start : m.end])}", c not in true) for c in colours]
     is_in = [[n for n in seen if _means(n) & m.names] for m in found]
     for candidates, kind, j in relations(words, found, starts):
-        if not here[j] or not is_in[j] or any(here[i] and not is_in[i] for i in candidates): continue # not there, or there without a place in the label map
+        if not here[j] or not is_in[j] or any(here[i] and not is_in[i] for i in candidates):
+            continue  # not there, or there without a place in the label map
         pairs = [(i, a, b) for i in candidates for a in is_in[i] for b in is_in[j]]
-        if not pairs: continue
-        says = f"{'/'.join(' '.join(words[found[i].start:found[i].end]) for i in candidates)} {kind} {' '.join(words[found[j].start:found[j].end])}"
-        right = [_holds(a, kind, b, scene) if a != b else found[i].names != found[j].names for i, a, b in pairs] # nothing lies beside itself
-        out.append(Claim('relation_error', says, not any(right)))
-    main = {n for f in facts if f.role == 'main' for n in _means(f.noun)} | places
-    return out + [Claim('missed', scene['land'], not any(m.names & main for m in found))]
+        if not pairs:
+            continue
+        says = f"{'/'.join(' '.join(words[found[i].start : found[i].end]) for i in candidates)} {kind} {' '.join(words[found[j].start : found[j].end])}"
+        right = [
+            _holds(a, kind, b, scene) if a != b else found[i].names != found[j].names for i, a, b in pairs
+        ]  # nothing lies beside itself
+        out.append(Claim("relation_error", says, not any(right)))
+    main = {n for f in facts if f.role == "main" for n in _means(f.noun)} | places
+    return out + [Claim("missed", scene["land"], not any(m.names & main for m in found))]
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-023
 def _holds(a, kind, b, scene):
-    to, back = scene['around'][a][b], scene['around'][b][a]
-    return dict(near=scene['gap'][a][b] <= 75, amid=to > .25, around=back > .25)[kind] if kind != 'in' else to > .25 and to > back - .1
+    to, back = scene["around"][a][b], scene["around"][b][a]
+    return (
+        dict(near=scene["gap"][a][b] <= 75, amid=to > 0.25, around=back > 0.25)[kind]
+        if kind != "in"
+        else to > 0.25 and to > back - 0.1
+    )
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-024
-KINDS = ('hallucinated', 'count_error', 'colour_error', 'relation_error', 'missed')
+KINDS = ("hallucinated", "count_error", "colour_error", "relation_error", "missed")
+
+
 def count_claims(
-    claims:list[Claim], # Of one caption
-) -> np.ndarray: # (5, 2) int64: wrong and all, in the order of `KINDS`
+    claims: list[Claim],  # Of one caption
+) -> np.ndarray:  # (5, 2) int64: wrong and all, in the order of `KINDS`
     "How many claims of each kind there are, and how many of them are wrong."
     return np.array([[sum(c.wrong for c in claims if c.kind == k), sum(c.kind == k for c in claims)] for k in KINDS])
 
@@ -222,30 +353,54 @@ pipe pipeline tube | container | church cathedral chapel | palace castle temple 
 playground sports_field ground_track_field running_track track_field | football_field soccer_field football_pitch | baseball_field baseball_diamond diamond baseball
 basketball_court basketball_field court | tennis_court tennis_field court | badminton_court volleyball_court | golf_course fairway | bunker sand_pit sandpit
 square plaza | park | resort hotel | garden courtyard yard | fountain | mobile_home_park | mobile_home trailer | people pedestrian person | fence wall | gate | tower
-luggage""".replace('\n', ' | ').split('|')
+luggage""".replace("\n", " | ").split("|")
 RISC_WORDS = vocabulary({forms[0][0]: forms for forms in map(_forms, RISC_GROUPS)})
 RISC_IS_A = {
-    'house': ('building',), 'church': ('building',), 'palace': ('building',), 'school': ('building',), 'factory': ('building',), 'terminal': ('building',),
-    'railway station': ('building',), 'stadium': ('building',), 'mobile home': ('house', 'building'), 'freeway': ('road',), 'path': ('road',),
-    'intersection': ('road',), 'overpass': ('road', 'bridge'), 'roundabout': ('road',), 'sea': ('water',), 'river': ('water',), 'lake': ('water',),
-    'pond': ('water',), 'swimming pool': ('water',), 'wave': ('water',), 'tree': ('vegetation',), 'bush': ('vegetation',), 'grass': ('vegetation',),
-    'beach': ('sand', 'coast'), 'desert': ('sand',), 'bunker': ('sand',), 'dune': ('sand',), 'residential area': ('house', 'building'),
-    'commercial area': ('building',)}
+    "house": ("building",),
+    "church": ("building",),
+    "palace": ("building",),
+    "school": ("building",),
+    "factory": ("building",),
+    "terminal": ("building",),
+    "railway station": ("building",),
+    "stadium": ("building",),
+    "mobile home": ("house", "building"),
+    "freeway": ("road",),
+    "path": ("road",),
+    "intersection": ("road",),
+    "overpass": ("road", "bridge"),
+    "roundabout": ("road",),
+    "sea": ("water",),
+    "river": ("water",),
+    "lake": ("water",),
+    "pond": ("water",),
+    "swimming pool": ("water",),
+    "wave": ("water",),
+    "tree": ("vegetation",),
+    "bush": ("vegetation",),
+    "grass": ("vegetation",),
+    "beach": ("sand", "coast"),
+    "desert": ("sand",),
+    "bunker": ("sand",),
+    "dune": ("sand",),
+    "residential area": ("house", "building"),
+    "commercial area": ("building",),
+}
 
 
 @lru_cache(maxsize=200_000)
 def named(
-    caption:str, # Any text
-) -> tuple[frozenset, ...]: # What each mention may mean
+    caption: str,  # Any text
+) -> tuple[frozenset, ...]:  # What each mention may mean
     "Objects that a caption names, in the words of RISC."
     return tuple(m.names for m in mentions(caption_words(caption), RISC_WORDS))
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-036
 def check_references(
-    caption:str, # Any text
-    references:list[str], # Captions of the same image
-) -> list[Claim]: # One "hallucinated" a mention: wrong if no reference names the object
+    caption: str,  # Any text
+    references: list[str],  # Captions of the same image
+) -> list[Claim]:  # One "hallucinated" a mention: wrong if no reference names the object
     "CHAIR: mentions held against what the references name. Source: Rohrbach et al. 2018, Object Hallucination in Image Captioning, arXiv:1809.02156."
     there = set().union(*(names for r in references for names in named(r)))
     there |= {more for name in there for more in RISC_IS_A.get(name, ())}
-    return [Claim('hallucinated', '/'.join(sorted(names)), not names & there) for names in named(caption)]
+    return [Claim("hallucinated", "/".join(sorted(names)), not names & there) for names in named(caption)]

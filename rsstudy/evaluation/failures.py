@@ -6,104 +6,169 @@
 __all__ = ['TRUTH_SCORES', 'CHAIR', 'NWPU', 'UCM', 'failure_scores', 'class_of', 'covariates', 'groups', 'failure_table']
 
 # %% ../../nbs/lib/07_evaluation/02_failures.ipynb #cell-002
-import numpy as np
-import pandas as pd
 import re
 from collections import Counter
+
+import numpy as np
+import pandas as pd
+
 from .claims import check_references, check_scene, count_claims, named
 from ..metrics.tokens import tokenize
 from ..stats.intervals import share_wrong
 
 # %% ../../nbs/lib/07_evaluation/02_failures.ipynb #cell-005
-TRUTH_SCORES = ('hallucinated-scene.v1', 'count_error.v1', 'colour_error.v1', 'relation_error.v1', 'missed.v1') # in the order of `rsstudy.evaluation.claims.KINDS`
-CHAIR = 'hallucinated-chair.v1'
+TRUTH_SCORES = (
+    "hallucinated-scene.v1",
+    "count_error.v1",
+    "colour_error.v1",
+    "relation_error.v1",
+    "missed.v1",
+)  # in the order of `rsstudy.evaluation.claims.KINDS`
+CHAIR = "hallucinated-chair.v1"
 
 
 def failure_scores(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image
-    facts:list[dict]|None=None, # What is true of each image (`rsstudy.scenes.world.scene_facts`), where it is known
-) -> tuple[dict, dict, dict]: # Per image: name -> (n, 2) int64, wrong and claims; corpus: name -> 0..1; info
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image
+    facts: list[dict]
+    | None = None,  # What is true of each image (`rsstudy.scenes.world.scene_facts`), where it is known
+) -> tuple[dict, dict, dict]:  # Per image: name -> (n, 2) int64, wrong and claims; corpus: name -> 0..1; info
     """How often claims are wrong. A name whose captions claim nothing of the kind has counts of 0 and no corpus value.
 
     Raises `ValueError` if the lists differ in length. Source: Rohrbach et al. 2018, Object Hallucination in Image Captioning, eq. 1 and 2, for the objects;
     the other kinds follow the same form.
     """
     n = len(predictions)
-    if not n or len(references) != n or facts is not None and len(facts) != n:
-        known = '' if facts is None else f', {len(facts)} sets of facts'
-        raise ValueError(f'{n} predictions, {len(references)} sets of references{known}: one of each per image is needed, and at least one image')
+    if not n or len(references) != n or (facts is not None and len(facts) != n):
+        known = "" if facts is None else f", {len(facts)} sets of facts"
+        raise ValueError(
+            f"{n} predictions, {len(references)} sets of references{known}: one of each per image is needed, and at least one image"
+        )
     each = {CHAIR: np.array([count_claims(check_references(p, r))[0] for p, r in zip(predictions, references)])}
-    if facts is not None: each |= dict(zip(TRUTH_SCORES, np.stack([count_claims(check_scene(p, f)) for p, f in zip(predictions, facts)], 1)))
+    if facts is not None:
+        each |= dict(
+            zip(TRUTH_SCORES, np.stack([count_claims(check_scene(p, f)) for p, f in zip(predictions, facts)], 1))
+        )
     corpus = {name: share for name, counts in each.items() if (share := share_wrong(counts)) is not None}
-    corpus |= {name.replace('hallucinated', 'hallucinated_any'): float((counts[:, 0] > 0).mean()) for name, counts in each.items() if name.startswith('hallucinated')}
-    return each, corpus, dict(claims={name: int(counts[:, 1].sum()) for name, counts in each.items()}, truth='references' if facts is None else 'scene and references')
+    corpus |= {
+        name.replace("hallucinated", "hallucinated_any"): float((counts[:, 0] > 0).mean())
+        for name, counts in each.items()
+        if name.startswith("hallucinated")
+    }
+    return (
+        each,
+        corpus,
+        dict(
+            claims={name: int(counts[:, 1].sum()) for name, counts in each.items()},
+            truth="references" if facts is None else "scene and references",
+        ),
+    )
 
 # %% ../../nbs/lib/07_evaluation/02_failures.ipynb #cell-012
 NWPU = """airport, baseball diamond, basketball court, beach, bridge, chaparral, church, circular farmland, cloud, commercial area, dense residential area, desert,
 forest, freeway, golf course, ground track field, harbor, industrial area, intersection, island, lake, meadow, medium residential area, mobile home park,
 mountain, overpass, palace, parking lot, railway, railway station, rectangular farmland, river, roundabout, runway, sea ice, ship, snowberg, sparse residential
-area, stadium, storage tank, tennis court, terrace, thermal power station, wetland, airplane""".replace('\n', ' ').split(', ')
+area, stadium, storage tank, tennis court, terrace, thermal power station, wetland, airplane""".replace(
+    "\n", " "
+).split(", ")
 UCM = """agricultural, airplane, baseball diamond, beach, buildings, chaparral, dense residential area, forest, freeway, golf course, harbor, intersection, medium
-residential area, mobile home park, overpass, parking lot, river, runway, sparse residential area, storage tank, tennis court""".replace('\n', ' ').split(', ')
+residential area, mobile home park, overpass, parking lot, river, runway, sparse residential area, storage tank, tennis court""".replace(
+    "\n", " "
+).split(", ")
 
 
 def class_of(
-    image_id:str, # Name of an image
-) -> str: # Its class, or "unknown"
+    image_id: str,  # Name of an image
+) -> str:  # Its class, or "unknown"
     "The class that a file's name tells."
-    stem = re.sub(r'\.\w+$', '', image_id)
-    name, number = m.groups() if (m := re.fullmatch(r'(.+?)[_-]?(\d+)', stem)) else (stem, '')
+    stem = re.sub(r"\.\w+$", "", image_id)
+    name, number = m.groups() if (m := re.fullmatch(r"(.+?)[_-]?(\d+)", stem)) else (stem, "")
     classes, size = dict(NWPU=(NWPU, 700), UCM=(UCM, 100)).get(name, ((), 1))
-    if number and int(number)//size < len(classes): return classes[int(number)//size]
-    plain = re.sub(r'[_ -]+', ' ', name).lower()
-    return next((c for c in {*NWPU, *UCM} if plain in (c, c.replace(' ', ''), c.removesuffix(' area'), c.removesuffix(' station'))), 'unknown')
+    if number and int(number) // size < len(classes):
+        return classes[int(number) // size]
+    plain = re.sub(r"[_ -]+", " ", name).lower()
+    return next(
+        (
+            c
+            for c in {*NWPU, *UCM}
+            if plain in (c, c.replace(" ", ""), c.removesuffix(" area"), c.removesuffix(" station"))
+        ),
+        "unknown",
+    )
 
 # %% ../../nbs/lib/07_evaluation/02_failures.ipynb #cell-013
-def _bin(value, edges, unit=''): # edges ascending; "under 8", "8 to under 10", ..., "14 and more"
-    k = int(np.searchsorted(edges, value, side='right'))
-    return f'under {edges[0]}{unit}' if not k else f'{edges[-1]}{unit} and more' if k == len(edges) else f'{edges[k - 1]} to under {edges[k]}{unit}'
+def _bin(value, edges, unit=""):  # edges ascending; "under 8", "8 to under 10", ..., "14 and more"
+    k = int(np.searchsorted(edges, value, side="right"))
+    return (
+        f"under {edges[0]}{unit}"
+        if not k
+        else f"{edges[-1]}{unit} and more"
+        if k == len(edges)
+        else f"{edges[k - 1]} to under {edges[k]}{unit}"
+    )
 
 # %% ../../nbs/lib/07_evaluation/02_failures.ipynb #cell-014
 def covariates(
-    dataset, # `datasets.Dataset`, or a dict of columns: image_id, source, captions
-    train_captions:list, # Captions of training, or lists of them: their words tell what is rare
-    facts:list[dict]|None=None, # Of scenes: they know their class
-    rare:int=5, # A word is rare if training has it fewer times
-) -> dict[str,list[str]]: # "source", "class", "words per reference", "objects in references", "rare words" -> a group for each image
+    dataset,  # `datasets.Dataset`, or a dict of columns: image_id, source, captions
+    train_captions: list,  # Captions of training, or lists of them: their words tell what is rare
+    facts: list[dict] | None = None,  # Of scenes: they know their class
+    rare: int = 5,  # A word is rare if training has it fewer times
+) -> dict[
+    str, list[str]
+]:  # "source", "class", "words per reference", "objects in references", "rare words" -> a group for each image
     "What images are, in groups: where they come from, what they show, and how they were described."
-    ids, references = list(dataset['image_id']), list(dataset['captions'])
+    ids, references = list(dataset["image_id"]), list(dataset["captions"])
     seen = Counter(w for c in train_captions for text in ([c] if isinstance(c, str) else c) for w in tokenize(text))
     words = [[tokenize(r) for r in refs] for refs in references]
-    strange = [np.mean([seen[w] < rare for w in found]) if (found := {w for r in refs for w in r}) else 0. for refs in words]
-    return {'source': list(dataset['source']), 'class': [f['land'] for f in facts] if facts is not None else [class_of(i) for i in ids],
-        'words per reference': [_bin(np.mean([len(r) for r in refs]), (8, 10, 12, 14)) for refs in words],
-        'objects in references': [_bin(len({min(names) for r in refs for names in named(r)}), (2, 4, 6)) for refs in references],
-        'rare words': ['none' if not s else _bin(100*s, (5, 10), ' %') for s in strange]}
+    strange = [
+        np.mean([seen[w] < rare for w in found]) if (found := {w for r in refs for w in r}) else 0.0 for refs in words
+    ]
+    return {
+        "source": list(dataset["source"]),
+        "class": [f["land"] for f in facts] if facts is not None else [class_of(i) for i in ids],
+        "words per reference": [_bin(np.mean([len(r) for r in refs]), (8, 10, 12, 14)) for refs in words],
+        "objects in references": [
+            _bin(len({min(names) for r in refs for names in named(r)}), (2, 4, 6)) for refs in references
+        ],
+        "rare words": ["none" if not s else _bin(100 * s, (5, 10), " %") for s in strange],
+    }
 
 # %% ../../nbs/lib/07_evaluation/02_failures.ipynb #cell-017
 def groups(
-    labels:list[str], # The group of each image
-) -> dict[str,np.ndarray]: # Group -> places of its images; "none" and "under ..." first, "... and more" last, numbers by size, names by letter
+    labels: list[str],  # The group of each image
+) -> dict[
+    str, np.ndarray
+]:  # Group -> places of its images; "none" and "under ..." first, "... and more" last, numbers by size, names by letter
     "Which images belong together."
-    first = lambda g: (-1. if g == 'none' or g.startswith('under ') else float(m[0]) if (m := re.match(r'\d+', g)) else 0., g.startswith('under '), g)
+
+    def first(g):
+        return (
+            -1.0 if g == "none" or g.startswith("under ") else float(m[0]) if (m := re.match(r"\d+", g)) else 0.0,
+            g.startswith("under "),
+            g,
+        )
+
     labels = np.asarray(labels, object)
     return {g: np.flatnonzero(labels == g) for g in sorted(set(labels), key=first)}
 
 # %% ../../nbs/lib/07_evaluation/02_failures.ipynb #cell-018
 def failure_table(
-    values:np.ndarray, # (n,) a metric's per-image values, or (n, 2) counts of wrong and claims
-    what:dict[str,list[str]], # Covariate -> group of each image
-    interval=None, # Function of a group's values that gives its interval, e.g. `rsstudy.stats.intervals.bootstrap_interval`
-    smallest:int=1, # Groups of fewer images are left out
-) -> pd.DataFrame: # Rows (covariate, group): images, mean, and interval if asked for
+    values: np.ndarray,  # (n,) a metric's per-image values, or (n, 2) counts of wrong and claims
+    what: dict[str, list[str]],  # Covariate -> group of each image
+    interval=None,  # Function of a group's values that gives its interval, e.g. `rsstudy.stats.intervals.bootstrap_interval`
+    smallest: int = 1,  # Groups of fewer images are left out
+) -> pd.DataFrame:  # Rows (covariate, group): images, mean, and interval if asked for
     "A score by group. A covariate with one group only says nothing and is left out. Raises `ValueError` if lengths differ."
     values, rows = np.asarray(values), []
     for name, labels in what.items():
-        if len(labels) != len(values): raise ValueError(f'{name} has {len(labels)} images, the values have {len(values)}')
+        if len(labels) != len(values):
+            raise ValueError(f"{name} has {len(labels)} images, the values have {len(values)}")
         parts = groups(labels)
         for g, at in parts.items() if len(parts) > 1 else ():
-            if len(at) < smallest: continue
+            if len(at) < smallest:
+                continue
             mean = float(values[at].mean()) if values.ndim == 1 else share_wrong(values[at])
             rows.append([name, g, len(at), mean] + ([interval(values[at])] if interval else []))
-    return pd.DataFrame(rows, columns=['by', 'group', 'images', 'mean'] + ['interval']*bool(interval)).set_index(['by', 'group'])
+    return pd.DataFrame(rows, columns=["by", "group", "images", "mean"] + ["interval"] * bool(interval)).set_index(
+        ["by", "group"]
+    )

@@ -8,173 +8,213 @@ __all__ = ['GREY', 'FLOORS', 'FLOOR_LABELS', 'most_frequent_caption', 'random_tr
            'floors']
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-002
-import numpy as np
 from collections import Counter
+
+import numpy as np
+
 from ..metrics.scores import Scores
 from ..model.features import pooled_features
 from ..model.generate import Captioner, generate_captions
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-005
 def most_frequent_caption(
-    train_captions:list[list[str]], # Captions of each training image
-) -> str: # As it was first written
+    train_captions: list[list[str]],  # Captions of each training image
+) -> str:  # As it was first written
     "The caption that was given most often, upper case and spaces aside; of equally frequent ones the first. Raises `ValueError` where there is none."
     seen, count = {}, Counter()
     for caption in (c for own in train_captions for c in own):
-        key = ' '.join(caption.lower().split())
+        key = " ".join(caption.lower().split())
         seen.setdefault(key, caption)
         count[key] += 1
-    if not count: raise ValueError('there is no training caption to repeat')
-    return seen[count.most_common(1)[0][0]] # most_common keeps the order of equal counts
+    if not count:
+        raise ValueError("there is no training caption to repeat")
+    return seen[count.most_common(1)[0][0]]  # most_common keeps the order of equal counts
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-006
 def random_training_captions(
-    train_captions:list[list[str]], # Captions of each training image
-    n:int, # Test images
-    rng:np.random.Generator, # Where the draws come from
-) -> list[str]: # n captions
+    train_captions: list[list[str]],  # Captions of each training image
+    n: int,  # Test images
+    rng: np.random.Generator,  # Where the draws come from
+) -> list[str]:  # n captions
     "Captions drawn with replacement; each caption of the training set is as likely as any other. Raises `ValueError` where there is none."
     flat = [c for own in train_captions for c in own]
-    if not flat: raise ValueError('there is no training caption to draw from')
+    if not flat:
+        raise ValueError("there is no training caption to draw from")
     return [flat[i] for i in rng.integers(len(flat), size=n)]
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-008
 def nearest(
-    train_features:np.ndarray, # (m, d) float32, each of length 1
-    test_features:np.ndarray, # (n, d) float32, each of length 1
-    memory:int=64 << 20, # Bytes of cosines at a time
-) -> np.ndarray: # (n,) int64: row of the training image with the largest cosine; of equal ones the first
+    train_features: np.ndarray,  # (m, d) float32, each of length 1
+    test_features: np.ndarray,  # (n, d) float32, each of length 1
+    memory: int = 64 << 20,  # Bytes of cosines at a time
+) -> np.ndarray:  # (n,) int64: row of the training image with the largest cosine; of equal ones the first
     "The nearest training image of each test image. Raises `ValueError` where there is none."
-    if not len(train_features): raise ValueError('there is no training image to be near to')
-    step = max(1, memory // (4*len(train_features)))
-    return np.concatenate([(test_features[at:at + step] @ train_features.T).argmax(1) for at in range(0, len(test_features), step)])
+    if not len(train_features):
+        raise ValueError("there is no training image to be near to")
+    step = max(1, memory // (4 * len(train_features)))
+    return np.concatenate(
+        [(test_features[at : at + step] @ train_features.T).argmax(1) for at in range(0, len(test_features), step)]
+    )
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-009
 def consensus_caption(
-    captions:list[str], # An image's captions, at least one
-) -> str: # One of them
+    captions: list[str],  # An image's captions, at least one
+) -> str:  # One of them
     "The caption that has most words in common with the others: by the mean of 2 |shared| / (|a| + |b|), words counted as often as they occur; of equal ones the first."
     words = [Counter(c.lower().split()) for c in captions]
-    def like(a, b): return 2*(a & b).total() / max(1, a.total() + b.total())
+
+    def like(a, b):
+        return 2 * (a & b).total() / max(1, a.total() + b.total())
+
     return max(zip(captions, (sum(like(a, b) for b in words) - like(a, a) for a in words)), key=lambda pair: pair[1])[0]
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-010
 def nearest_neighbour(
-    train_features:np.ndarray, # (m, d), as for `nearest`
-    test_features:np.ndarray, # (n, d), as for `nearest`
-    train_captions:list[list[str]], # Captions of each training image
-) -> list[str]: # n captions
+    train_features: np.ndarray,  # (m, d), as for `nearest`
+    test_features: np.ndarray,  # (n, d), as for `nearest`
+    train_captions: list[list[str]],  # Captions of each training image
+) -> list[str]:  # n captions
     "The consensus caption of each test image's nearest training image. Raises `ValueError` unless there are captions for every training image."
-    if len(train_features) != len(train_captions): raise ValueError(f'{len(train_features)} training images but captions of {len(train_captions)}')
+    if len(train_features) != len(train_captions):
+        raise ValueError(f"{len(train_features)} training images but captions of {len(train_captions)}")
     return [consensus_caption(train_captions[i]) for i in nearest(train_features, test_features)]
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-017
-GREY = 127 # of 255: the middle, which PaliGemma's processor turns into 0
+GREY = 127  # of 255: the middle, which PaliGemma's processor turns into 0
+
+
 def blank_image(
-    captioner:Captioner, # Base or tuned
-    n:int, # Test images
-    **options, # For `generate_captions`: max_new_tokens, num_beams
-) -> list[str]: # n times one caption
+    captioner: Captioner,  # Base or tuned
+    n: int,  # Test images
+    **options,  # For `generate_captions`: max_new_tokens, num_beams
+) -> list[str]:  # n times one caption
     "What the captioner says of an evenly grey image."
     size = captioner.processor.image_processor.size
-    return generate_captions(captioner, [np.full((size['height'], size['width'], 3), GREY, np.uint8)], **options) * n
+    return generate_captions(captioner, [np.full((size["height"], size["width"], 3), GREY, np.uint8)], **options) * n
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-018
 def other_image(
-    n:int, # Images, at least two
-    rng:np.random.Generator, # Where the order comes from
-) -> np.ndarray: # (n,) int64, a permutation in which no image stays in its place
+    n: int,  # Images, at least two
+    rng: np.random.Generator,  # Where the order comes from
+) -> np.ndarray:  # (n,) int64, a permutation in which no image stays in its place
     "For each image another one, each used once. Raises `ValueError` for fewer than two images."
-    if n < 2: raise ValueError(f'shuffling needs at least two images, got {n}')
+    if n < 2:
+        raise ValueError(f"shuffling needs at least two images, got {n}")
     around, other = rng.permutation(n), np.zeros(n, np.int64)
-    other[around] = np.roll(around, 1) # all in one circle
+    other[around] = np.roll(around, 1)  # all in one circle
     return other
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-019
 def shuffled_images(
-    captioner:Captioner|None, # Base or tuned; None where `predictions` are given
-    images, # The test images; None where `predictions` are given
-    rng:np.random.Generator, # Who gets whose
-    predictions:list[str]|None=None, # The captioner's own captions of the images, in their order
-    **options, # For `generate_captions`
-) -> list[str]: # For each image the caption of another
+    captioner: Captioner | None,  # Base or tuned; None where `predictions` are given
+    images,  # The test images; None where `predictions` are given
+    rng: np.random.Generator,  # Who gets whose
+    predictions: list[str] | None = None,  # The captioner's own captions of the images, in their order
+    **options,  # For `generate_captions`
+) -> list[str]:  # For each image the caption of another
     "What the captioner says when it is given another image in the place of each."
     predictions = generate_captions(captioner, images, **options) if predictions is None else predictions
     return [predictions[i] for i in other_image(len(predictions), rng)]
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-024
 def mean_scores(
-    rounds:list[Scores], # Of the same images by the same metrics, at least one
+    rounds: list[Scores],  # Of the same images by the same metrics, at least one
 ) -> Scores:
     "Scores of several rounds as one: per-image values are averaged, counts summed (names that end in `_counts`), and corpus values follow from them; values without a per-image part are averaged."
     first = rounds[0]
     each = {}
     for name in first.per_image:
         stacked = np.stack([r.per_image[name] for r in rounds])
-        each[name] = stacked.sum(0) if name.endswith('_counts') else stacked.mean(0)
-    mean = Scores({name: float(np.mean([r.corpus[name] for r in rounds])) for name in first.corpus}, each, first.info | dict(rounds=len(rounds)))
-    return Scores(mean.corpus | {name: value for name, value in mean.over().items() if name in mean.corpus}, each, mean.info)
+        each[name] = stacked.sum(0) if name.endswith("_counts") else stacked.mean(0)
+    mean = Scores(
+        {name: float(np.mean([r.corpus[name] for r in rounds])) for name in first.corpus},
+        each,
+        first.info | dict(rounds=len(rounds)),
+    )
+    return Scores(
+        mean.corpus | {name: value for name, value in mean.over().items() if name in mean.corpus}, each, mean.info
+    )
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-025
-def _rounds(references): # As many as every image has captions; each leaves out one
+def _rounds(references):  # As many as every image has captions; each leaves out one
     count = min(len(rs) for rs in references)
-    if count < 2: raise ValueError(f'image {min(range(len(references)), key=lambda i: len(references[i]))} has fewer than two captions: none would be left to compare with')
-    return [[rs[:k] + rs[k + 1:] for rs in map(list, references)] for k in range(count)]
+    if count < 2:
+        raise ValueError(
+            f"image {min(range(len(references)), key=lambda i: len(references[i]))} has fewer than two captions: none would be left to compare with"
+        )
+    return [[rs[:k] + rs[k + 1 :] for rs in map(list, references)] for k in range(count)]
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-026
 def human(
-    references:list[list[str]], # Captions of each image, at least two; where images have unlike numbers, the smallest number of rounds
-    score, # Function of predictions and references -> Scores
-) -> Scores: # Means over the rounds
+    references: list[
+        list[str]
+    ],  # Captions of each image, at least two; where images have unlike numbers, the smallest number of rounds
+    score,  # Function of predictions and references -> Scores
+) -> Scores:  # Means over the rounds
     "Each human caption against the others of its image. Raises `ValueError` where an image has fewer than two."
     return mean_scores([score([rs[k] for rs in references], others) for k, others in enumerate(_rounds(references))])
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-027
 def against_four(
-    predictions:list[str], # A system's, one per image
-    references:list[list[str]], # As for `human`
-    score, # As for `human`
-) -> Scores: # Means over the rounds
+    predictions: list[str],  # A system's, one per image
+    references: list[list[str]],  # As for `human`
+    score,  # As for `human`
+) -> Scores:  # Means over the rounds
     "A system against all references but one, each left out in turn: what may be compared with `human`. Raises `ValueError` as `human` does."
     return mean_scores([score(predictions, others) for others in _rounds(references)])
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-033
-FLOORS = ('blank', 'shuffled', 'random', 'frequent', 'neighbour', 'human') # in the order of tables
-FLOOR_LABELS = dict(blank='blank image', shuffled='shuffled images', random='random training caption', frequent='most frequent training caption',
-    neighbour='nearest training image', human='human against the other four')
+FLOORS = ("blank", "shuffled", "random", "frequent", "neighbour", "human")  # in the order of tables
+FLOOR_LABELS = dict(
+    blank="blank image",
+    shuffled="shuffled images",
+    random="random training caption",
+    frequent="most frequent training caption",
+    neighbour="nearest training image",
+    human="human against the other four",
+)
 
 
 def floors(
-    captioner:Captioner|None, # For `blank`, `shuffled` and `neighbour`; else None
-    train, # Training rows with `image` and `captions`: a `datasets.Dataset` or a dict of lists
-    test, # Test rows, likewise
-    score, # Function of predictions and references -> Scores, as for every system of the table
-    names:tuple[str, ...]=FLOORS, # Which of them
-    predictions:list[str]|None=None, # The captioner's captions of the test images; None: they are generated if `shuffled` needs them
-    seed:int=0, # Of the random captions and of the shuffling
-    batch_size:int=64, # Images of a forward pass
-    progress:bool=False, # Show bars?
-    **options, # For `generate_captions`: max_new_tokens, num_beams
-) -> dict[str,dict]: # name -> label, predictions (one per test image), scores (corpus), per_image, info; in the order of `FLOORS`
+    captioner: Captioner | None,  # For `blank`, `shuffled` and `neighbour`; else None
+    train,  # Training rows with `image` and `captions`: a `datasets.Dataset` or a dict of lists
+    test,  # Test rows, likewise
+    score,  # Function of predictions and references -> Scores, as for every system of the table
+    names: tuple[str, ...] = FLOORS,  # Which of them
+    predictions: list[str]
+    | None = None,  # The captioner's captions of the test images; None: they are generated if `shuffled` needs them
+    seed: int = 0,  # Of the random captions and of the shuffling
+    batch_size: int = 64,  # Images of a forward pass
+    progress: bool = False,  # Show bars?
+    **options,  # For `generate_captions`: max_new_tokens, num_beams
+) -> dict[
+    str, dict
+]:  # name -> label, predictions (one per test image), scores (corpus), per_image, info; in the order of `FLOORS`
     """Floors and ceiling for a table of results.
 
     The predictions kept under `human` are the first caption of each image; its scores are the means over all of them. Raises `ValueError` on an unknown name.
     """
-    if unknown := [name for name in names if name not in FLOORS]: raise ValueError(f'unknown floor {unknown[0]!r}: allowed are {", ".join(FLOORS)}')
-    known, references = list(train['captions']), list(test['captions'])
+    if unknown := [name for name in names if name not in FLOORS]:
+        raise ValueError(f"unknown floor {unknown[0]!r}: allowed are {', '.join(FLOORS)}")
+    known, references = list(train["captions"]), list(test["captions"])
     n, options = len(references), dict(batch_size=batch_size, progress=progress) | options
-    draws = dict(zip(FLOORS, np.random.default_rng(seed).spawn(len(FLOORS)))) # a floor's draw does not depend on which others are wanted
+    draws = dict(
+        zip(FLOORS, np.random.default_rng(seed).spawn(len(FLOORS)))
+    )  # a floor's draw does not depend on which others are wanted
     say = dict(
         blank=lambda: blank_image(captioner, n, **options),
-        shuffled=lambda: shuffled_images(captioner, test['image'], draws['shuffled'], predictions, **options),
-        random=lambda: random_training_captions(known, n, draws['random']),
+        shuffled=lambda: shuffled_images(captioner, test["image"], draws["shuffled"], predictions, **options),
+        random=lambda: random_training_captions(known, n, draws["random"]),
         frequent=lambda: [most_frequent_caption(known)] * n,
-        neighbour=lambda: nearest_neighbour(*(pooled_features(captioner, rows['image'], batch_size, progress) for rows in (train, test)), known),
-        human=lambda: [rs[0] for rs in references])
+        neighbour=lambda: nearest_neighbour(
+            *(pooled_features(captioner, rows["image"], batch_size, progress) for rows in (train, test)), known
+        ),
+        human=lambda: [rs[0] for rs in references],
+    )
     found = {}
     for name in (name for name in FLOORS if name in names):
         said = say[name]()
-        scores = human(references, score) if name == 'human' else score(said, references)
+        scores = human(references, score) if name == "human" else score(said, references)
         scores = scores.to_json()
-        found[name] = dict(label=FLOOR_LABELS[name], predictions=said, scores=scores.pop('corpus'), **scores)
+        found[name] = dict(label=FLOOR_LABELS[name], predictions=said, scores=scores.pop("corpus"), **scores)
     return found

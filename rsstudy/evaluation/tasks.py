@@ -11,14 +11,16 @@ __all__ = ['TASK_FILES', 'METRICS', 'SCHEMA', 'COLUMNS', 'REPORTED', 'WORLD_SEED
 import csv
 import hashlib
 import json
-import numpy as np
 import os
 import shutil
 import tempfile
 import time
-import torch
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
+
 from ..common.files import announce, atomic_path, hub_reachable
 from ..common.settings import Profile, load_profile
 from .answers import exact_accuracy, vqa_accuracy
@@ -29,269 +31,462 @@ from ..model.generate import Captioner, generate_captions
 from ..scenes.world import ensure_world
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-005
-TASK_FILES = (Path(__file__).parents[1] if '__file__' in globals() else Path('../../../rsstudy').resolve())/'task_files'
+TASK_FILES = (
+    Path(__file__).parents[1] if "__file__" in globals() else Path("../../../rsstudy").resolve()
+) / "task_files"
 # in a file -> full name; the name of CIDEr comes with its score
-METRICS = dict(cider='cider', vqa_accuracy='vqa_accuracy-official.v1', accuracy='accuracy-exact.v1', accuracy_by_type='accuracy-exact_by_type.v1')
-SCHEMA = dict(name=str, version=int, title=str, source=str, hub=str|None, revision=str|None, split=str, columns=dict, prompt=str, metric=str,
-    max_new_tokens=int, types=list|None, reported=dict, notes=str)
-COLUMNS = dict(image=str|None, question=str|None, references=str|None, type=str|None) # a hub's names for them
-REPORTED = dict(value=float|None, printed=str|None, model=str|None, fine_tuned=bool|None, split=str|None, source=str|None, note=str)
+METRICS = dict(
+    cider="cider",
+    vqa_accuracy="vqa_accuracy-official.v1",
+    accuracy="accuracy-exact.v1",
+    accuracy_by_type="accuracy-exact_by_type.v1",
+)
+SCHEMA = dict(
+    name=str,
+    version=int,
+    title=str,
+    source=str,
+    hub=str | None,
+    revision=str | None,
+    split=str,
+    columns=dict,
+    prompt=str,
+    metric=str,
+    max_new_tokens=int,
+    types=list | None,
+    reported=dict,
+    notes=str,
+)
+COLUMNS = dict(image=str | None, question=str | None, references=str | None, type=str | None)  # a hub's names for them
+REPORTED = dict(
+    value=float | None,
+    printed=str | None,
+    model=str | None,
+    fine_tuned=bool | None,
+    split=str | None,
+    source=str | None,
+    note=str,
+)
 
 
 def read_spec(
-    file:str|Path, # A task file
-) -> dict: # Its content, see `SCHEMA`
+    file: str | Path,  # A task file
+) -> dict:  # Its content, see `SCHEMA`
     "Reads and checks a task file. Raises `ValueError` naming the file and what is wrong in it."
     file = Path(file)
-    def wrong(what): return ValueError(f'task file {file.name}: {what}')
-    def check(part, schema, of=''):
+
+    def wrong(what):
+        return ValueError(f"task file {file.name}: {what}")
+
+    def check(part, schema, of=""):
         for key in schema:
-            if key not in part: raise wrong(f"key '{of}{key}' is missing")
-            if not isinstance(part[key], schema[key]): raise wrong(f"key '{of}{key}' is {part[key]!r}, of the wrong type")
-        if unknown := part.keys() - schema.keys(): raise wrong(f"unknown key '{of}{min(unknown)}', allowed: {', '.join(schema)}")
-    try: spec = json.loads(file.read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error: raise wrong(f'not JSON: {error}') from None
+            if key not in part:
+                raise wrong(f"key '{of}{key}' is missing")
+            if not isinstance(part[key], schema[key]):
+                raise wrong(f"key '{of}{key}' is {part[key]!r}, of the wrong type")
+        if unknown := part.keys() - schema.keys():
+            raise wrong(f"unknown key '{of}{min(unknown)}', allowed: {', '.join(schema)}")
+
+    try:
+        spec = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise wrong(f"not JSON: {error}") from None
     check(spec, SCHEMA)
-    for part, schema in (('reported', REPORTED), ('columns', COLUMNS)): check(spec[part], schema, f'{part}.')
-    for key, allowed in dict(source=('hub', 'folder', 'scenes'), metric=METRICS, name=(file.stem,)).items():
-        if spec[key] not in allowed: raise wrong(f"key '{key}' is {spec[key]!r}, allowed: {', '.join(allowed)}")
-    if min(spec['version'], spec['max_new_tokens']) < 1: raise wrong('version and max_new_tokens must be at least 1')
-    if (spec['metric'] == 'cider') == ('{question}' in spec['prompt']): raise wrong(f"prompt {spec['prompt']!r} does not go with metric '{spec['metric']}'")
-    if spec['source'] == 'hub' and None in (spec['hub'], spec['columns']['image'], spec['columns']['references']): raise wrong('needs hub and columns')
+    for part, schema in (("reported", REPORTED), ("columns", COLUMNS)):
+        check(spec[part], schema, f"{part}.")
+    for key, allowed in dict(source=("hub", "folder", "scenes"), metric=METRICS, name=(file.stem,)).items():
+        if spec[key] not in allowed:
+            raise wrong(f"key '{key}' is {spec[key]!r}, allowed: {', '.join(allowed)}")
+    if min(spec["version"], spec["max_new_tokens"]) < 1:
+        raise wrong("version and max_new_tokens must be at least 1")
+    if (spec["metric"] == "cider") == ("{question}" in spec["prompt"]):
+        raise wrong(f"prompt {spec['prompt']!r} does not go with metric '{spec['metric']}'")
+    if spec["source"] == "hub" and None in (spec["hub"], spec["columns"]["image"], spec["columns"]["references"]):
+        raise wrong("needs hub and columns")
     return spec
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-006
-def task_names() -> list[str]: # In alphabetical order
+def task_names() -> list[str]:  # In alphabetical order
     "The tasks there are."
-    return sorted(file.stem for file in TASK_FILES.glob('*.json'))
+    return sorted(file.stem for file in TASK_FILES.glob("*.json"))
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-011
 @dataclass(frozen=True)
 class Item:
     "One thing asked of one image."
-    image:Path # File
-    prompt:str # What the model reads
-    references:list[str] # Captions, or answers
-    type:str='' # Of the question or image; '' where the task has no types
+
+    image: Path  # File
+    prompt: str  # What the model reads
+    references: list[str]  # Captions, or answers
+    type: str = ""  # Of the question or image; '' where the task has no types
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-012
 @dataclass(frozen=True)
 class Task:
     "What is asked, and how it is scored."
-    spec:dict # The task file's content
-    items:list[Item] # At least one
-    origin:str # Where the rows are from, and which of them
+
+    spec: dict  # The task file's content
+    items: list[Item]  # At least one
+    origin: str  # Where the rows are from, and which of them
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-013
 def read_rows(
-    folder:str|Path, # With task.jsonl and images
-) -> list[dict]: # image (a Path), question, references, type
+    folder: str | Path,  # With task.jsonl and images
+) -> list[dict]:  # image (a Path), question, references, type
     "The rows of a folder. Raises `FileNotFoundError` where there is no task.jsonl, `ValueError` naming the line that is wrong."
     folder, rows = Path(folder), []
-    if not (folder/'task.jsonl').is_file(): raise FileNotFoundError(f'{folder} holds no task.jsonl')
+    if not (folder / "task.jsonl").is_file():
+        raise FileNotFoundError(f"{folder} holds no task.jsonl")
     inside = folder.resolve()
-    for number, line in enumerate((folder/'task.jsonl').read_text(encoding='utf-8').splitlines(), 1):
-        def wrong(what): return ValueError(f"{folder/'task.jsonl'}, line {number}: {what}")
-        try: row = json.loads(line)
-        except json.JSONDecodeError as error: raise wrong(f'not JSON: {error}') from None
-        if not isinstance(row, dict) or not isinstance(row.get('image'), str): raise wrong("needs 'image', the name of a file in the folder")
-        references = row.get('captions') or row.get('answers')
-        if not isinstance(references, list) or not all(isinstance(text, str) for text in references): raise wrong("needs 'captions' or 'answers', a list of texts")
-        image = (folder/row['image']).resolve()
-        if not image.is_relative_to(inside): raise wrong(f"image {row['image']!r} lies outside the folder")
-        if not image.is_file(): raise wrong(f"image {row['image']!r} is missing")
-        rows.append(dict(image=image, question=str(row.get('question') or ''), references=references, type=str(row.get('type') or '')))
+    for number, line in enumerate((folder / "task.jsonl").read_text(encoding="utf-8").splitlines(), 1):
+
+        def wrong(what):
+            return ValueError(f"{folder / 'task.jsonl'}, line {number}: {what}")
+
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise wrong(f"not JSON: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+            raise wrong("needs 'image', the name of a file in the folder")
+        references = row.get("captions") or row.get("answers")
+        if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+            raise wrong("needs 'captions' or 'answers', a list of texts")
+        image = (folder / row["image"]).resolve()
+        if not image.is_relative_to(inside):
+            raise wrong(f"image {row['image']!r} lies outside the folder")
+        if not image.is_file():
+            raise wrong(f"image {row['image']!r} is missing")
+        rows.append(
+            dict(
+                image=image,
+                question=str(row.get("question") or ""),
+                references=references,
+                type=str(row.get("type") or ""),
+            )
+        )
     return rows
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-014
 def make_task(
-    spec:dict, # A task file's content
-    rows:list[dict], # As from `read_rows`
-    origin:str, # Where they are from
-    n:int=0, # Images asked about, drawn from all; 0 takes all
-    seed:int=0, # Of the draw
+    spec: dict,  # A task file's content
+    rows: list[dict],  # As from `read_rows`
+    origin: str,  # Where they are from
+    n: int = 0,  # Images asked about, drawn from all; 0 takes all
+    seed: int = 0,  # Of the draw
 ) -> Task:
     "Rows as a task. Raises `ValueError` where nothing is left to ask, a question is missing, or VQA accuracy has not its ten answers."
-    rows = [row for row in rows if spec['types'] is None or row['type'] in spec['types']]
-    images = list(dict.fromkeys(row['image'] for row in rows))
+    rows = [row for row in rows if spec["types"] is None or row["type"] in spec["types"]]
+    images = list(dict.fromkeys(row["image"] for row in rows))
     if 0 < n < len(images):
         kept = {images[i] for i in np.random.default_rng(seed).permutation(len(images))[:n]}
-        rows = [row for row in rows if row['image'] in kept]
-    if not rows: raise ValueError(f"task '{spec['name']}': no rows in {origin} of the types {', '.join(spec['types'] or ['any'])}")
+        rows = [row for row in rows if row["image"] in kept]
+    if not rows:
+        raise ValueError(
+            f"task '{spec['name']}': no rows in {origin} of the types {', '.join(spec['types'] or ['any'])}"
+        )
     for row in rows:
-        if '{question}' in spec['prompt'] and not row['question'].strip():
+        if "{question}" in spec["prompt"] and not row["question"].strip():
             raise ValueError(f"task '{spec['name']}': a row of image {row['image'].name} in {origin} has no question")
-        if spec['metric'] == 'vqa_accuracy' and len(row['references']) != 10:
-            raise ValueError(f"task '{spec['name']}': VQA accuracy needs ten answers a question, image {row['image'].name} in {origin} has {len(row['references'])}")
-    return Task(spec, [Item(row['image'], spec['prompt'].replace('{question}', row['question'].strip()), row['references'], row['type']) for row in rows], origin)
+        if spec["metric"] == "vqa_accuracy" and len(row["references"]) != 10:
+            raise ValueError(
+                f"task '{spec['name']}': VQA accuracy needs ten answers a question, image {row['image'].name} in {origin} has {len(row['references'])}"
+            )
+    return Task(
+        spec,
+        [
+            Item(
+                row["image"],
+                spec["prompt"].replace("{question}", row["question"].strip()),
+                row["references"],
+                row["type"],
+            )
+            for row in rows
+        ],
+        origin,
+    )
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-017
-WORLD_SEED = 52_000 # of the scenes that tasks ask about; pre-training and its tests have others
-SCENES = 96 # drawn where no number is asked for
+WORLD_SEED = 52_000  # of the scenes that tasks ask about; pre-training and its tests have others
+SCENES = 96  # drawn where no number is asked for
 
 
 def source_tasks(
-    P:Profile, # Names the folder where the scenes are drawn, once
-    n:int=SCENES, # Scenes
-    seed:int=0, # 0 to 999: another world for each
-    progress:bool=False, # A bar while they are drawn?
-) -> dict[str,Task]: # scenes_captions and scenes_questions
+    P: Profile,  # Names the folder where the scenes are drawn, once
+    n: int = SCENES,  # Scenes
+    seed: int = 0,  # 0 to 999: another world for each
+    progress: bool = False,  # A bar while they are drawn?
+) -> dict[str, Task]:  # scenes_captions and scenes_questions
     "The base's own tasks in the built-in world: five captions of each scene, and its questions. Raises `ValueError` for a seed that belongs to others."
-    if not 0 <= seed < 1000: raise ValueError(f'seed {seed} is outside 0 to 999: the worlds of other seeds belong to pre-training and tests')
-    folder = ensure_world(P.work_dir/'tasks'/f'scenes-{n}-seed{seed}', 'source', 0, 0, n, seed=WORLD_SEED + seed, progress=progress)
+    if not 0 <= seed < 1000:
+        raise ValueError(f"seed {seed} is outside 0 to 999: the worlds of other seeds belong to pre-training and tests")
+    folder = ensure_world(
+        P.work_dir / "tasks" / f"scenes-{n}-seed{seed}", "source", 0, 0, n, seed=WORLD_SEED + seed, progress=progress
+    )
+
     def table(name):
-        with open(folder/name, encoding='utf-8', newline='') as file: return list(csv.DictReader(file))
-    def row(entry, question, references, kind): return dict(image=folder/'resized'/entry['image'], question=question, references=references, type=kind)
-    rows = dict(scenes_captions=[row(e, '', [e[f'caption_{k}'] for k in range(1, 6)], e['source']) for e in table('captions.csv')],
-        scenes_questions=[row(e, e['question'], [e['answer']], ' '.join(e['question'].split()[:2])) for e in table('questions.csv') if e['kind'] == 'answer'])
-    return {name: make_task(read_spec(TASK_FILES/f'{name}.json'), rows[name], f'{n} scenes of world seed {WORLD_SEED + seed}') for name in rows}
+        with open(folder / name, encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def row(entry, question, references, kind):
+        return dict(image=folder / "resized" / entry["image"], question=question, references=references, type=kind)
+
+    rows = dict(
+        scenes_captions=[
+            row(e, "", [e[f"caption_{k}"] for k in range(1, 6)], e["source"]) for e in table("captions.csv")
+        ],
+        scenes_questions=[
+            row(e, e["question"], [e["answer"]], " ".join(e["question"].split()[:2]))
+            for e in table("questions.csv")
+            if e["kind"] == "answer"
+        ],
+    )
+    return {
+        name: make_task(
+            read_spec(TASK_FILES / f"{name}.json"), rows[name], f"{n} scenes of world seed {WORLD_SEED + seed}"
+        )
+        for name in rows
+    }
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-021
-WINDOW = 512 # rows that are shuffled together
-NETWORK = ('httpx', 'httpx2', 'requests', 'urllib3', 'aiohttp', 'huggingface_hub') # packages with errors of their own for a hub that does not answer
+WINDOW = 512  # rows that are shuffled together
+NETWORK = (
+    "httpx",
+    "httpx2",
+    "requests",
+    "urllib3",
+    "aiohttp",
+    "huggingface_hub",
+)  # packages with errors of their own for a hub that does not answer
 
 
 def _write_lines(folder, lines):
-    with atomic_path(folder/'task.jsonl') as temporary: temporary.write_text(''.join(line + '\n' for line in lines), encoding='utf-8')
+    with atomic_path(folder / "task.jsonl") as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-022
 def fetch_rows(
-    spec:dict, # Of a task with a hub id
-    folder:Path, # To be written
-    n:int=0, # Images; 0 takes all
-    seed:int=0, # Of the shuffle
+    spec: dict,  # Of a task with a hub id
+    folder: Path,  # To be written
+    n: int = 0,  # Images; 0 takes all
+    seed: int = 0,  # Of the shuffle
 ):
     "Writes a hub's rows as a folder. Raises `OSError` where the hub does not answer, `ValueError` where it has not the columns."
-    from datasets import Image as Encoded, load_dataset
+    from datasets import Image as Encoded
+    from datasets import load_dataset
     from huggingface_hub import HfApi
-    revision, columns = spec['revision'] or HfApi().dataset_info(spec['hub']).sha, spec['columns']
-    rows = load_dataset(spec['hub'], split=spec['split'], revision=revision, streaming=True)
+
+    revision, columns = spec["revision"] or HfApi().dataset_info(spec["hub"]).sha, spec["columns"]
+    rows = load_dataset(spec["hub"], split=spec["split"], revision=revision, streaming=True)
     there = rows.column_names or columns.values()
-    if missing := [c for c in columns.values() if c and c not in there]: raise ValueError(f"{spec['hub']} has no column {missing[0]!r}: it has {', '.join(there)}")
-    rows = rows.select_columns([c for c in columns.values() if c]).cast_column(columns['image'], Encoded(decode=False))
+    if missing := [c for c in columns.values() if c and c not in there]:
+        raise ValueError(f"{spec['hub']} has no column {missing[0]!r}: it has {', '.join(there)}")
+    rows = rows.select_columns([c for c in columns.values() if c]).cast_column(columns["image"], Encoded(decode=False))
     rows = rows.shuffle(seed=seed, buffer_size=WINDOW) if n else rows
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part, seen, lines = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', suffix='.part', dir=folder.parent)), set(), []
+    part, seen, lines = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent)), set(), []
     try:
         for row in rows:
-            data, given = row[columns['image']]['bytes'], row[columns['references']]
+            data, given = row[columns["image"]]["bytes"], row[columns["references"]]
             name = hashlib.sha256(data).hexdigest()[:24]
-            if n and len(seen | {name}) > n: break
-            if name not in seen: (part/name).write_bytes(data)
+            if n and len(seen | {name}) > n:
+                break
+            if name not in seen:
+                (part / name).write_bytes(data)
             seen.add(name)
-            references = [a['answer'] if isinstance(a, dict) else a for a in ([given] if isinstance(given, str) else given)]
-            question, kind = (row[columns[key]] if columns[key] else '' for key in ('question', 'type'))
-            lines.append(json.dumps(dict(image=name, question=question, answers=references, type=kind), ensure_ascii=False))
+            references = [
+                a["answer"] if isinstance(a, dict) else a for a in ([given] if isinstance(given, str) else given)
+            ]
+            question, kind = (row[columns[key]] if columns[key] else "" for key in ("question", "type"))
+            lines.append(
+                json.dumps(dict(image=name, question=question, answers=references, type=kind), ensure_ascii=False)
+            )
         _write_lines(part, lines)
-        (part/'origin.json').write_text(json.dumps(dict(origin=f"{spec['hub']} at {revision}, split {spec['split']}")))
+        (part / "origin.json").write_text(
+            json.dumps(dict(origin=f"{spec['hub']} at {revision}, split {spec['split']}"))
+        )
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-023
 def rsvqa_folder(
-    folder:str|Path, # The unpacked official release, of low or high resolution
-    split:str='test', # As in the names of its files; `test_phili` is high resolution's second test set
-) -> Path: # The same folder, with task.jsonl
+    folder: str | Path,  # The unpacked official release, of low or high resolution
+    split: str = "test",  # As in the names of its files; `test_phili` is high resolution's second test set
+) -> Path:  # The same folder, with task.jsonl
     "Makes RSVQA's release (Lobry et al. 2020) a task's folder, by writing task.jsonl into it. Raises `FileNotFoundError` naming the file that is missing."
     folder = Path(folder)
-    name, images = ('LR', 'Images_LR') if (folder/f'LR_split_{split}_questions.json').exists() else ('USGS', 'Data')
-    def part(what): return json.loads((folder/f'{name}_split_{split}_{what}.json').read_text(encoding='utf-8'))[what]
-    answers, images, lines = {row['question_id']: row['answer'] for row in part('answers') if row['active']}, folder/images, []
-    for row in part('questions'):
-        if not row['active']: continue
-        file = next((f for f in (images/f"{row['img_id']}{suffix}" for suffix in ('.tif', '.png')) if f.is_file()), None)
-        if file is None: raise FileNotFoundError(f"{images/str(row['img_id'])}.tif is missing: unpack the images of the release there")
-        lines.append(json.dumps(dict(image=str(file.relative_to(folder)), question=row['question'], answers=[str(answers[row['id']])], type=row['type'])))
+    name, images = ("LR", "Images_LR") if (folder / f"LR_split_{split}_questions.json").exists() else ("USGS", "Data")
+
+    def part(what):
+        return json.loads((folder / f"{name}_split_{split}_{what}.json").read_text(encoding="utf-8"))[what]
+
+    answers, images, lines = (
+        {row["question_id"]: row["answer"] for row in part("answers") if row["active"]},
+        folder / images,
+        [],
+    )
+    for row in part("questions"):
+        if not row["active"]:
+            continue
+        file = next(
+            (f for f in (images / f"{row['img_id']}{suffix}" for suffix in (".tif", ".png")) if f.is_file()), None
+        )
+        if file is None:
+            raise FileNotFoundError(
+                f"{images / str(row['img_id'])}.tif is missing: unpack the images of the release there"
+            )
+        lines.append(
+            json.dumps(
+                dict(
+                    image=str(file.relative_to(folder)),
+                    question=row["question"],
+                    answers=[str(answers[row["id"]])],
+                    type=row["type"],
+                )
+            )
+        )
     _write_lines(folder, lines)
     return folder
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-027
 def load_task(
-    name:str, # One of `task_names()`
-    folder:str|Path|None=None, # With task.jsonl and images
-    n:int=0, # Images asked about; 0 takes all (of scenes: `SCENES`)
-    seed:int=0, # Of the draw
-    P:Profile|None=None, # Names the folder of work; `nano` by default
-    progress:bool=False, # A bar while scenes are drawn?
+    name: str,  # One of `task_names()`
+    folder: str | Path | None = None,  # With task.jsonl and images
+    n: int = 0,  # Images asked about; 0 takes all (of scenes: `SCENES`)
+    seed: int = 0,  # Of the draw
+    P: Profile | None = None,  # Names the folder of work; `nano` by default
+    progress: bool = False,  # A bar while scenes are drawn?
 ) -> Task:
     "A task, ready to be asked. Raises `ValueError` for an unknown name or bad rows, `OSError` where it cannot be had, saying how to get it."
-    if name not in task_names(): raise ValueError(f"unknown task '{name}': the tasks are {', '.join(task_names())}")
-    if n < 0: raise ValueError(f'n is {n}, allowed: 0 or more')
-    P, spec = P or load_profile(), read_spec(TASK_FILES/f'{name}.json')
-    own = P.work_dir/'tasks'/name
-    if folder is None and spec['source'] == 'scenes': return source_tasks(P, n or SCENES, seed, progress)[name]
-    if folder is None and (own/'task.jsonl').is_file(): folder = own
-    if folder is not None: return make_task(spec, read_rows(folder), f'folder {Path(folder).name}', n, seed)
+    if name not in task_names():
+        raise ValueError(f"unknown task '{name}': the tasks are {', '.join(task_names())}")
+    if n < 0:
+        raise ValueError(f"n is {n}, allowed: 0 or more")
+    P, spec = P or load_profile(), read_spec(TASK_FILES / f"{name}.json")
+    own = P.work_dir / "tasks" / name
+    if folder is None and spec["source"] == "scenes":
+        return source_tasks(P, n or SCENES, seed, progress)[name]
+    if folder is None and (own / "task.jsonl").is_file():
+        folder = own
+    if folder is not None:
+        return make_task(spec, read_rows(folder), f"folder {Path(folder).name}", n, seed)
     fetched = own.with_name(f"{name}.v{spec['version']}-{n or 'all'}-seed{seed}")
-    if not (fetched/'origin.json').is_file():
-        if spec['source'] == 'folder': raise FileNotFoundError(f"no folder with task.jsonl and images at {own}. {spec['notes']}")
-        if not hub_reachable(): raise FileNotFoundError(f"the hub of {spec['hub']} cannot be reached: put a folder with task.jsonl and images at {own}")
-        try: fetch_rows(spec, fetched, n, seed)
+    if not (fetched / "origin.json").is_file():
+        if spec["source"] == "folder":
+            raise FileNotFoundError(f"no folder with task.jsonl and images at {own}. {spec['notes']}")
+        if not hub_reachable():
+            raise FileNotFoundError(
+                f"the hub of {spec['hub']} cannot be reached: put a folder with task.jsonl and images at {own}"
+            )
+        try:
+            fetch_rows(spec, fetched, n, seed)
         except Exception as reason:
-            if isinstance(reason, (OSError, ValueError)) or type(reason).__module__.split('.')[0] not in NETWORK: raise
-            raise OSError(f"task '{name}': {spec['hub']} could not be read, {type(reason).__name__}: {reason}") from reason
-    return make_task(spec, read_rows(fetched), json.loads((fetched/'origin.json').read_text())['origin'])
+            if isinstance(reason, (OSError, ValueError)) or type(reason).__module__.split(".")[0] not in NETWORK:
+                raise
+            raise OSError(
+                f"task '{name}': {spec['hub']} could not be read, {type(reason).__name__}: {reason}"
+            ) from reason
+    return make_task(spec, read_rows(fetched), json.loads((fetched / "origin.json").read_text())["origin"])
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-029
-ROWS = 256 # items whose image features are in memory at once
+ROWS = 256  # items whose image features are in memory at once
+
+
 @torch.no_grad()
 def _said(captioner, task, batch_size, progress):
     from PIL import Image
     from tqdm import tqdm
+
     model, said, training = captioner.model, [], captioner.model.training
     model.eval()
+
     def opened(files):
         for file in files:
-            with Image.open(file) as image: yield image.convert('RGB')
-    with tqdm(total=len(task.items), desc=task.spec['name'], unit='item', disable=not progress, mininterval=1) as bar:
+            with Image.open(file) as image:
+                yield image.convert("RGB")
+
+    with tqdm(total=len(task.items), desc=task.spec["name"], unit="item", disable=not progress, mininterval=1) as bar:
         for start in range(0, len(task.items), ROWS):
-            items = task.items[start:start + ROWS]
+            items = task.items[start : start + ROWS]
             files = list(dict.fromkeys(item.image for item in items))
-            features = torch.cat([image_features(model, pixel_tensor(captioner.processor, opened(files[i:i + batch_size]))) for i in range(0, len(files), batch_size)])
+            features = torch.cat(
+                [
+                    image_features(model, pixel_tensor(captioner.processor, opened(files[i : i + batch_size])))
+                    for i in range(0, len(files), batch_size)
+                ]
+            )
             place = {file: k for k, file in enumerate(files)}
-            said += generate_captions(captioner, None, prompts=[item.prompt for item in items], features=features[[place[item.image] for item in items]],
-                max_new_tokens=task.spec['max_new_tokens'], batch_size=batch_size)
+            said += generate_captions(
+                captioner,
+                None,
+                prompts=[item.prompt for item in items],
+                features=features[[place[item.image] for item in items]],
+                max_new_tokens=task.spec["max_new_tokens"],
+                batch_size=batch_size,
+            )
             bar.update(len(items))
     model.train(training)
     return said
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-030
 def run_task(
-    captioner:Captioner, # Any; its own prompt is not used
-    task:Task, # From `load_task`
-    batch_size:int=64, # Items decoded together
-    progress:bool=False, # A bar with the remaining time?
-) -> dict: # task, version, metric, value, per_item, images, types, by_type {type: {value, n}}, predictions, n, origin, reported, seconds
+    captioner: Captioner,  # Any; its own prompt is not used
+    task: Task,  # From `load_task`
+    batch_size: int = 64,  # Items decoded together
+    progress: bool = False,  # A bar with the remaining time?
+) -> dict:  # task, version, metric, value, per_item, images, types, by_type {type: {value, n}}, predictions, n, origin, reported, seconds
     "Asks a task. Values are 0 to 1, CIDEr's 0 to 10; CIDEr's items are comparable over models, not over sets of images."
     start, spec = time.perf_counter(), task.spec
     said, references = _said(captioner, task, batch_size, progress), [item.references for item in task.items]
-    if spec['metric'] == 'cider':
-        scores = score_captions(said, references, metrics=('cider',))
-        metric = find_metric(scores.corpus, 'cider')
+    if spec["metric"] == "cider":
+        scores = score_captions(said, references, metrics=("cider",))
+        metric = find_metric(scores.corpus, "cider")
         each = scores.per_image[metric]
     else:
-        judge, metric = vqa_accuracy if spec['metric'] == 'vqa_accuracy' else exact_accuracy, METRICS[spec['metric']]
+        judge, metric = vqa_accuracy if spec["metric"] == "vqa_accuracy" else exact_accuracy, METRICS[spec["metric"]]
         each = np.array([judge(s, r) for s, r in zip(said, references)])
     types = np.array([item.type for item in task.items])
-    by_type = {str(t): dict(value=float(each[types == t].mean()), n=int((types == t).sum())) for t in np.unique(types) if t}
-    value = float(np.mean([kind['value'] for kind in by_type.values()]) if spec['metric'] == 'accuracy_by_type' else each.mean())
-    return dict(task=spec['name'], version=spec['version'], metric=metric, value=value, n=len(each), by_type=by_type, origin=task.origin, reported=spec['reported'],
-        seconds=time.perf_counter() - start, per_item=each.tolist(), images=[item.image.name for item in task.items], types=types.tolist(), predictions=said)
+    by_type = {
+        str(t): dict(value=float(each[types == t].mean()), n=int((types == t).sum())) for t in np.unique(types) if t
+    }
+    value = float(
+        np.mean([kind["value"] for kind in by_type.values()]) if spec["metric"] == "accuracy_by_type" else each.mean()
+    )
+    return dict(
+        task=spec["name"],
+        version=spec["version"],
+        metric=metric,
+        value=value,
+        n=len(each),
+        by_type=by_type,
+        origin=task.origin,
+        reported=spec["reported"],
+        seconds=time.perf_counter() - start,
+        per_item=each.tolist(),
+        images=[item.image.name for item in task.items],
+        types=types.tolist(),
+        predictions=said,
+    )
 
 # %% ../../nbs/lib/07_evaluation/05_tasks.ipynb #cell-031
 def transfer(
-    P:Profile, # Which tasks, how many images, how large a batch
-    captioner:Captioner, # Before or after tuning
-    names:tuple[str,...]|None=None, # The profile's by default
-    progress:bool=False, # Bars?
-) -> dict[str,dict]: # Task -> what `run_task` gives, or task, version and `missing`: why it could not be asked
+    P: Profile,  # Which tasks, how many images, how large a batch
+    captioner: Captioner,  # Before or after tuning
+    names: tuple[str, ...] | None = None,  # The profile's by default
+    progress: bool = False,  # Bars?
+) -> dict[str, dict]:  # Task -> what `run_task` gives, or task, version and `missing`: why it could not be asked
     "Asks the base's own tasks. A task that cannot be had is announced and recorded; a wrong name or a bad row is an error, as in `load_task`."
     found = {}
     for name in P.tasks if names is None else names:
-        try: task = load_task(name, n=P.task_images, P=P, progress=progress)
+        try:
+            task = load_task(name, n=P.task_images, P=P, progress=progress)
         except OSError as reason:
-            announce(f'task {name}', f'not asked: {reason}')
-            found[name] = dict(task=name, version=read_spec(TASK_FILES/f'{name}.json')['version'], missing=str(reason))
-        else: found[name] = run_task(captioner, task, P.generate_batch, progress)
+            announce(f"task {name}", f"not asked: {reason}")
+            found[name] = dict(
+                task=name, version=read_spec(TASK_FILES / f"{name}.json")["version"], missing=str(reason)
+            )
+        else:
+            found[name] = run_task(captioner, task, P.generate_batch, progress)
     return found

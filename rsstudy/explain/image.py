@@ -7,12 +7,14 @@ __all__ = ['MOST', 'USUAL', 'CONTROLS', 'read_image', 'chosen_pieces', 'gains_ov
            'plain_text', 'explain_file', 'explanation_table']
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-002
-import numpy as np
 import os
-from PIL import Image
-from accelerate.utils.memory import should_reduce_batch_size
 from itertools import count
 from pathlib import Path
+
+import numpy as np
+from accelerate.utils.memory import should_reduce_batch_size
+from PIL import Image
+
 from ..attribution.attributions import explain, known_methods, label
 from ..attribution.controls import random_map
 from ..attribution.draw import MODELS
@@ -30,138 +32,219 @@ from ..tuning.captioners import load_captioner
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-005
 def read_image(
-    path:str|Path, # File
-) -> Image.Image: # RGB, upright; values of more than 8 bits stretched as for `rsstudy caption`
+    path: str | Path,  # File
+) -> Image.Image:  # RGB, upright; values of more than 8 bits stretched as for `rsstudy caption`
     "Reads an image. Raises `FileNotFoundError`, or `ValueError` saying what is wrong with the file."
-    if not Path(path).exists(): raise FileNotFoundError(f"image {path} does not exist")
-    if not Path(path).is_file(): raise ValueError(f"image {path} is no file")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"image {path} does not exist")
+    if not Path(path).is_file():
+        raise ValueError(f"image {path} is no file")
     return read_pixels(path, f"image {path}")
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-008
-MOST = 60 # pieces of one caption: each adds a backward pass to some methods and twice 8 images a method to the check
+MOST = 60  # pieces of one caption: each adds a backward pass to some methods and twice 8 images a method to the check
+
+
 def chosen_pieces(
-    target:CaptionTarget, # The caption
-    words:list[str]=None, # Words or phrases; None: every word
-) -> list[Piece]: # In the caption's order, then the whole caption
+    target: CaptionTarget,  # The caption
+    words: list[str] | None = None,  # Words or phrases; None: every word
+) -> list[Piece]:  # In the caption's order, then the whole caption
     "What is explained. Raises `ValueError` for words that the caption lacks, listing those it has; for phrases that overlap; and for more than `MOST`."
-    at, places = 0, [] # first and one-past-last character of each word
+    at, places = 0, []  # first and one-past-last character of each word
     for w in target.words:
         start = target.caption.index(w.text, at)
         at = start + len(w.text)
         places.append((start, at))
+
     def all_of(phrase):
         for occurrence in count():
-            try: yield target.span(phrase, occurrence)
+            try:
+                yield target.span(phrase, occurrence)
             except ValueError:
-                if not occurrence: raise
+                if not occurrence:
+                    raise
                 return
-    spans = target.words if words is None else [s for w in dict.fromkeys(w.lower().strip() for w in words) for s in all_of(w)]
-    if not spans: raise ValueError(f"the caption {target.caption!r} has no words to explain")
-    if len(spans) > MOST: raise ValueError(f"{len(spans)} words are too many to explain at once: choose at most {MOST} of the caption's")
+
+    spans = (
+        target.words
+        if words is None
+        else [s for w in dict.fromkeys(w.lower().strip() for w in words) for s in all_of(w)]
+    )
+    if not spans:
+        raise ValueError(f"the caption {target.caption!r} has no words to explain")
+    if len(spans) > MOST:
+        raise ValueError(f"{len(spans)} words are too many to explain at once: choose at most {MOST} of the caption's")
     pieces = []
     for span in spans:
         inside = [p for p, w in zip(places, target.words) if set(w.tokens) <= set(span.tokens)]
         pieces.append(Piece(inside[0][0], inside[-1][1], span))
     pieces.sort(key=lambda p: p.start)
     for a, b in zip(pieces, pieces[1:]):
-        if b.start < a.end: raise ValueError(f"{a.span.text!r} and {b.span.text!r} overlap in the caption: explain one of them")
+        if b.start < a.end:
+            raise ValueError(f"{a.span.text!r} and {b.span.text!r} overlap in the caption: explain one of them")
     return [*pieces, Piece(0, len(target.caption), target.span())]
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-011
-USUAL = "integrated_gradients", "grad_cam", "shap", "pixelshap" # methods unless others are asked for
-CONTROLS = 4 # random maps
+USUAL = "integrated_gradients", "grad_cam", "shap", "pixelshap"  # methods unless others are asked for
+CONTROLS = 4  # random maps
 
 
 def gains_over_chance(
-    scorer:Scorer, # What is explained, U spans
-    maps:list[np.ndarray], # M methods' maps, (U, H, W) each
-) -> tuple[np.ndarray, np.ndarray]: # Gains (M, 2, U) in nats, and the best random map's (2, U)
+    scorer: Scorer,  # What is explained, U spans
+    maps: list[np.ndarray],  # M methods' maps, (U, H, W) each
+) -> tuple[np.ndarray, np.ndarray]:  # Gains (M, 2, U) in nats, and the best random map's (2, U)
     "Deletion and insertion gain of every map over the mean of `CONTROLS` random maps. Source: Petsiuk, Das and Saenko 2018, RISE, sec. 4.3"
     heats = np.stack([*maps, *(random_map(scorer, seed).heat for seed in range(CONTROLS))])
     curves = removal_curves(scorer, heats)
-    areas = np.stack([-area(curves.deletion, curves.fractions), area(curves.insertion, curves.fractions)], 1) # (M + CONTROLS, 2, U), higher is better
+    areas = np.stack(
+        [-area(curves.deletion, curves.fractions), area(curves.insertion, curves.fractions)], 1
+    )  # (M + CONTROLS, 2, U), higher is better
     gains = areas - areas[-CONTROLS:].mean(0)
     return gains[:-CONTROLS], gains[-CONTROLS:].max(0)
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-013
 def check_image(
-    image:Image.Image, # RGB
-    name:str, # What it is called
+    image: Image.Image,  # RGB
+    name: str,  # What it is called
 ):
     "Raises `ValueError` for an image in which nothing could be hidden."
-    if all(low == high for low, high in image.getextrema()): raise ValueError(f"{name} is a constant image, of one colour throughout: nothing in it can be hidden, so nothing can be explained")
+    if all(low == high for low, high in image.getextrema()):
+        raise ValueError(
+            f"{name} is a constant image, of one colour throughout: nothing in it can be hidden, so nothing can be explained"
+        )
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-014
 def explain_image(
-    captioner:Captioner, # Model, processor and prompt
-    image:Image.Image|np.ndarray, # Any size, RGB
-    caption:str=None, # What is explained; None: what the model writes
-    words:list[str]=None, # Words or phrases of it; None: every word
-    attributions:list[str]=None, # Names in `rsstudy.attribution.attributions`; None: `USUAL`
-    P:Profile=None, # Budgets; None: those of the profile `nano`
-    name:str="image", # What the image is called
-    model:str=None, # What the model is called; None: its tuning method
+    captioner: Captioner,  # Model, processor and prompt
+    image: Image.Image | np.ndarray,  # Any size, RGB
+    caption: str | None = None,  # What is explained; None: what the model writes
+    words: list[str] | None = None,  # Words or phrases of it; None: every word
+    attributions: list[str] | None = None,  # Names in `rsstudy.attribution.attributions`; None: `USUAL`
+    P: Profile = None,  # Budgets; None: those of the profile `nano`
+    name: str = "image",  # What the image is called
+    model: str | None = None,  # What the model is called; None: its tuning method
 ) -> Explanation:
     "Explains the words of a caption of one image. Raises `ValueError` saying what cannot be explained, and what the model raises, out of memory included."
-    P, chosen, image = P or load_profile("nano"), known_methods(attributions or USUAL), Image.fromarray(np.asarray(image)).convert("RGB")
+    P, chosen, image = (
+        P or load_profile("nano"),
+        known_methods(attributions or USUAL),
+        Image.fromarray(np.asarray(image)).convert("RGB"),
+    )
     check_image(image, name)
     written = "you" if caption is not None else "the model"
-    if caption is None: caption, = generate_captions(captioner, [image], max_new_tokens=P.max_new_tokens)
-    if not caption.strip() and written == "the model": raise ValueError("the model wrote an empty caption: give one with --caption")
+    if caption is None:
+        (caption,) = generate_captions(captioner, [image], max_new_tokens=P.max_new_tokens)
+    if not caption.strip() and written == "the model":
+        raise ValueError("the model wrote an empty caption: give one with --caption")
     target = caption_target(captioner.processor, image, captioner.prompt, caption)
     pieces = chosen_pieces(target, words)
     scorer = caption_scorer(captioner.model, target, [p.span for p in pieces], P.generate_batch)
     worded = bool(word_spans(target.prompt, []))
-    prompt = prompt_words(captioner.model, captioner.processor, target, [p.span for p in pieces], P.generate_batch) if worded else None
+    prompt = (
+        prompt_words(captioner.model, captioner.processor, target, [p.span for p in pieces], P.generate_batch)
+        if worded
+        else None
+    )
     found, failed, shared = {}, {}, None
     for method in chosen:
-        try: found[method] = explain(scorer, method, P, CONTROLS, prompt) # another seed than the random maps that it is held against
-        except ValueError as error: failed[method] = str(error)
-    if not found: raise ValueError(next(iter(failed.values())))
+        try:
+            found[method] = explain(
+                scorer, method, P, CONTROLS, prompt
+            )  # another seed than the random maps that it is held against
+        except ValueError as error:
+            failed[method] = str(error)
+    if not found:
+        raise ValueError(next(iter(failed.values())))
     if worded and any(a.text is None for a in found.values()):
-        try: shared = prompt_shap(captioner, target, [p.span for p in pieces], batch=P.generate_batch)
-        except ValueError as error: failed["SHAP of the prompt"] = str(error)
-    for method, why in failed.items(): announce(label(method), f"left out: {why}")
+        try:
+            shared = prompt_shap(captioner, target, [p.span for p in pieces], batch=P.generate_batch)
+        except ValueError as error:
+            failed["SHAP of the prompt"] = str(error)
+    for method, why in failed.items():
+        announce(label(method), f"left out: {why}")
     gains, chance = gains_over_chance(scorer, [a.heat for a in found.values()])
     photo = image.copy()
     photo.thumbnail((640, 640))
-    return Explanation(name, np.asarray(photo), target.image.shape[:2], caption, written, model or MODELS.get(captioner.method, captioner.method), pieces, found,
-        dict(zip(found, gains)), chance, CONTROLS, failed, target.prompt, shared)
+    return Explanation(
+        name,
+        np.asarray(photo),
+        target.image.shape[:2],
+        caption,
+        written,
+        model or MODELS.get(captioner.method, captioner.method),
+        pieces,
+        found,
+        dict(zip(found, gains)),
+        chance,
+        CONTROLS,
+        failed,
+        target.prompt,
+        shared,
+    )
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-023
-def plain_text(text:str) -> str: return os.fsencode(text).decode("utf-8", "replace") # a file name need not be UTF-8, a page must
+def plain_text(text: str) -> str:
+    return os.fsencode(text).decode("utf-8", "replace")  # a file name need not be UTF-8, a page must
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-024
 def explain_file(
-    P:Profile, # Model, prompt and budgets
-    path:str, # Image
-    words:list[str]=None, # Words or phrases of the caption; None: every word
-    attributions:list[str]=None, # Names in `rsstudy.attribution.attributions`; None: `USUAL`
-    model:str="none", # As for `rsstudy.tuning.captioners.load_captioner`
-    seed:int=0, # Of the run of a tuning method
-    caption:str=None, # None: what the model writes
-    out:str="explained", # Folder
-) -> str: # For the terminal: the caption, the words' numbers, where the files are
+    P: Profile,  # Model, prompt and budgets
+    path: str,  # Image
+    words: list[str] | None = None,  # Words or phrases of the caption; None: every word
+    attributions: list[str] | None = None,  # Names in `rsstudy.attribution.attributions`; None: `USUAL`
+    model: str = "none",  # As for `rsstudy.tuning.captioners.load_captioner`
+    seed: int = 0,  # Of the run of a tuning method
+    caption: str | None = None,  # None: what the model writes
+    out: str = "explained",  # Folder
+) -> str:  # For the terminal: the caption, the words' numbers, where the files are
     "What `rsstudy explain` does: writes OUT/IMAGE-MODEL.html and .png. Raises `FileNotFoundError`, `ValueError`, and `RuntimeError` where not even one image fits in memory."
     image, chosen, out = read_image(path), known_methods(attributions or USUAL), Path(out)
-    if blocked := file_in_the_way(out): raise ValueError(f"--out {out}: {blocked} is no folder")
+    if blocked := file_in_the_way(out):
+        raise ValueError(f"--out {out}: {blocked} is no folder")
     check_image(image, plain_text(Path(path).name))
     captioner, short = load_captioner(P, model, seed), Path(model).name
-    known = f"{MODELS[model]} {P.base_model}" + (f", seed {seed}" if model != "none" else "") if model in MODELS else plain_text(short)
-    try: e = explain_image(captioner, image, caption and plain_text(caption), words, chosen, P, plain_text(Path(path).name), known)
+    known = (
+        f"{MODELS[model]} {P.base_model}" + (f", seed {seed}" if model != "none" else "")
+        if model in MODELS
+        else plain_text(short)
+    )
+    try:
+        e = explain_image(
+            captioner, image, caption and plain_text(caption), words, chosen, P, plain_text(Path(path).name), known
+        )
     except RuntimeError as error:
-        if not should_reduce_batch_size(error): raise
-        raise RuntimeError(f"out of memory with a single image at a time: explain fewer words, give the device to this process alone or take a smaller model than {P.base_model}") from None
+        if not should_reduce_batch_size(error):
+            raise
+        raise RuntimeError(
+            f"out of memory with a single image at a time: explain fewer words, give the device to this process alone or take a smaller model than {P.base_model}"
+        ) from None
     page, figure = e.save(out, f"{Path(path).stem}-{short}")
     return "\n".join([f"{e.name}: {e.caption}", "", explanation_table(e), "", f"Page:   {page}", f"Figure: {figure}"])
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-025
 def explanation_table(
-    e:Explanation, # Holds the numbers
-) -> str: # A line a piece and method
+    e: Explanation,  # Holds the numbers
+) -> str:  # A line a piece and method
     "Deletion and insertion gains for the terminal."
     import pandas as pd
-    say = lambda gain, chance: number(gain, sign=True) + (" *" if gain > chance else "  ")
-    rows = [dict(word="(whole caption)" if p is e.pieces[-1] else p.span.text, probability=number(e.probability(u), 3), method=label(m),
-        **{name: say(e.gains[m][i, u], e.chance[i, u]) for i, name in enumerate(("deletion gain", "insertion gain"))}) for u, p in enumerate(e.pieces) for m in e.found]
-    return pd.DataFrame(rows).to_string(index=False) + f"\n\nGains in nats over random maps, higher is better; * better than each of {e.controls} of them"
+
+    def say(gain, chance):
+        return number(gain, sign=True) + (" *" if gain > chance else "  ")
+
+    rows = [
+        dict(
+            word="(whole caption)" if p is e.pieces[-1] else p.span.text,
+            probability=number(e.probability(u), 3),
+            method=label(m),
+            **{
+                name: say(e.gains[m][i, u], e.chance[i, u])
+                for i, name in enumerate(("deletion gain", "insertion gain"))
+            },
+        )
+        for u, p in enumerate(e.pieces)
+        for m in e.found
+    ]
+    return (
+        pd.DataFrame(rows).to_string(index=False)
+        + f"\n\nGains in nats over random maps, higher is better; * better than each of {e.controls} of them"
+    )

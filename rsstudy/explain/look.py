@@ -8,53 +8,55 @@ __all__ = ['STYLE', 'SCRIPT', 'palette', 'on_white', 'levels', 'number', 'data_u
 # %% ../../nbs/lib/14_explain/01_look.ipynb #cell-002
 import base64
 import io
+
 import numpy as np
 from PIL import Image
 
 # %% ../../nbs/lib/14_explain/01_look.ipynb #cell-005
 def palette(
-    signed:bool, # Do the values have a sign?
-) -> np.ndarray: # (255, 4) uint8 RGBA; signed: level 127 is zero, unsigned: level 0
+    signed: bool,  # Do the values have a sign?
+) -> np.ndarray:  # (255, 4) uint8 RGBA; signed: level 127 is zero, unsigned: level 0
     """The colours of a map's levels. Signed: ColorBrewer's RdBu (Harrower and Brewer 2003); unsigned: the light part of magma (van der Walt and Smith 2015), reversed."""
     from matplotlib import colormaps
+
     v = np.linspace(-1, 1, 255) if signed else np.linspace(0, 1, 255)
-    rgba = colormaps["RdBu_r"]((v + 1) / 2) if signed else colormaps["magma_r"](v * .8)
-    rgba[np.abs(v) < 1e-9, :3] = 1 # white at zero
-    rgba[:, 3] = np.minimum(np.abs(v) * 1.6, .9)
+    rgba = colormaps["RdBu_r"]((v + 1) / 2) if signed else colormaps["magma_r"](v * 0.8)
+    rgba[np.abs(v) < 1e-9, :3] = 1  # white at zero
+    rgba[:, 3] = np.minimum(np.abs(v) * 1.6, 0.9)
     return np.round(rgba * 255).astype(np.uint8)
 
 # %% ../../nbs/lib/14_explain/01_look.ipynb #cell-006
 def on_white(
-    colours:np.ndarray, # (..., 4) uint8 RGBA
-) -> np.ndarray: # (..., 3) uint8
+    colours: np.ndarray,  # (..., 4) uint8 RGBA
+) -> np.ndarray:  # (..., 3) uint8
     "Colours as they look on white: what a legend shows."
     alpha = colours[..., 3:] / 255
     return np.round(colours[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 # %% ../../nbs/lib/14_explain/01_look.ipynb #cell-007
 def levels(
-    cells:np.ndarray, # Map, (h, w)
-    scale:float, # Value of the last colour; what lies beyond has that colour too
-    signed:bool, # Which palette?
-) -> np.ndarray: # (h, w) uint8: rows of the palette
+    cells: np.ndarray,  # Map, (h, w)
+    scale: float,  # Value of the last colour; what lies beyond has that colour too
+    signed: bool,  # Which palette?
+) -> np.ndarray:  # (h, w) uint8: rows of the palette
     "The colour of each cell."
     v = np.clip(cells / scale, -1 if signed else 0, 1)
     return np.round(v * 127 + 127 if signed else v * 254).astype(np.uint8)
 
 # %% ../../nbs/lib/14_explain/01_look.ipynb #cell-011
 def number(
-    value:float, # Any
-    digits:int=2, # After the point
-    sign:bool=False, # A plus too?
-) -> str: # With a true minus; "n/a" for what is not a number
+    value: float,  # Any
+    digits: int = 2,  # After the point
+    sign: bool = False,  # A plus too?
+) -> str:  # With a true minus; "n/a" for what is not a number
     "A number for people."
     return "n/a" if not np.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "\u2212")
 
 # %% ../../nbs/lib/14_explain/01_look.ipynb #cell-014
 def data_uri(
-    image:Image.Image, # What to show
-    kind:str, # "jpeg" or "png"
-    **options, # For Pillow's `save`
+    image: Image.Image,  # What to show
+    kind: str,  # "jpeg" or "png"
+    **options,  # For Pillow's `save`
 ) -> str:
     "An image as an address that holds it."
     out = io.BytesIO()
@@ -63,8 +65,8 @@ def data_uri(
 
 # %% ../../nbs/lib/14_explain/01_look.ipynb #cell-015
 def map_uri(
-    rows:np.ndarray, # (h, w) uint8, rows of the palette
-    colours:np.ndarray, # Palette, (255, 4) uint8
+    rows: np.ndarray,  # (h, w) uint8, rows of the palette
+    colours: np.ndarray,  # Palette, (255, 4) uint8
 ) -> str:
     "A map as a PNG with a palette: one byte a cell."
     image = Image.fromarray(rows, "L").convert("P")

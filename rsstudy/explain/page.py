@@ -11,10 +11,12 @@ import base64
 import hashlib
 import html
 import json
-import numpy as np
-from PIL import Image
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
 from ..attribution.answer import Attribution, at_patch_scale
 from ..attribution.attributions import ADDS_UP, CONTROLS, IN_NATS, UNITLESS, UNSIGNED, label
 from ..attribution.words import Span
@@ -26,118 +28,153 @@ from .prompt_panel import prompt_rows
 @dataclass(frozen=True)
 class Piece:
     "A stretch of the caption whose log-probability is explained."
-    start:int # First character
-    end:int # One past the last
-    span:Span # Its text and tokens
+
+    start: int  # First character
+    end: int  # One past the last
+    span: Span  # Its text and tokens
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-006
-SIDE = 112 # cells along one side of a map as it is drawn: finer than a screen shows, a quarter of the bytes
-WORTH = .995 # share of the cells inside the scale: a single bright pixel must not pale all others
+SIDE = 112  # cells along one side of a map as it is drawn: finer than a screen shows, a quarter of the bytes
+WORTH = 0.995  # share of the cells inside the scale: a single bright pixel must not pale all others
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-007
-FAR = .05 # relative gap above which a sum is no longer called the sum of anything
+FAR = 0.05  # relative gap above which a sum is no longer called the sum of anything
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-008
 @dataclass
 class Explanation:
     "Maps and numbers for the words of one caption of one image. Shows itself in a notebook; `save` writes the page and the figure."
-    name:str # Of the image, such as its file name
-    photo:np.ndarray # (h, w, 3) uint8, at the size at which it is shown
-    seen:tuple[int, int] # Height and width at which the model saw it, pixels
-    caption:str # What is explained
-    written:str # By whom: "the model" or "you"
-    model:str # Which model, in words
-    pieces:list[Piece] # U, in the caption's order without overlap, then the whole caption
-    found:dict[str, Attribution] # M methods with U maps each
-    gains:dict[str, np.ndarray] # (2, U) nats over the mean random map: deletion, insertion; positive is better
-    chance:np.ndarray # (2, U) the best of the random maps over their mean
-    controls:int # Random maps
-    failed:dict[str, str]=field(default_factory=dict) # Methods without a map, and why
-    prompt:str="" # What stood before the caption; empty: nothing is said of its words
-    words:Attribution=None # From `prompt_shap`: what the prompt's words add, for methods that do not say so themselves
 
-    def cells(self, method:str) -> np.ndarray: # (U, s, s)
+    name: str  # Of the image, such as its file name
+    photo: np.ndarray  # (h, w, 3) uint8, at the size at which it is shown
+    seen: tuple[int, int]  # Height and width at which the model saw it, pixels
+    caption: str  # What is explained
+    written: str  # By whom: "the model" or "you"
+    model: str  # Which model, in words
+    pieces: list[Piece]  # U, in the caption's order without overlap, then the whole caption
+    found: dict[str, Attribution]  # M methods with U maps each
+    gains: dict[str, np.ndarray]  # (2, U) nats over the mean random map: deletion, insertion; positive is better
+    chance: np.ndarray  # (2, U) the best of the random maps over their mean
+    controls: int  # Random maps
+    failed: dict[str, str] = field(default_factory=dict)  # Methods without a map, and why
+    prompt: str = ""  # What stood before the caption; empty: nothing is said of its words
+    words: Attribution = (
+        None  # From `prompt_shap`: what the prompt's words add, for methods that do not say so themselves
+    )
+
+    def cells(self, method: str) -> np.ndarray:  # (U, s, s)
         "A method's maps as they are drawn."
         heat = self.found[method].heat
         return at_patch_scale(heat, min(SIDE, *heat.shape[1:]))
 
-    def scale(self, method:str, u:int) -> float:
+    def scale(self, method: str, u: int) -> float:
         "Value of the last colour: one for all words of a method, and one for the whole caption, which is their sum."
         cells = np.abs(self.cells(method)[-1:] if u == len(self.pieces) - 1 else self.cells(method)[:-1])
         return float(np.quantile(cells, WORTH) or cells.max())
 
-    def signed(self, method:str) -> bool: return method not in UNSIGNED
+    def signed(self, method: str) -> bool:
+        return method not in UNSIGNED
 
-    def probability(self, u:int) -> float: # From 0 to 1
+    def probability(self, u: int) -> float:  # From 0 to 1
         "Geometric mean of the probabilities of a piece's tokens."
         return float(np.exp(next(iter(self.found.values())).log_probability[u] / len(self.pieces[u].span.tokens)))
 
-    def figure(self): return figure(self)
-    def html(self) -> str: return page(self)
+    def figure(self):
+        return figure(self)
+
+    def html(self) -> str:
+        return page(self)
 
     def _repr_html_(self) -> str:
         "The page in a frame of its own: its styles and its script stay inside, the notebook's outside."
         return f'<iframe srcdoc="{html.escape(self.html())}" sandbox="allow-scripts" title="Explanation of a caption" width="100%" height="780" style="border:0"></iframe>'
 
-    def save(self,
-        folder:str|Path, # Made where it is missing
-        stem:str, # File name without its suffix
-    ) -> tuple[Path, Path]: # The page and the figure
+    def save(
+        self,
+        folder: str | Path,  # Made where it is missing
+        stem: str,  # File name without its suffix
+    ) -> tuple[Path, Path]:  # The page and the figure
         "Writes STEM.html and STEM.png, each whole or not at all."
-        files = Path(folder)/f"{stem}.html", Path(folder)/f"{stem}.png"
-        with atomic_path(files[0]) as temporary: temporary.write_text(self.html(), encoding="utf-8")
-        with atomic_path(files[1]) as temporary: self.figure().savefig(temporary, dpi=110)
+        files = Path(folder) / f"{stem}.html", Path(folder) / f"{stem}.png"
+        with atomic_path(files[0]) as temporary:
+            temporary.write_text(self.html(), encoding="utf-8")
+        with atomic_path(files[1]) as temporary:
+            self.figure().savefig(temporary, dpi=110)
         return files
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-010
 def error_text(
-    a:Attribution, # Holds the error
-    u:int, # Piece
-) -> str: # Relative errors in per cent
+    a: Attribution,  # Holds the error
+    u: int,  # Piece
+) -> str:  # Relative errors in per cent
     "A method's own error."
     share = a.error_name.startswith("relative") and np.isfinite(a.error[u])
     return f"{number(100 * a.error[u], 1)} %" if share else number(a.error[u], 3)
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-011
 def scale_text(
-    e:Explanation, # Holds the maps
-    method:str, # Whose scale
-    u:int, # Piece
-) -> str: # With its unit
+    e: Explanation,  # Holds the maps
+    method: str,  # Whose scale
+    u: int,  # Piece
+) -> str:  # With its unit
     "The value of the last colour."
     scale = e.scale(method, u)
-    return f"{scale:.2g}" if method in UNITLESS else f"{scale:.2g} nats" if method in IN_NATS else f"{scale * 1000:.2g} nats per 1,000 pixels"
+    return (
+        f"{scale:.2g}"
+        if method in UNITLESS
+        else f"{scale:.2g} nats"
+        if method in IN_NATS
+        else f"{scale * 1000:.2g} nats per 1,000 pixels"
+    )
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-012
 def facts(
-    e:Explanation, # Holds the numbers
-    method:str, # Whose
-    u:int, # Piece
-) -> list[tuple[str, str, str]]: # What, how much, how good: one row each
+    e: Explanation,  # Holds the numbers
+    method: str,  # Whose
+    u: int,  # Piece
+) -> list[tuple[str, str, str]]:  # What, how much, how good: one row each
     "What is known of a map."
-    a, rows = e.found[method], [("probability of the words" if u == len(e.pieces) - 1 else "probability", number(e.probability(u), 3), "per token, in this place of the caption")]
+    a, rows = (
+        e.found[method],
+        [
+            (
+                "probability of the words" if u == len(e.pieces) - 1 else "probability",
+                number(e.probability(u), 3),
+                "per token, in this place of the caption",
+            )
+        ],
+    )
     name, *remarks = a.error_name.split("; ")
-    if np.isfinite(a.error[u]): rows.append((name, error_text(a, u), "; ".join(["the method's own error; 0 is exact", *remarks])))
+    if np.isfinite(a.error[u]):
+        rows.append((name, error_text(a, u), "; ".join(["the method's own error; 0 is exact", *remarks])))
     if method in ADDS_UP:
-        means = "what the photo adds over its blur, with the prompt as it is" if a.error[u] <= FAR else "not what the photo adds over its blur: see the method's own error"
+        means = (
+            "what the photo adds over its blur, with the prompt as it is"
+            if a.error[u] <= FAR
+            else "not what the photo adds over its blur: see the method's own error"
+        )
         rows.append(("sum of the map", f"{number(a.heat[u].sum(dtype=float), sign=True)} nats", means))
     for name, gain, chance in zip(("deletion gain", "insertion gain"), e.gains[method][:, u], e.chance[:, u]):
-        verdict = f"better than each of {e.controls} random maps" if gain > chance else f"no better than the best of {e.controls} random maps"
+        verdict = (
+            f"better than each of {e.controls} random maps"
+            if gain > chance
+            else f"no better than the best of {e.controls} random maps"
+        )
         rows.append((name, f"{number(gain, sign=True)} nats", verdict))
     return rows
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-013
 def where(
-    cells:np.ndarray, # Map, (h, w)
-) -> str: # Such as "upper left"
+    cells: np.ndarray,  # Map, (h, w)
+) -> str:  # Such as "upper left"
     "In which ninth of the image a map is strongest, for those who do not see it."
     y, x = divmod(int(at_patch_scale(cells, 3).argmax()), 3)
     return " ".join(w for w in (("upper", "", "lower")[y], ("left", "", "right")[x]) if w) or "middle"
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-016
 def page_data(
-    e:Explanation, # What the page shows
-) -> dict: # By method: its label, colour bar, cost, and of each piece the map and the words for it
+    e: Explanation,  # What the page shows
+) -> dict:  # By method: its label, colour bar, cost, and of each piece the map and the words for it
     "What the page's script switches between."
     data, whole = {}, len(e.pieces) - 1
     for method, a in e.found.items():
@@ -146,43 +183,77 @@ def page_data(
         for u, piece in enumerate(e.pieces):
             text = "the whole caption" if u == whole else f"\u201c{piece.span.text}\u201d"
             end, scale = scale_text(e, method, u).split(" ")[0], e.scale(method, u)
-            low, high = ("low", "high") if method in CONTROLS else ("less likely", "more likely" if signed else "stronger")
+            low, high = (
+                ("low", "high") if method in CONTROLS else ("less likely", "more likely" if signed else "stronger")
+            )
             prompt, note = prompt_rows(a, e.words, e.prompt, u)
-            says = f"{label(method)}: a control, which knows nothing of {text}" if method in CONTROLS else f"What made {text} likely, by {label(method)}"
-            pieces.append(dict(map=map_uri(levels(cells[u], scale, signed), colours), says=says, prompt=prompt, note=note,
-                alt=f"Map of {text} by {label(method)}: strongest in the {where(cells[u])} of the image.",
-                ends=[f"\u2212{end} {low}" if signed else "0", "0" if signed else "", f"{'+' * signed}{end} {high}"],
-                scale=f"{'One scale for the whole caption' if u == whole else 'One scale for all words'} of this method: the last colour is {scale_text(e, method, u)} or beyond"
-                      f"{' (no unit)' if method in UNITLESS else ''}, which {100 - 100 * WORTH:.1f} % of the cells are. Near zero the photo shows through.",
-                facts=facts(e, method, u)))
-        data[method] = dict(bar=data_uri(Image.fromarray(on_white(colours)[None]), "png"), pieces=pieces, cost=f"{label(method)}: {a.calls:,} images evaluated in {a.seconds:.1f} s for all words.")
+            says = (
+                f"{label(method)}: a control, which knows nothing of {text}"
+                if method in CONTROLS
+                else f"What made {text} likely, by {label(method)}"
+            )
+            pieces.append(
+                dict(
+                    map=map_uri(levels(cells[u], scale, signed), colours),
+                    says=says,
+                    prompt=prompt,
+                    note=note,
+                    alt=f"Map of {text} by {label(method)}: strongest in the {where(cells[u])} of the image.",
+                    ends=[
+                        f"\u2212{end} {low}" if signed else "0",
+                        "0" if signed else "",
+                        f"{'+' * signed}{end} {high}",
+                    ],
+                    scale=f"{'One scale for the whole caption' if u == whole else 'One scale for all words'} of this method: the last colour is {scale_text(e, method, u)} or beyond"
+                    f"{' (no unit)' if method in UNITLESS else ''}, which {100 - 100 * WORTH:.1f} % of the cells are. Near zero the photo shows through.",
+                    facts=facts(e, method, u),
+                )
+            )
+        data[method] = dict(
+            bar=data_uri(Image.fromarray(on_white(colours)[None]), "png"),
+            pieces=pieces,
+            cost=f"{label(method)}: {a.calls:,} images evaluated in {a.seconds:.1f} s for all words.",
+        )
     return data
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-017
 def caption_markup(
-    e:Explanation, # Holds caption and pieces
-) -> str: # HTML: a button a piece, the rest of the caption as text
+    e: Explanation,  # Holds caption and pieces
+) -> str:  # HTML: a button a piece, the rest of the caption as text
     "The caption with its words to hover over."
     parts, at = [], 0
     for u, piece in enumerate(e.pieces[:-1]):
-        parts += [html.escape(e.caption[at:piece.start]), f'<button type="button" data-u="{u}" data-p="{e.probability(u):.3f}">{html.escape(e.caption[piece.start:piece.end])}</button>']
+        parts += [
+            html.escape(e.caption[at : piece.start]),
+            f'<button type="button" data-u="{u}" data-p="{e.probability(u):.3f}">{html.escape(e.caption[piece.start : piece.end])}</button>',
+        ]
         at = piece.end
     return "".join(parts) + html.escape(e.caption[at:])
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-018
 def table_markup(
-    e:Explanation, # Holds the numbers
-) -> str: # HTML
+    e: Explanation,  # Holds the numbers
+) -> str:  # HTML
     "All numbers of all words under all methods."
     rows = []
     for method in e.found:
         for u, piece in enumerate(e.pieces):
             a, (deletion, insertion) = e.found[method], e.gains[method][:, u]
-            cells = [label(method), "whole caption" if u == len(e.pieces) - 1 else piece.span.text, number(e.probability(u), 3),
-                error_text(a, u)]
-            cells += [number(g, sign=True) + (" *" if g > c else "") for g, c in ((deletion, e.chance[0, u]), (insertion, e.chance[1, u]))]
+            cells = [
+                label(method),
+                "whole caption" if u == len(e.pieces) - 1 else piece.span.text,
+                number(e.probability(u), 3),
+                error_text(a, u),
+            ]
+            cells += [
+                number(g, sign=True) + (" *" if g > c else "")
+                for g, c in ((deletion, e.chance[0, u]), (insertion, e.chance[1, u]))
+            ]
             rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
-    head = "".join(f"<th scope=col>{h}</th>" for h in ("method", "word", "probability", "own error", "deletion gain", "insertion gain"))
+    head = "".join(
+        f"<th scope=col>{h}</th>"
+        for h in ("method", "word", "probability", "own error", "deletion gain", "insertion gain")
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-019
@@ -210,47 +281,98 @@ Deletion gain: blurring the image from the map's strongest patches on makes the 
 Insertion gain: the same for bringing patches back (Petsiuk et al. 2018). A map that does not beat random maps should not be believed. The model saw the photo at {seen} pixels. <span id="cost"></span></p></footer>
 <script type="application/json" id="data">{data}</script><script>{script}</script></body></html>
 """
+
+
 def page(
-    e:Explanation, # What to show
-) -> str: # A whole HTML document
+    e: Explanation,  # What to show
+) -> str:  # A whole HTML document
     "The page. Text from captions, file names and messages is escaped; nothing is loaded from anywhere."
-    known = lambda text: "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    choices = "".join(f'<label><input type="radio" name="method" value="{html.escape(m)}"{" checked" * (i == 0)}> {html.escape(label(m))}</label>' for i, m in enumerate(e.found))
-    failed = "".join(f'<p class="failed">{html.escape(label(m))} has no map: {html.escape(why)}</p>\n' for m, why in e.failed.items())
+
+    def known(text):
+        return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    choices = "".join(
+        f'<label><input type="radio" name="method" value="{html.escape(m)}"{" checked" * (i == 0)}> {html.escape(label(m))}</label>'
+        for i, m in enumerate(e.found)
+    )
+    failed = "".join(
+        f'<p class="failed">{html.escape(label(m))} has no map: {html.escape(why)}</p>\n' for m, why in e.failed.items()
+    )
     data = json.dumps(page_data(e)).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return PAGE.format(style_hash=known(STYLE), script_hash=known(SCRIPT), style=STYLE, script=SCRIPT, name=html.escape(e.name), caption=html.escape(e.caption), model=html.escape(e.model),
-        written=html.escape(e.written), failed=failed, photo=data_uri(Image.fromarray(e.photo), "jpeg", quality=88), width=e.photo.shape[1], height=e.photo.shape[0], words=caption_markup(e),
-        last=len(e.pieces) - 1, methods=choices, table=table_markup(e), controls=e.controls, seen=" x ".join(map(str, e.seen[::-1])), data=data)
+    return PAGE.format(
+        style_hash=known(STYLE),
+        script_hash=known(SCRIPT),
+        style=STYLE,
+        script=SCRIPT,
+        name=html.escape(e.name),
+        caption=html.escape(e.caption),
+        model=html.escape(e.model),
+        written=html.escape(e.written),
+        failed=failed,
+        photo=data_uri(Image.fromarray(e.photo), "jpeg", quality=88),
+        width=e.photo.shape[1],
+        height=e.photo.shape[0],
+        words=caption_markup(e),
+        last=len(e.pieces) - 1,
+        methods=choices,
+        table=table_markup(e),
+        controls=e.controls,
+        seen=" x ".join(map(str, e.seen[::-1])),
+        data=data,
+    )
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-021
 def figure(
-    e:Explanation, # What to show
-    columns:int=8, # Maps side by side
-): # matplotlib Figure
+    e: Explanation,  # What to show
+    columns: int = 8,  # Maps side by side
+):  # matplotlib Figure
     "All maps on one picture; each method's rows share a scale, the whole caption has its own."
     import textwrap
+
     from matplotlib.figure import Figure
-    n, grey = len(e.pieces), np.clip(e.photo.mean(2) * .6 + 90, 0, 255)
+
+    n, grey = len(e.pieces), np.clip(e.photo.mean(2) * 0.6 + 90, 0, 255)
     bands = [range(i, min(i + columns, n)) for i in range(0, n, columns)]
     wide, tall = min(columns, n), len(bands) * len(e.found)
-    fig = Figure(figsize=(1.6 * (wide + 1) + 1.9, 1.75 * tall + .9), layout="constrained")
-    axes = fig.subplots(tall, wide + 2, squeeze=False, width_ratios=[1] * (wide + 1) + [.8])
+    fig = Figure(figsize=(1.6 * (wide + 1) + 1.9, 1.75 * tall + 0.9), layout="constrained")
+    axes = fig.subplots(tall, wide + 2, squeeze=False, width_ratios=[1] * (wide + 1) + [0.8])
     for row, (band, method) in enumerate((b, m) for b in bands for m in e.found):
         signed, cells = e.signed(method), e.cells(method)
-        for ax in axes[row]: ax.set_axis_off()
+        for ax in axes[row]:
+            ax.set_axis_off()
         axes[row, 0].imshow(e.photo)
         axes[row, 0].set_title(label(method), fontsize=10, loc="left")
         for ax, u in zip(axes[row, 1:], band):
             ax.imshow(grey, cmap="gray", vmin=0, vmax=255)
-            ax.imshow(palette(signed)[levels(cells[u], e.scale(method, u), signed)], extent=(-.5, e.photo.shape[1] - .5, e.photo.shape[0] - .5, -.5))
+            ax.imshow(
+                palette(signed)[levels(cells[u], e.scale(method, u), signed)],
+                extent=(-0.5, e.photo.shape[1] - 0.5, e.photo.shape[0] - 0.5, -0.5),
+            )
             gain = e.gains[method][0, u]
             ax.set_title("whole caption" if u == n - 1 else e.pieces[u].span.text, fontsize=10, parse_math=False)
-            ax.text(.5, -.03, f"gain {number(gain, sign=True)}{' *' if gain > e.chance[0, u] else ''}", fontsize=8, ha="center", va="top", transform=ax.transAxes)
-        bar = axes[row, -1].inset_axes([.05, .1, .12, .8])
+            ax.text(
+                0.5,
+                -0.03,
+                f"gain {number(gain, sign=True)}{' *' if gain > e.chance[0, u] else ''}",
+                fontsize=8,
+                ha="center",
+                va="top",
+                transform=ax.transAxes,
+            )
+        bar = axes[row, -1].inset_axes([0.05, 0.1, 0.12, 0.8])
         bar.imshow(on_white(palette(signed))[::-1, None], aspect="auto", extent=(0, 1, -1 if signed else 0, 1))
         ends = f"{e.scale(method, 0):.1e}" + (f"\n(caption {e.scale(method, n - 1):.1e})" if n - 1 in band else "")
         bar.set(xticks=[], yticks=[-1, 0, 1] if signed else [0, 1])
         bar.yaxis.tick_right()
-        bar.set_yticklabels([*(["less likely"] if signed else []), "0", f"{'more likely' if signed else 'strong'}\n{ends}"], fontsize=7)
-    fig.suptitle("\n".join(textwrap.wrap(f"{e.name}: {e.caption}", 28 * wide) + [f"{e.model}; gain: deletion gain in nats, * better than each of {e.controls} random maps"]), fontsize=10, parse_math=False)
+        bar.set_yticklabels(
+            [*(["less likely"] if signed else []), "0", f"{'more likely' if signed else 'strong'}\n{ends}"], fontsize=7
+        )
+    fig.suptitle(
+        "\n".join(
+            textwrap.wrap(f"{e.name}: {e.caption}", 28 * wide)
+            + [f"{e.model}; gain: deletion gain in nats, * better than each of {e.controls} random maps"]
+        ),
+        fontsize=10,
+        parse_math=False,
+    )
     return fig

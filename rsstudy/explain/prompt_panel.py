@@ -7,6 +7,7 @@ __all__ = ['prompt_shares', 'prompt_note', 'prompt_rows']
 
 # %% ../../nbs/lib/14_explain/02_prompt_panel.ipynb #cell-002
 import numpy as np
+
 from ..attribution.answer import Attribution
 from ..attribution.attributions import CONTROLS, label
 from ..attribution.prompt_words import prompt_parts
@@ -15,46 +16,70 @@ from .look import number, on_white, palette
 
 # %% ../../nbs/lib/14_explain/02_prompt_panel.ipynb #cell-005
 def prompt_shares(
-    a:Attribution, # A method's answer for U pieces
-    game:Attribution|None, # From `prompt_shap`, for the same pieces; stands in where the method says nothing of the prompt
-    prompt:str, # As the model read it
-) -> tuple[list[str], np.ndarray, np.ndarray]: # P parts, the last is the photo; nats (U, P); their standard errors (U, P), 0 where there are none
+    a: Attribution,  # A method's answer for U pieces
+    game: Attribution
+    | None,  # From `prompt_shap`, for the same pieces; stands in where the method says nothing of the prompt
+    prompt: str,  # As the model read it
+) -> tuple[
+    list[str], np.ndarray, np.ndarray
+]:  # P parts, the last is the photo; nats (U, P); their standard errors (U, P), 0 where there are none
     "What the prompt's words and the photo added to each piece. No parts where neither explains the prompt."
     found, names, values, at = a if a.text is not None else game, [], [], 0
-    if found is None: return [], np.zeros((len(a.heat), 0)), np.zeros((len(a.heat), 0))
+    if found is None:
+        return [], np.zeros((len(a.heat), 0)), np.zeros((len(a.heat), 0))
     for name, text in prompt_parts(prompt):
         n = 1 if found is game else len(word_spans(text, []))
-        if n: names, values, at = [*names, name], [*values, found.text[:, at:at + n].sum(1)], at + n
+        if n:
+            names, values, at = [*names, name], [*values, found.text[:, at : at + n].sum(1)], at + n
     values = np.stack([*values, found.heat.sum((1, 2), dtype=float)], 1)
-    return [*names, "the photo"], values, np.zeros_like(values) if found.text_error is None else np.pad(found.text_error, ((0, 0), (0, 1)))
+    return (
+        [*names, "the photo"],
+        values,
+        np.zeros_like(values) if found.text_error is None else np.pad(found.text_error, ((0, 0), (0, 1))),
+    )
 
 # %% ../../nbs/lib/14_explain/02_prompt_panel.ipynb #cell-006
 def prompt_note(
-    a:Attribution, # A method's answer
-    game:Attribution|None, # As for `prompt_shares`
-    total:float, # Nats, all parts
+    a: Attribution,  # A method's answer
+    game: Attribution | None,  # As for `prompt_shares`
+    total: float,  # Nats, all parts
 ) -> str:
     "How the values of the prompt's words came about."
     says = label(a.method)
-    if a.method == "gradient_x_input": return f"By {says}: what removing each would change if the model were linear. The photo is the sum of the map."
-    if a.text is not None: return f"By {says}: the words on a path of their own, from embeddings of zeros; the photo is the sum of the map, from its blur."
+    if a.method == "gradient_x_input":
+        return f"By {says}: what removing each would change if the model were linear. The photo is the sum of the map."
+    if a.text is not None:
+        return f"By {says}: the words on a path of their own, from embeddings of zeros; the photo is the sum of the map, from its blur."
     why = "a control explains nothing" if a.method in CONTROLS else f"{says} explains the photo only"
-    return (f"By SHAP of prompt and photo ({game.calls:,} combinations of their parts), because {why}. Together {number(total, sign=True)} nats over no prompt and a blurred photo; "
-            "the photo's share is a mean over combinations, not the sum of the map.")
+    return (
+        f"By SHAP of prompt and photo ({game.calls:,} combinations of their parts), because {why}. Together {number(total, sign=True)} nats over no prompt and a blurred photo; "
+        "the photo's share is a mean over combinations, not the sum of the map."
+    )
 
 # %% ../../nbs/lib/14_explain/02_prompt_panel.ipynb #cell-008
 def prompt_rows(
-    a:Attribution, # A method's answer for U pieces, of which the last is the whole caption
-    game:Attribution|None, # As for `prompt_shares`
-    prompt:str, # As the model read it
-    u:int, # Piece
-) -> tuple[list[dict], str]: # Of each part its name, value, place of the bar from -1 to 1, colour, and a sentence; and how they came about
+    a: Attribution,  # A method's answer for U pieces, of which the last is the whole caption
+    game: Attribution | None,  # As for `prompt_shares`
+    prompt: str,  # As the model read it
+    u: int,  # Piece
+) -> tuple[
+    list[dict], str
+]:  # Of each part its name, value, place of the bar from -1 to 1, colour, and a sentence; and how they came about
     "What a page says of the prompt. One scale for all words, another for the whole caption."
     names, values, error = prompt_shares(a, game, prompt)
-    if not names: return [], ""
+    if not names:
+        return [], ""
     scale, rows = np.abs(values[-1:] if u == len(values) - 1 else values[:-1]).max() or 1, []
     for name, v, noise in zip(names, values[u], error[u]):
         red, green, blue = on_white(palette(True))[127 + 95 * int(np.sign(v))]
         value = f"{number(v, sign=True)} nats" + (f" \u00b1 {number(noise)}" if noise > 0 else "")
-        rows.append(dict(name=name, value=value, share=round(v / scale, 4), colour=f"rgb({red},{green},{blue})", says=f"{name}: {value}, {'more' if v > 0 else 'less'} likely"))
+        rows.append(
+            dict(
+                name=name,
+                value=value,
+                share=round(v / scale, 4),
+                colour=f"rgb({red},{green},{blue})",
+                says=f"{name}: {value}, {'more' if v > 0 else 'less'} likely",
+            )
+        )
     return rows, prompt_note(a, game, values[u].sum())

@@ -7,54 +7,64 @@ __all__ = ['map_correlation', 'top_overlap', 'agreement', 'seed_stability']
 
 # %% ../../nbs/lib/11_faithfulness/03_agreement.ipynb #cell-002
 import numpy as np
+
 from ..attribution.answer import at_patch_scale
 from .removal import removal_order
 
 # %% ../../nbs/lib/11_faithfulness/03_agreement.ipynb #cell-005
 def map_correlation(
-    a:np.ndarray, # Map, (H, W)
-    b:np.ndarray, # Map, (H, W)
-    grid:int, # Patches along one side
-) -> float: # From -1 to 1; nan where a map is the same everywhere
+    a: np.ndarray,  # Map, (H, W)
+    b: np.ndarray,  # Map, (H, W)
+    grid: int,  # Patches along one side
+) -> float:  # From -1 to 1; nan where a map is the same everywhere
     "Spearman's rank correlation of two maps, patch by patch."
     from scipy.stats import rankdata
+
     x, y = (rankdata(at_patch_scale(m, grid)) for m in (a, b))
     return float(np.corrcoef(x, y)[0, 1]) if x.std() and y.std() else float("nan")
 
 # %% ../../nbs/lib/11_faithfulness/03_agreement.ipynb #cell-008
 def top_overlap(
-    a:np.ndarray, # Map, (H, W)
-    b:np.ndarray, # Map, (H, W)
-    grid:int, # Patches along one side
-    share:float=.1, # The top, as a share of the patches, above 0 to 1
-) -> float: # From 0 to 1
+    a: np.ndarray,  # Map, (H, W)
+    b: np.ndarray,  # Map, (H, W)
+    grid: int,  # Patches along one side
+    share: float = 0.1,  # The top, as a share of the patches, above 0 to 1
+) -> float:  # From 0 to 1
     """Share of the top patches of one map that are top patches of the other; equal ones by position.
 
     Raises `ValueError` for a share that holds no patch. Source: Krishna et al. 2022, The disagreement problem, sec. 3.2 (feature agreement), https://arxiv.org/abs/2202.01602"""
     k = round(share * grid * grid)
-    if not 1 <= k <= grid * grid: raise ValueError(f"share {share} is {k} of {grid * grid} patches: allowed are 1 to all of them.")
+    if not 1 <= k <= grid * grid:
+        raise ValueError(f"share {share} is {k} of {grid * grid} patches: allowed are 1 to all of them.")
     x, y = (set(removal_order(m, grid)[:k].tolist()) for m in (a, b))
     return len(x & y) / k
 
 # %% ../../nbs/lib/11_faithfulness/03_agreement.ipynb #cell-010
 def agreement(
-    heats:np.ndarray, # Maps of one word by M methods (or M seeds of one), (M, H, W)
-    grid:int, # Patches along one side
-    share:float=.1, # The top, as a share of the patches
-) -> dict[str, np.ndarray]: # Metric, with its version, to (M, M), symmetric
+    heats: np.ndarray,  # Maps of one word by M methods (or M seeds of one), (M, H, W)
+    grid: int,  # Patches along one side
+    share: float = 0.1,  # The top, as a share of the patches
+) -> dict[str, np.ndarray]:  # Metric, with its version, to (M, M), symmetric
     "`agreement_spearman.v1` and `agreement_top.v1` of every pair of maps."
     m, pairs = len(heats), [(i, j) for i in range(len(heats)) for j in range(i)]
     out = {name: np.eye(m) for name in ("agreement_spearman.v1", "agreement_top.v1")}
     for i, j in pairs:
-        for table, value in zip(out.values(), (map_correlation(heats[i], heats[j], grid), top_overlap(heats[i], heats[j], grid, share))): table[i, j] = table[j, i] = value
+        for table, value in zip(
+            out.values(), (map_correlation(heats[i], heats[j], grid), top_overlap(heats[i], heats[j], grid, share))
+        ):
+            table[i, j] = table[j, i] = value
     return out
 
 # %% ../../nbs/lib/11_faithfulness/03_agreement.ipynb #cell-011
 def seed_stability(
-    heats:np.ndarray, # Maps of one word by one method under S seeds, (S, H, W), 2 or more
-    grid:int, # Patches along one side
-    share:float=.1, # The top, as a share of the patches
-) -> dict[str, float]: # Metric, with its version, to the mean over pairs of seeds
+    heats: np.ndarray,  # Maps of one word by one method under S seeds, (S, H, W), 2 or more
+    grid: int,  # Patches along one side
+    share: float = 0.1,  # The top, as a share of the patches
+) -> dict[str, float]:  # Metric, with its version, to the mean over pairs of seeds
     "`seed_spearman.v1` and `seed_top.v1`: how alike the maps of a sampled method are. A method without chance scores 1. Raises `ValueError` for a single map."
-    if len(heats) < 2: raise ValueError("stability over seeds needs maps of at least 2 seeds, not 1.")
-    return {k.replace("agreement", "seed"): float(v[np.tril_indices(len(heats), -1)].mean()) for k, v in agreement(heats, grid, share).items()}
+    if len(heats) < 2:
+        raise ValueError("stability over seeds needs maps of at least 2 seeds, not 1.")
+    return {
+        k.replace("agreement", "seed"): float(v[np.tril_indices(len(heats), -1)].mean())
+        for k, v in agreement(heats, grid, share).items()
+    }

@@ -8,6 +8,7 @@ __all__ = ['lost_log_probability', 'object_shares', 'correlation_sums', 'correla
 # %% ../../nbs/lib/11_faithfulness/07_counterfactual.ipynb #cell-002
 import numpy as np
 import torch
+
 from ..attribution.scorer import Scorer
 from ..attribution.words import CaptionTarget, caption_target
 from .masks import energy_in_mask
@@ -15,50 +16,68 @@ from ..stats.intervals import Interval, bootstrap_interval, of_counts
 
 # %% ../../nbs/lib/11_faithfulness/07_counterfactual.ipynb #cell-005
 def lost_log_probability(
-    scorer:Scorer, # What is explained, on the picture that `pairs` start from
-    processor, # The processor that prepared `target`
-    target:CaptionTarget, # Image and caption of the scorer
-    pairs:list, # N `rsstudy.scenes.without.Pair`s of the image
-) -> np.ndarray: # (N, U) nats: log-probability with the object minus without
+    scorer: Scorer,  # What is explained, on the picture that `pairs` start from
+    processor,  # The processor that prepared `target`
+    target: CaptionTarget,  # Image and caption of the scorer
+    pairs: list,  # N `rsstudy.scenes.without.Pair`s of the image
+) -> np.ndarray:  # (N, U) nats: log-probability with the object minus without
     """What each word loses when an object is taken out of the world; all pictures in one batch.
 
     Raises `ValueError` without pairs, and where a pair starts from another picture than the scorer's."""
-    if not pairs: raise ValueError("There is nothing to take away: give at least one pair (rsstudy.scenes.without.scene_pairs).")
-    prepare = lambda image: caption_target(processor, image, target.prompt, target.caption).pixel_values
-    if not torch.allclose(prepare(pairs[0].image), target.pixel_values, atol=1e-4): raise ValueError("The pairs start from another picture than the one that is explained.")
+    if not pairs:
+        raise ValueError("There is nothing to take away: give at least one pair (rsstudy.scenes.without.scene_pairs).")
+
+    def prepare(image):
+        return caption_target(processor, image, target.prompt, target.caption).pixel_values
+
+    if not torch.allclose(prepare(pairs[0].image), target.pixel_values, atol=1e-4):
+        raise ValueError("The pairs start from another picture than the one that is explained.")
     without = torch.cat([prepare(p.without) for p in pairs]).to(scorer.pixels)
     scores = scorer.evaluate(torch.cat([scorer.pixels, without]))
     return scores[0] - scores[1:]
 
 # %% ../../nbs/lib/11_faithfulness/07_counterfactual.ipynb #cell-006
 def object_shares(
-    heats:np.ndarray, # Maps of M methods, (M, U, H, W), signed
-    masks:list[np.ndarray], # Masks of N objects, (H, W) bool
-) -> dict[str, np.ndarray]: # Measure to (M, U, N)
+    heats: np.ndarray,  # Maps of M methods, (M, U, H, W), signed
+    masks: list[np.ndarray],  # Masks of N objects, (H, W) bool
+) -> dict[str, np.ndarray]:  # Measure to (M, U, N)
     "What maps say of objects: `share`, the part of the positive evidence on it (0 to 1, see `energy_in_mask`), and `sum`, all values on it with their sign (nats for maps that add up)."
-    each = lambda f: np.array([[[f(h, m) for m in masks] for h in maps] for maps in heats], dtype=float)
+
+    def each(f):
+        return np.array([[[f(h, m) for m in masks] for h in maps] for maps in heats], dtype=float)
+
     return dict(share=each(energy_in_mask), sum=each(lambda h, m: np.asarray(h, dtype=float)[m].sum()))
 
 # %% ../../nbs/lib/11_faithfulness/07_counterfactual.ipynb #cell-009
 def correlation_sums(
-    losses:list[np.ndarray], # For each image: losses of its objects, (N_i,)
-    shares:list[np.ndarray], # For each image: what the map says of them, (N_i,); nan where the map says nothing
-    ranks:bool=True, # Spearman's correlation, else Pearson's
-) -> np.ndarray: # (images, 6): number, sums of x, y, xx, yy, xy
+    losses: list[np.ndarray],  # For each image: losses of its objects, (N_i,)
+    shares: list[np.ndarray],  # For each image: what the map says of them, (N_i,); nan where the map says nothing
+    ranks: bool = True,  # Spearman's correlation, else Pearson's
+) -> np.ndarray:  # (images, 6): number, sums of x, y, xx, yy, xy
     "Sums an image from which the correlation over all objects follows. Raises `ValueError` where losses and shares do not belong together."
     from scipy.stats import rankdata
-    if [np.shape(a) for a in losses] != [np.shape(b) for b in shares]: raise ValueError("losses and shares must have the same objects in the same images.")
+
+    if [np.shape(a) for a in losses] != [np.shape(b) for b in shares]:
+        raise ValueError("losses and shares must have the same objects in the same images.")
     image = np.repeat(np.arange(len(losses)), [len(a) for a in losses])
     x, y = (np.concatenate([np.asarray(v, dtype=float) for v in part]) for part in (losses, shares))
     known = np.isfinite(x) & np.isfinite(y)
     x, y = ((rankdata(v[known]) if ranks else v[known]) for v in (x, y))
-    x, y = (((v - v.mean()) / (v.std() or 1.)) if len(v) else v for v in (x, y)) # the correlation stays, sums keep their digits
-    return np.stack([np.bincount(image[known], weights=v, minlength=len(losses)) for v in (np.ones_like(x), x, y, x * x, y * y, x * y)], 1)
+    x, y = (
+        ((v - v.mean()) / (v.std() or 1.0)) if len(v) else v for v in (x, y)
+    )  # the correlation stays, sums keep their digits
+    return np.stack(
+        [
+            np.bincount(image[known], weights=v, minlength=len(losses))
+            for v in (np.ones_like(x), x, y, x * x, y * y, x * y)
+        ],
+        1,
+    )
 
 # %% ../../nbs/lib/11_faithfulness/07_counterfactual.ipynb #cell-010
 def correlation_of_sums(
-    sums:np.ndarray, # (..., 6), as in `correlation_sums`, added over images
-) -> np.ndarray: # (...) from -1 to 1; 0 where a side is the same for all objects: it tells nothing
+    sums: np.ndarray,  # (..., 6), as in `correlation_sums`, added over images
+) -> np.ndarray:  # (...) from -1 to 1; 0 where a side is the same for all objects: it tells nothing
     "Pearson's correlation of what was summed."
     n, x, y, xx, yy, xy = np.moveaxis(np.asarray(sums, dtype=float), -1, 0)
     n = np.maximum(n, 1)
@@ -67,11 +86,11 @@ def correlation_of_sums(
 
 # %% ../../nbs/lib/11_faithfulness/07_counterfactual.ipynb #cell-011
 def counterfactual_faithfulness(
-    losses:list[np.ndarray], # As for `correlation_sums`
-    shares:list[np.ndarray], # As for `correlation_sums`
-    resamples:int=1000, # Bootstrap resamples of images
-    rng=0, # Seed or np.random.Generator
-    ranks:bool=True, # Spearman's correlation, else Pearson's
-) -> Interval: # From -1 to 1, higher is better
+    losses: list[np.ndarray],  # As for `correlation_sums`
+    shares: list[np.ndarray],  # As for `correlation_sums`
+    resamples: int = 1000,  # Bootstrap resamples of images
+    rng=0,  # Seed or np.random.Generator
+    ranks: bool = True,  # Spearman's correlation, else Pearson's
+) -> Interval:  # From -1 to 1, higher is better
     "`counterfactual.v1`: correlation, over objects, of the loss without the object with what a map puts on it; with a bootstrap interval over images."
     return bootstrap_interval(correlation_sums(losses, shares, ranks), resamples, rng, of_counts(correlation_of_sums))

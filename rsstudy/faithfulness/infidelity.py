@@ -6,19 +6,21 @@
 __all__ = ['hidden_sets', 'infidelity', 'infidelity_scores', 'max_sensitivity']
 
 # %% ../../nbs/lib/11_faithfulness/05_infidelity.ipynb #cell-002
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import torch
-from dataclasses import replace
-from typing import Callable
+
 from ..attribution.answer import grid_regions
 from ..attribution.scorer import Scorer, fill_image, masked_scores
 
 # %% ../../nbs/lib/11_faithfulness/05_infidelity.ipynb #cell-005
 def hidden_sets(
-    cells:int, # Number of cells
-    n:int, # Number of sets
-    rng=0, # Seed or np.random.Generator
-) -> np.ndarray: # (n, cells) bool, at least one cell each
+    cells: int,  # Number of cells
+    n: int,  # Number of sets
+    rng=0,  # Seed or np.random.Generator
+) -> np.ndarray:  # (n, cells) bool, at least one cell each
     "Random sets of cells of all sizes: the share hidden is uniform from 0 to 1."
     rng = np.random.default_rng(rng)
     size = rng.integers(1, cells + 1, n)
@@ -26,47 +28,54 @@ def hidden_sets(
 
 # %% ../../nbs/lib/11_faithfulness/05_infidelity.ipynb #cell-007
 def infidelity(
-    promised:np.ndarray, # What the map says that each hidden set is worth, (..., N)
-    dropped:np.ndarray, # What hiding it cost, (..., N) nats
-) -> np.ndarray: # (...) nats squared
+    promised: np.ndarray,  # What the map says that each hidden set is worth, (..., N)
+    dropped: np.ndarray,  # What hiding it cost, (..., N) nats
+) -> np.ndarray:  # (...) nats squared
     """Mean squared error of the promise, after the best scale that is not negative.
 
     Source: Yeh et al. 2019, On the (in)fidelity and sensitivity of explanations, def. 2.1, https://arxiv.org/abs/1901.09392; scaled as in captum.metrics.infidelity(normalize=True)"""
-    scale = np.maximum((promised * dropped).sum(-1) / np.maximum((promised ** 2).sum(-1), 1e-30), 0)
+    scale = np.maximum((promised * dropped).sum(-1) / np.maximum((promised**2).sum(-1), 1e-30), 0)
     return ((scale[..., None] * promised - dropped) ** 2).mean(-1)
 
 # %% ../../nbs/lib/11_faithfulness/05_infidelity.ipynb #cell-009
 def infidelity_scores(
-    scorer:Scorer, # What is explained
-    heats:np.ndarray, # Maps of M methods, (M, U, H, W), signed
-    samples:int=64, # Hidden sets: images evaluated, for all maps together
-    fill:str="blur", # What hidden cells show, one of `rsstudy.attribution.scorer.FILLS`
-    seed:int=0, # Seed of the sets
-) -> dict[str, np.ndarray]: # Metric, with its version, to (M, U)
+    scorer: Scorer,  # What is explained
+    heats: np.ndarray,  # Maps of M methods, (M, U, H, W), signed
+    samples: int = 64,  # Hidden sets: images evaluated, for all maps together
+    fill: str = "blur",  # What hidden cells show, one of `rsstudy.attribution.scorer.FILLS`
+    seed: int = 0,  # Seed of the sets
+) -> dict[str, np.ndarray]:  # Metric, with its version, to (M, U)
     """`infidelity.v1` in nats squared (lower is better), and `infidelity_share.v1`: the same as a share of what a map that promises nothing scores, from 0 (predicts every loss)
     to 1 (no better than no map); only the share can be compared between images, words and models."""
     grid = scorer.grid
-    regions, sets = grid_regions(scorer.pixels.shape[-2:], grid), hidden_sets(grid ** 2, samples, seed)
-    scores = masked_scores(scorer, np.r_[np.ones((1, grid ** 2), bool), ~sets], regions, fill_image(scorer, fill)) # (1 + N, U)
-    dropped = (scores[0] - scores[1:]).T # (U, N)
-    cells = np.stack([[np.bincount(regions.ravel(), h.ravel().astype(float)) for h in maps] for maps in heats]) # (M, U, R)
+    regions, sets = grid_regions(scorer.pixels.shape[-2:], grid), hidden_sets(grid**2, samples, seed)
+    scores = masked_scores(
+        scorer, np.r_[np.ones((1, grid**2), bool), ~sets], regions, fill_image(scorer, fill)
+    )  # (1 + N, U)
+    dropped = (scores[0] - scores[1:]).T  # (U, N)
+    cells = np.stack(
+        [[np.bincount(regions.ravel(), h.ravel().astype(float)) for h in maps] for maps in heats]
+    )  # (M, U, R)
     found = infidelity(cells @ sets.T, dropped)
-    return {"infidelity.v1": found, "infidelity_share.v1": found / np.maximum((dropped ** 2).mean(-1), 1e-30)}
+    return {"infidelity.v1": found, "infidelity_share.v1": found / np.maximum((dropped**2).mean(-1), 1e-30)}
 
 # %% ../../nbs/lib/11_faithfulness/05_infidelity.ipynb #cell-012
 def max_sensitivity(
-    scorer:Scorer, # What is explained
-    explain:Callable[[Scorer], np.ndarray], # Method: maps (U, H, W) of a scorer, with the same seed at every call
-    radius:float=.02, # Largest change of a pixel, in units of the scorer's pixels
-    samples:int=10, # Noisy images explained
-    seed:int=0, # Seed of the noise
-    heat:np.ndarray=None, # Maps of the image itself where they are known, (U, H, W); None: made here
-) -> np.ndarray: # (U,), 0 or more, lower is better
+    scorer: Scorer,  # What is explained
+    explain: Callable[[Scorer], np.ndarray],  # Method: maps (U, H, W) of a scorer, with the same seed at every call
+    radius: float = 0.02,  # Largest change of a pixel, in units of the scorer's pixels
+    samples: int = 10,  # Noisy images explained
+    seed: int = 0,  # Seed of the noise
+    heat: np.ndarray = None,  # Maps of the image itself where they are known, (U, H, W); None: made here
+) -> np.ndarray:  # (U,), 0 or more, lower is better
     """Largest relative change of a map under noise too weak to see: max over noisy images of |map' - map| / |map| (Euclidean norms).
 
     Costs `samples` explanations, and one of the image itself. Source: Yeh et al. 2019 (see `infidelity`), def. 3.1, estimated by sampling as there; captum.metrics.sensitivity_max"""
     rng, pixels = np.random.default_rng(seed), scorer.pixels
-    norm = lambda maps: np.linalg.norm(np.asarray(maps, dtype=np.float64).reshape(len(maps), -1), axis=1)
+
+    def norm(maps):
+        return np.linalg.norm(np.asarray(maps, dtype=np.float64).reshape(len(maps), -1), axis=1)
+
     heat, worst = np.asarray(explain(scorer) if heat is None else heat, dtype=np.float64), np.zeros(len(scorer.names))
     for _ in range(samples):
         noise = torch.from_numpy(rng.uniform(-radius, radius, tuple(pixels.shape))).to(pixels)

@@ -6,8 +6,10 @@
 __all__ = ['ROAD_SHARES', 'SEEDS', 'NOISY', 'STAGES', 'map_scores', 'repeated_scores', 'randomised_scores']
 
 # %% ../../nbs/lib/11_faithfulness/08_judge.ipynb #cell-002
-import numpy as np
 from functools import partial
+
+import numpy as np
+
 from ..attribution.answer import Attribution
 from ..attribution.attributions import SAMPLED, explain
 from ..attribution.scorer import Scorer
@@ -20,47 +22,66 @@ from .removal import Curves, removal_scores
 from .road import road_scores
 
 # %% ../../nbs/lib/11_faithfulness/08_judge.ipynb #cell-004
-ROAD_SHARES = .1, .3, .5 # later ones tell little: what is left is seen by few patches
+ROAD_SHARES = 0.1, 0.3, 0.5  # later ones tell little: what is left is seen by few patches
+
+
 def map_scores(
-    scorer:Scorer, # What is explained, U words
-    found:dict[str, Attribution], # Maps of M methods, `random` among them
-    masks:list[np.ndarray|None], # True mask of each word, (H, W) bool; None where it is not known
-    seed:int=0, # Seed of hidden sets and noise
-) -> tuple[dict[str, np.ndarray], Curves]: # Metric, with its version, to (M, U); removal curves under blur
+    scorer: Scorer,  # What is explained, U words
+    found: dict[str, Attribution],  # Maps of M methods, `random` among them
+    masks: list[np.ndarray | None],  # True mask of each word, (H, W) bool; None where it is not known
+    seed: int = 0,  # Seed of hidden sets and noise
+) -> tuple[dict[str, np.ndarray], Curves]:  # Metric, with its version, to (M, U); removal curves under blur
     "Deletion, insertion, comprehensiveness, sufficiency (blur and mean), ROAD, infidelity, and the scores against masks. Raises `ValueError` without a random control."
-    if "random" not in found: raise ValueError(f"the random map must be among the methods: gains are over it; there are {', '.join(found)}.")
+    if "random" not in found:
+        raise ValueError(f"the random map must be among the methods: gains are over it; there are {', '.join(found)}.")
     heats, control = np.stack([a.heat for a in found.values()]), list(found).index("random")
     scores, curves = removal_scores(scorer, heats, control)
-    scores |= road_scores(scorer, heats, control, ROAD_SHARES, seed=seed)[0] | infidelity_scores(scorer, heats, seed=seed) | mask_scores(heats, masks, scorer.grid)
+    scores |= (
+        road_scores(scorer, heats, control, ROAD_SHARES, seed=seed)[0]
+        | infidelity_scores(scorer, heats, seed=seed)
+        | mask_scores(heats, masks, scorer.grid)
+    )
     return scores, curves["blur"]
 
 # %% ../../nbs/lib/11_faithfulness/08_judge.ipynb #cell-006
-SEEDS, NOISY = 2, 2 # runs of a sampled method; noisy copies of an image
+SEEDS, NOISY = 2, 2  # runs of a sampled method; noisy copies of an image
+
+
 def repeated_scores(
-    scorer:Scorer, # What is explained, U words
-    found:dict[str, Attribution], # First maps, under `seed`
-    P:Profile, # Budgets
-    seed:int=0, # Of the first maps
-) -> dict[str, np.ndarray]: # Metric, with its version, to (M, U)
+    scorer: Scorer,  # What is explained, U words
+    found: dict[str, Attribution],  # First maps, under `seed`
+    P: Profile,  # Budgets
+    seed: int = 0,  # Of the first maps
+) -> dict[str, np.ndarray]:  # Metric, with its version, to (M, U)
     "`seed_spearman.v1`, `seed_top.v1` and `max_sensitivity.v1` of every method."
     again = {}
     for name, first in found.items():
-        others = [explain(scorer, name, P, 1000 * k + seed).heat for k in range(1, SEEDS)] if name in SAMPLED else [first.heat] * (SEEDS - 1)
+        others = (
+            [explain(scorer, name, P, 1000 * k + seed).heat for k in range(1, SEEDS)]
+            if name in SAMPLED
+            else [first.heat] * (SEEDS - 1)
+        )
         stable = [seed_stability(np.stack(maps), scorer.grid) for maps in zip(first.heat, *others)]
         scores = {k: np.array([s[k] for s in stable]) for k in stable[0]}
-        scores["max_sensitivity.v1"] = max_sensitivity(scorer, lambda s: explain(s, name, P, seed).heat, samples=NOISY, seed=seed, heat=first.heat)
+        scores["max_sensitivity.v1"] = max_sensitivity(
+            scorer, lambda s: explain(s, name, P, seed).heat, samples=NOISY, seed=seed, heat=first.heat
+        )
         again[name] = scores
     return {k: np.stack([s[k] for s in again.values()]) for k in scores}
 
 # %% ../../nbs/lib/11_faithfulness/08_judge.ipynb #cell-008
-STAGES = 3 # of the cascade: decoder, projector and upper tower, lower tower, about
+STAGES = 3  # of the cascade: decoder, projector and upper tower, lower tower, about
+
+
 def randomised_scores(
-    model, # What is explained; restored at the end
-    scorers:list[Scorer], # N images
-    first:list[dict[str, Attribution]], # Maps of the intact model, by method
-    P:Profile, # Budgets
-    seeds:list[int], # Of the maps, N
-) -> list[dict[str, np.ndarray]]: # For each image: metric, with its version, to (M, U), means over the stages; nan where no stage has a map
+    model,  # What is explained; restored at the end
+    scorers: list[Scorer],  # N images
+    first: list[dict[str, Attribution]],  # Maps of the intact model, by method
+    P: Profile,  # Budgets
+    seeds: list[int],  # Of the maps, N
+) -> list[
+    dict[str, np.ndarray]
+]:  # For each image: metric, with its version, to (M, U), means over the stages; nan where no stage has a map
     """`randomised_spearman.v1`, `randomised_spearman_abs.v1` and `randomised_ssim.v1`: how alike maps stay when parameters are shuffled from the output down; lower is better.
 
     Source: Adebayo et al. 2018, Sanity checks for saliency maps, sec. 3.1, https://arxiv.org/abs/1810.03292"""
@@ -68,4 +89,7 @@ def randomised_scores(
     again = {(n, name): partial(explain, scorers[n], name, P, seeds[n]) for n, name in intact}
     scores = randomisation_scores(randomisation_test(model, again, scorers[0].grid, STAGES, intact=intact))
     metrics = list(next(iter(scores.values())))
-    return [{k: np.array([[scores[(n, name), word][k] for word in a.names] for name, a in found.items()]) for k in metrics} for n, found in enumerate(first)]
+    return [
+        {k: np.array([[scores[(n, name), word][k] for word in a.names] for name, a in found.items()]) for k in metrics}
+        for n, found in enumerate(first)
+    ]

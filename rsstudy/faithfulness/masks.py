@@ -7,34 +7,38 @@ __all__ = ['pointing_game', 'energy_in_mask', 'iou_at_area', 'mask_scores']
 
 # %% ../../nbs/lib/11_faithfulness/02_masks.ipynb #cell-002
 import numpy as np
+
 from ..attribution.answer import at_patch_scale, enlarge
 
 # %% ../../nbs/lib/11_faithfulness/02_masks.ipynb #cell-005
 def _same_shape(heat, mask):
-    if heat.shape != mask.shape: raise ValueError(f"the map is {heat.shape} and the mask {mask.shape}: they must agree.")
-    if not mask.any(): raise ValueError("the mask is empty: the object is not in the image.")
+    if heat.shape != mask.shape:
+        raise ValueError(f"the map is {heat.shape} and the mask {mask.shape}: they must agree.")
+    if not mask.any():
+        raise ValueError("the mask is empty: the object is not in the image.")
 
 # %% ../../nbs/lib/11_faithfulness/02_masks.ipynb #cell-006
 def pointing_game(
-    heat:np.ndarray, # Attribution map, (H, W), any real scale
-    mask:np.ndarray, # True object mask, (H, W), bool
-    tolerance:int=0, # Pixels that the maximum may lie beside the object; the source uses 15
-) -> bool: # Does the map's maximum lie on the object?
+    heat: np.ndarray,  # Attribution map, (H, W), any real scale
+    mask: np.ndarray,  # True object mask, (H, W), bool
+    tolerance: int = 0,  # Pixels that the maximum may lie beside the object; the source uses 15
+) -> bool:  # Does the map's maximum lie on the object?
     """Whether an attribution points at the object.
 
     Raises `ValueError` if shapes differ or `mask` is empty.
     Source: Zhang et al. 2018, Top-down neural attention by excitation backprop, sec. 4.1."""
     _same_shape(heat, mask)
     y, x = np.unravel_index(heat.argmax(), heat.shape)
-    if not tolerance: return bool(mask[y, x])
+    if not tolerance:
+        return bool(mask[y, x])
     ys, xs = np.nonzero(mask)
-    return bool(((ys - y) ** 2 + (xs - x) ** 2).min() <= tolerance ** 2)
+    return bool(((ys - y) ** 2 + (xs - x) ** 2).min() <= tolerance**2)
 
 # %% ../../nbs/lib/11_faithfulness/02_masks.ipynb #cell-008
 def energy_in_mask(
-    heat:np.ndarray, # Attribution map, (H, W), signed
-    mask:np.ndarray, # True object mask, (H, W), bool
-) -> float: # From 0 to 1; nan where the map has no positive value
+    heat: np.ndarray,  # Attribution map, (H, W), signed
+    mask: np.ndarray,  # True object mask, (H, W), bool
+) -> float:  # From 0 to 1; nan where the map has no positive value
     """Share of the map's positive evidence that lies on the object. A flat map scores the object's share of the image.
 
     Raises `ValueError` if shapes differ or `mask` is empty. Source: Wang et al. 2020, Score-CAM, sec. 4.3, https://arxiv.org/abs/1910.01279"""
@@ -44,9 +48,9 @@ def energy_in_mask(
 
 # %% ../../nbs/lib/11_faithfulness/02_masks.ipynb #cell-010
 def iou_at_area(
-    heat:np.ndarray, # Attribution map, (H, W), signed
-    mask:np.ndarray, # True object mask, (H, W), bool
-) -> float: # From 0 to 1
+    heat: np.ndarray,  # Attribution map, (H, W), signed
+    mask: np.ndarray,  # True object mask, (H, W), bool
+) -> float:  # From 0 to 1
     """Intersection over union of the mask with the map's highest pixels, as many as the mask has; equal ones by position.
 
     No threshold is chosen and nothing is gained by a larger or smaller spot. Raises `ValueError` if shapes differ or `mask` is empty.
@@ -58,11 +62,18 @@ def iou_at_area(
 
 # %% ../../nbs/lib/11_faithfulness/02_masks.ipynb #cell-013
 def mask_scores(
-    heats:np.ndarray, # Maps of M methods, (M, U, H, W), signed
-    masks:list[np.ndarray|None], # True mask of each word, (H, W) bool; None where it is not known
-    grid:int, # Patches along one side
-) -> dict[str, np.ndarray]: # Metric, with its version, to (M, U); nan without a mask
+    heats: np.ndarray,  # Maps of M methods, (M, U, H, W), signed
+    masks: list[np.ndarray | None],  # True mask of each word, (H, W) bool; None where it is not known
+    grid: int,  # Patches along one side
+) -> dict[str, np.ndarray]:  # Metric, with its version, to (M, U); nan without a mask
     "`pointing_game.v1`, `energy_in_mask.v1` and `iou_at_area.v1` of every map."
     coarse = enlarge(at_patch_scale(heats, grid).reshape(-1, grid, grid), heats.shape[-2:]).reshape(heats.shape)
-    scores = dict(pointing_game=lambda h, m: pointing_game(h, m, 15), energy_in_mask=energy_in_mask, iou_at_area=iou_at_area)
-    return {f"{name}.v1": np.array([[np.nan if m is None else score(h, m) for h, m in zip(maps, masks)] for maps in coarse], dtype=float) for name, score in scores.items()}
+    scores = dict(
+        pointing_game=lambda h, m: pointing_game(h, m, 15), energy_in_mask=energy_in_mask, iou_at_area=iou_at_area
+    )
+    return {
+        f"{name}.v1": np.array(
+            [[np.nan if m is None else score(h, m) for h, m in zip(maps, masks)] for maps in coarse], dtype=float
+        )
+        for name, score in scores.items()
+    }

@@ -6,92 +6,119 @@
 __all__ = ['stages', 'shuffle', 'randomised', 'map_similarity', 'randomisation_test', 'randomisation_scores']
 
 # %% ../../nbs/lib/11_faithfulness/06_randomised.ipynb #cell-002
-import numpy as np
 import re
-import torch
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Callable
+
+import numpy as np
+import torch
+
 from ..attribution.answer import Attribution, at_patch_scale
 from ..common.files import announce
 from .agreement import map_correlation
 
 # %% ../../nbs/lib/11_faithfulness/06_randomised.ipynb #cell-005
 def stages(
-    model:torch.nn.Module, # PaliGemma, bare or wrapped
-    groups:int|None=None, # At most so many stages, neighbours joined; None: one a layer
-) -> list[tuple[str, list[torch.nn.Parameter]]]: # Name and parameters of each stage, output first; every parameter once
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    groups: int | None = None,  # At most so many stages, neighbours joined; None: one a layer
+) -> list[
+    tuple[str, list[torch.nn.Parameter]]
+]:  # Name and parameters of each stage, output first; every parameter once
     "The order in which parameters are randomised. Raises `ValueError` for fewer than 1 group."
-    if groups is not None and groups < 1: raise ValueError(f"groups is {groups}: allowed are 1 or more, or None.")
+    if groups is not None and groups < 1:
+        raise ValueError(f"groups is {groups}: allowed are 1 or more, or None.")
     found = {}
     for name, p in model.named_parameters():
         layer = re.search(r"layers\.(\d+)\.", name)
         part = "vision" if "vision_tower" in name else "projector" if "multi_modal_projector" in name else "decoder"
-        if layer: key = (dict(decoder=1, projector=2, vision=3)[part], -int(layer[1]), f"{part} layer {layer[1]}")
-        elif part == "decoder": key = (0, 0, "head and embedding")
-        elif part == "projector": key = (2, 0, "projector")
-        else: key = (4, 0, "patch embedding") if "embedding" in name else (2, 1, "vision head") # the norm behind the last vision layer
+        if layer:
+            key = (dict(decoder=1, projector=2, vision=3)[part], -int(layer[1]), f"{part} layer {layer[1]}")
+        elif part == "decoder":
+            key = (0, 0, "head and embedding")
+        elif part == "projector":
+            key = (2, 0, "projector")
+        else:
+            key = (
+                (4, 0, "patch embedding") if "embedding" in name else (2, 1, "vision head")
+            )  # the norm behind the last vision layer
         found.setdefault(key, []).append(p)
     one = [(key[2], found[key]) for key in sorted(found)]
-    if groups is None or groups >= len(one): return one
-    return [(" to ".join(dict.fromkeys([part[0][0], part[-1][0]])), [p for _, ps in part for p in ps]) for part in ([one[i] for i in ix] for ix in np.array_split(np.arange(len(one)), groups))]
+    if groups is None or groups >= len(one):
+        return one
+    return [
+        (" to ".join(dict.fromkeys([part[0][0], part[-1][0]])), [p for _, ps in part for p in ps])
+        for part in ([one[i] for i in ix] for ix in np.array_split(np.arange(len(one)), groups))
+    ]
 
 # %% ../../nbs/lib/11_faithfulness/06_randomised.ipynb #cell-008
 def shuffle(
-    parameters:list[torch.nn.Parameter], # Changed in place
-    seed, # Integer or sequence of integers
-    undo:bool=False, # Bring back what the same seed has shuffled?
+    parameters: list[torch.nn.Parameter],  # Changed in place
+    seed,  # Integer or sequence of integers
+    undo: bool = False,  # Bring back what the same seed has shuffled?
 ):
     "Permute the values within each tensor."
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for p in parameters:
             order = torch.from_numpy(rng.permutation(p.numel())).to(p.device)
-            if undo: order = order.argsort()
+            if undo:
+                order = order.argsort()
             p.data.copy_(p.data.reshape(-1)[order].reshape(p.shape))
 
 # %% ../../nbs/lib/11_faithfulness/06_randomised.ipynb #cell-009
 @contextmanager
 def randomised(
-    model:torch.nn.Module, # Changed in place, and restored at the end
-    groups:int|None=None, # As for `stages`
-    seed:int=0, # Seed of the permutations
+    model: torch.nn.Module,  # Changed in place, and restored at the end
+    groups: int | None = None,  # As for `stages`
+    seed: int = 0,  # Seed of the permutations
 ):
     "Gives an iterator that shuffles one more stage at each step and yields its name."
     done = []
+
     def steps():
         for i, (name, parameters) in enumerate(stages(model, groups)):
             done.append((parameters, [seed, i]))
             shuffle(parameters, [seed, i])
             yield name
-    try: yield steps()
+
+    try:
+        yield steps()
     finally:
-        for parameters, s in reversed(done): shuffle(parameters, s, undo=True)
+        for parameters, s in reversed(done):
+            shuffle(parameters, s, undo=True)
 
 # %% ../../nbs/lib/11_faithfulness/06_randomised.ipynb #cell-012
 def map_similarity(
-    a:np.ndarray, # Map, (H, W)
-    b:np.ndarray, # Map, (H, W)
-    grid:int, # Patches along one side
-) -> dict[str, float]: # Metric to a value of at most 1; nan where a map is the same everywhere
+    a: np.ndarray,  # Map, (H, W)
+    b: np.ndarray,  # Map, (H, W)
+    grid: int,  # Patches along one side
+) -> dict[str, float]:  # Metric to a value of at most 1; nan where a map is the same everywhere
     """`spearman`, `spearman_abs` and `ssim`, patch by patch.
 
     Source: Adebayo et al. 2018, Sanity checks for saliency maps, sec. 3, https://arxiv.org/abs/1810.03292; SSIM: Wang et al. 2004, of scikit-image, windows of 7 x 7 patches (fewer in a smaller grid)"""
     from skimage.metrics import structural_similarity
+
     x, y = (at_patch_scale(m, grid) for m in (a, b))
-    if not (np.ptp(x) and np.ptp(y)): return dict(spearman=float("nan"), spearman_abs=float("nan"), ssim=float("nan"))
+    if not (np.ptp(x) and np.ptp(y)):
+        return dict(spearman=float("nan"), spearman_abs=float("nan"), ssim=float("nan"))
     unit = [m / np.abs(m).max() for m in (x, y)]
-    return dict(spearman=map_correlation(x, y, grid), spearman_abs=map_correlation(np.abs(x), np.abs(y), grid),
-                ssim=float(structural_similarity(*unit, data_range=2., win_size=min(7, grid - 1 + grid % 2))))
+    return dict(
+        spearman=map_correlation(x, y, grid),
+        spearman_abs=map_correlation(np.abs(x), np.abs(y), grid),
+        ssim=float(structural_similarity(*unit, data_range=2.0, win_size=min(7, grid - 1 + grid % 2))),
+    )
 
 # %% ../../nbs/lib/11_faithfulness/06_randomised.ipynb #cell-015
 def randomisation_test(
-    model:torch.nn.Module, # What the methods explain; restored at the end
-    methods:dict[str, Callable[[], Attribution]], # Explains the model as it is at that moment; the same seed at every call
-    grid:int, # Patches along one side
-    groups:int|None=None, # Stages at most, see `stages`
-    seed:int=0, # Seed of the shuffling
-    intact:dict[str, Attribution]=None, # Maps of the intact model where they are known; None: made here
-) -> list[dict]: # stage (from 1), name, method, word, spearman, spearman_abs, ssim with the maps of the intact model
+    model: torch.nn.Module,  # What the methods explain; restored at the end
+    methods: dict[
+        str, Callable[[], Attribution]
+    ],  # Explains the model as it is at that moment; the same seed at every call
+    grid: int,  # Patches along one side
+    groups: int | None = None,  # Stages at most, see `stages`
+    seed: int = 0,  # Seed of the shuffling
+    intact: dict[str, Attribution] | None = None,  # Maps of the intact model where they are known; None: made here
+) -> list[dict]:  # stage (from 1), name, method, word, spearman, spearman_abs, ssim with the maps of the intact model
     """Maps after each stage of a cascade of randomised parameters, compared with the intact model's. A cascade takes longer than a map: give the maps of many images as methods of one.
 
     Where a randomised model has no map (zero everywhere or not finite), the values are nan and it is said once. Raises what a method raises on the intact model.
@@ -100,21 +127,43 @@ def randomisation_test(
     with randomised(model, groups, seed) as cascade:
         for i, stage in enumerate(cascade, 1):
             for name, explain in methods.items():
-                try: heats = explain().heat
+                try:
+                    heats = explain().heat
                 except ValueError as e:
                     missing.append(f"{name} ({stage}): {e}")
                     heats = np.zeros_like(intact[name].heat)
                 for u, word in enumerate(intact[name].names):
-                    rows.append(dict(stage=i, name=stage, method=name, word=word, **map_similarity(heats[u], intact[name].heat[u], grid)))
-    if missing: announce("randomised parameters", f"{len(missing)} maps under randomised parameters do not exist; first: {missing[0]}")
+                    rows.append(
+                        dict(
+                            stage=i,
+                            name=stage,
+                            method=name,
+                            word=word,
+                            **map_similarity(heats[u], intact[name].heat[u], grid),
+                        )
+                    )
+    if missing:
+        announce(
+            "randomised parameters",
+            f"{len(missing)} maps under randomised parameters do not exist; first: {missing[0]}",
+        )
     return rows
 
 # %% ../../nbs/lib/11_faithfulness/06_randomised.ipynb #cell-016
 def randomisation_scores(
-    rows:list[dict], # As `randomisation_test` gives them
-) -> dict[tuple, dict[str, float]]: # (method, word) to metric, with its version, to a value of at most 1, lower is better; nan where no stage has a map
+    rows: list[dict],  # As `randomisation_test` gives them
+) -> dict[
+    tuple, dict[str, float]
+]:  # (method, word) to metric, with its version, to a value of at most 1, lower is better; nan where no stage has a map
     "`randomised_spearman.v1`, `randomised_spearman_abs.v1` and `randomised_ssim.v1`: means over the stages."
     groups, keys = {}, ("spearman", "spearman_abs", "ssim")
-    for r in rows: groups.setdefault((r["method"], r["word"]), []).append([r[k] for k in keys])
-    def mean(values): return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
-    return {pair: {f"randomised_{k}.v1": mean(column) for k, column in zip(keys, np.array(values, float).T)} for pair, values in groups.items()}
+    for r in rows:
+        groups.setdefault((r["method"], r["word"]), []).append([r[k] for k in keys])
+
+    def mean(values):
+        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+    return {
+        pair: {f"randomised_{k}.v1": mean(column) for k, column in zip(keys, np.array(values, float).T)}
+        for pair, values in groups.items()
+    }

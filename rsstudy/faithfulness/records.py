@@ -7,8 +7,10 @@ __all__ = ['STOP', 'findable', 'explained_words', 'words_with_mask', 'all_maps',
            'add_randomised', 'study_run']
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-002
-import numpy as np
 import re
+
+import numpy as np
+
 from ..attribution.answer import Attribution, at_patch_scale
 from ..attribution.attributions import EXPLAINERS, explain
 from ..attribution.draw import compact_map
@@ -21,22 +23,28 @@ from .counterfactual import lost_log_probability, object_shares
 from .judge import map_scores, randomised_scores, repeated_scores
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-004
-STOP = frozenset("""a an the of in on at by to and or but with without is are was were be being has have had there here it its their this that these
+STOP = frozenset(
+    """a an the of in on at by to and or but with without is are was were be being has have had there here it its their this that these
 those some many several few lots lot plenty number near next beside besides between among around along over under from into through across which who
 where while as for very so can we see seen look looks like also other each both all one side sides part parts image picture photo
-clearly partly located parked surrounded placed built sits stands""".split())
+clearly partly located parked surrounded placed built sits stands""".split()
+)
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-005
-def findable(word:str, masks:dict[str, np.ndarray]) -> bool: # is its mask known, and no larger than a quarter of the image?
-    return word in masks and 0 < masks[word].mean() <= .25
+def findable(
+    word: str, masks: dict[str, np.ndarray]
+) -> bool:  # is its mask known, and no larger than a quarter of the image?
+    return word in masks and 0 < masks[word].mean() <= 0.25
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-006
 def explained_words(
-    target:CaptionTarget, # The caption
-    masks:dict[str, np.ndarray], # Known masks, (H, W) bool, by every word that may name the object; empty where none are known
-    n:int=1, # Words wanted
-    fill:bool=False, # Add content words without a mask when fewer than n have one?
-) -> list[str]: # At most n different words, lower case: those with a mask, else content words, in the caption's order
+    target: CaptionTarget,  # The caption
+    masks: dict[
+        str, np.ndarray
+    ],  # Known masks, (H, W) bool, by every word that may name the object; empty where none are known
+    n: int = 1,  # Words wanted
+    fill: bool = False,  # Add content words without a mask when fewer than n have one?
+) -> list[str]:  # At most n different words, lower case: those with a mask, else content words, in the caption's order
     "Words to explain. A mask of more than a quarter of the image is no object to find."
     words = list(dict.fromkeys(w.text.lower() for w in target.words))
     content = [w for w in words if w.isalpha() and w not in STOP] or words
@@ -45,116 +53,189 @@ def explained_words(
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-007
 def words_with_mask(
-    caption:str, # A caption
-    masks:dict[str, np.ndarray], # As for `explained_words`
+    caption: str,  # A caption
+    masks: dict[str, np.ndarray],  # As for `explained_words`
 ) -> bool:
     "Does the caption name an object that is not too large to be found?"
     return any(findable(w, masks) for w in re.findall(r"\w+", caption.lower()) if w not in STOP)
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-010
 def all_maps(
-    scorer:Scorer, # What is explained
-    P:Profile, # Budgets
-    seed:int=0, # Of controls and sampling
-    names:list[str]=tuple(EXPLAINERS), # Methods
-) -> tuple[dict[str, Attribution], dict[str, str]]: # Maps by method; why a method has none
+    scorer: Scorer,  # What is explained
+    P: Profile,  # Budgets
+    seed: int = 0,  # Of controls and sampling
+    names: list[str] = tuple(EXPLAINERS),  # Methods
+) -> tuple[dict[str, Attribution], dict[str, str]]:  # Maps by method; why a method has none
     "Every method and control on one image."
     found, failed = {}, {}
     for name in names:
-        try: found[name] = explain(scorer, name, P, seed)
-        except ValueError as e: failed[name] = str(e)
+        try:
+            found[name] = explain(scorer, name, P, seed)
+        except ValueError as e:
+            failed[name] = str(e)
     return found, failed
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-013
 class Records:
     "What the study collects: scores by record, curves, coarse maps, what is lost without objects, and what the prompt's words add."
-    def __init__(self): self.rows, self.curves, self.maps, self.coarse, self.failed, self.lost, self.prompt, self.alike, self.fractions = [], {}, [], {}, [], {}, [], {}, None
 
-    def add(self,
-        method:str, # Tuning method
-        seed:int, # Its run
-        row:dict, # Of the image
-        found:dict[str, Attribution], # Maps
-        scores:dict[str, np.ndarray], # Metric to (M, 1), of the first word
-        curves, # Its removal curves
-        grid:int, # Patches along one side
-        draw:bool, # Keep the maps of all words for a figure?
+    def __init__(self):
+        (
+            self.rows,
+            self.curves,
+            self.maps,
+            self.coarse,
+            self.failed,
+            self.lost,
+            self.prompt,
+            self.alike,
+            self.fractions,
+        ) = [], {}, [], {}, [], {}, [], {}, None
+
+    def add(
+        self,
+        method: str,  # Tuning method
+        seed: int,  # Its run
+        row: dict,  # Of the image
+        found: dict[str, Attribution],  # Maps
+        scores: dict[str, np.ndarray],  # Metric to (M, 1), of the first word
+        curves,  # Its removal curves
+        grid: int,  # Patches along one side
+        draw: bool,  # Keep the maps of all words for a figure?
     ):
         for m, (name, a) in enumerate(found.items()):
             for kind, c in ("deletion", curves.deletion), ("insertion", curves.insertion):
-                change = c[m, 0] - (c[m, 0, 0] if kind == "deletion" else c[m, 0, -1]) # nats below the whole image
+                change = c[m, 0] - (c[m, 0, 0] if kind == "deletion" else c[m, 0, -1])  # nats below the whole image
                 self.curves.setdefault((method, name, kind), []).append(change)
             self.coarse[method, name, row["image_id"]] = at_patch_scale(a.heat[0], grid)
-            beats = .5 * (scores["deletion_gain.v1"][m, 0] > 0) + .5 * (scores["insertion_gain.v1"][m, 0] > 0)
-            self.rows.append(dict(method=method, seed=seed, image_id=row["image_id"], word=a.names[0], attribution=name, log_probability=a.log_probability[0], error=a.error[0],
-                seconds=a.seconds, calls=a.calls) | {k: v[m, 0] for k, v in scores.items()} | {"beats_random.v1": float(beats)})
-            if draw: self.maps += [dict(method=method, attribution=name, word=w, **compact_map(h)) for w, h in zip(a.names, a.heat)]
-        for metric, table in agreement(np.stack([self.coarse[method, name, row["image_id"]] for name in found]), grid).items():
-            self.alike.setdefault((method, metric), []).append({(x, y): table[i, j] for i, x in enumerate(found) for j, y in enumerate(found)})
+            beats = 0.5 * (scores["deletion_gain.v1"][m, 0] > 0) + 0.5 * (scores["insertion_gain.v1"][m, 0] > 0)
+            self.rows.append(
+                dict(
+                    method=method,
+                    seed=seed,
+                    image_id=row["image_id"],
+                    word=a.names[0],
+                    attribution=name,
+                    log_probability=a.log_probability[0],
+                    error=a.error[0],
+                    seconds=a.seconds,
+                    calls=a.calls,
+                )
+                | {k: v[m, 0] for k, v in scores.items()}
+                | {"beats_random.v1": float(beats)}
+            )
+            if draw:
+                self.maps += [
+                    dict(method=method, attribution=name, word=w, **compact_map(h)) for w, h in zip(a.names, a.heat)
+                ]
+        for metric, table in agreement(
+            np.stack([self.coarse[method, name, row["image_id"]] for name in found]), grid
+        ).items():
+            self.alike.setdefault((method, metric), []).append(
+                {(x, y): table[i, j] for i, x in enumerate(found) for j, y in enumerate(found)}
+            )
         self.fractions = curves.fractions
 
-    def merge(self, other:"Records"):
+    def merge(self, other: "Records"):
         "Put another part's records behind these."
         for mine, theirs in ((getattr(self, k), getattr(other, k)) for k in vars(other) if k != "fractions"):
-            if isinstance(mine, list): mine += theirs
+            if isinstance(mine, list):
+                mine += theirs
             else:
-                for key, value in theirs.items(): mine[key] = mine[key] + value if isinstance(value, list) and key in mine else value
+                for key, value in theirs.items():
+                    mine[key] = mine[key] + value if isinstance(value, list) and key in mine else value
         self.fractions = other.fractions
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-014
 def explain_study_image(
-    records:Records, # Filled here
-    captioner, # A `rsstudy.model.generate.Captioner`: model, processor, prompt, method
-    seed:int, # Of the run that is explained
-    row:dict, # image_id, image, caption, masks, pairs
-    number:int, # Of the image: seed of controls and sampling
-    P:Profile, # Budgets
-    names:list[str]=tuple(EXPLAINERS), # Methods
-    draw:bool=False, # Explain more words, and keep the maps for a figure?
-    checks:bool=False, # Explain again under noise and other seeds?
-) -> tuple[Scorer, dict[str, Attribution]]: # Of the first word, for the test with shuffled parameters
+    records: Records,  # Filled here
+    captioner,  # A `rsstudy.model.generate.Captioner`: model, processor, prompt, method
+    seed: int,  # Of the run that is explained
+    row: dict,  # image_id, image, caption, masks, pairs
+    number: int,  # Of the image: seed of controls and sampling
+    P: Profile,  # Budgets
+    names: list[str] = tuple(EXPLAINERS),  # Methods
+    draw: bool = False,  # Explain more words, and keep the maps for a figure?
+    checks: bool = False,  # Explain again under noise and other seeds?
+) -> tuple[Scorer, dict[str, Attribution]]:  # Of the first word, for the test with shuffled parameters
     "Maps and scores of one image under one model. Raises `ValueError` where the image cannot be explained (a constant one)."
     target = caption_target(captioner.processor, row["image"], captioner.prompt, row["caption"])
     words = explained_words(target, row["masks"], 4 if draw else 1, fill=draw)
     scorer = caption_scorer(captioner.model, target, words, P.generate_batch)
     found, failed = all_maps(scorer, P, number, names)
-    records.failed += [dict(method=captioner.method, image_id=row["image_id"], attribution=a, why=why) for a, why in failed.items()]
-    one, first = caption_scorer(captioner.model, target, words[0], P.generate_batch), {name: a.each()[0] for name, a in found.items()}
+    records.failed += [
+        dict(method=captioner.method, image_id=row["image_id"], attribution=a, why=why) for a, why in failed.items()
+    ]
+    one, first = (
+        caption_scorer(captioner.model, target, words[0], P.generate_batch),
+        {name: a.each()[0] for name, a in found.items()},
+    )
     scores, curves = map_scores(one, first, [row["masks"].get(words[0])], number)
-    if checks: scores |= repeated_scores(one, first, P, number)
+    if checks:
+        scores |= repeated_scores(one, first, P, number)
     records.add(captioner.method, seed, row, found, scores, curves, scorer.grid, draw)
     parts = prompt_shap(captioner, target, words[0], batch=P.generate_batch)
-    records.prompt.append(dict(method=captioner.method, image_id=row["image_id"], image=float(parts.heat.sum()), words=dict(zip(parts.prompt_words, parts.text[0].tolist()))))
+    records.prompt.append(
+        dict(
+            method=captioner.method,
+            image_id=row["image_id"],
+            image=float(parts.heat.sum()),
+            words=dict(zip(parts.prompt_words, parts.text[0].tolist())),
+        )
+    )
     if row["pairs"]:
-        lost, masks = lost_log_probability(one, captioner.processor, target, row["pairs"])[:, 0], [p.mask for p in row["pairs"]]
-        shares = object_shares(np.stack([a.heat for a in first.values()]), masks)["share"][:, 0] # (M, N)
+        lost, masks = (
+            lost_log_probability(one, captioner.processor, target, row["pairs"])[:, 0],
+            [p.mask for p in row["pairs"]],
+        )
+        shares = object_shares(np.stack([a.heat for a in first.values()]), masks)["share"][:, 0]  # (M, N)
         own = row["masks"].get(words[0])
-        named_one = [float(x) for x, m in zip(lost, masks) if own is not None and (own & m).sum() > .9 * m.sum()]
-        records.lost.setdefault(captioner.method, []).append(dict(image_id=row["image_id"], named=named_one[:1], lost=lost.tolist(), shares=dict(zip(first, shares.tolist()))))
+        named_one = [float(x) for x, m in zip(lost, masks) if own is not None and (own & m).sum() > 0.9 * m.sum()]
+        records.lost.setdefault(captioner.method, []).append(
+            dict(
+                image_id=row["image_id"],
+                named=named_one[:1],
+                lost=lost.tolist(),
+                shares=dict(zip(first, shares.tolist())),
+            )
+        )
     return one, first
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-016
-def add_randomised(records:Records, method:str, scores:list[dict], kept:list): # puts scores of shuffled models into their records
+def add_randomised(
+    records: Records, method: str, scores: list[dict], kept: list
+):  # puts scores of shuffled models into their records
     known = {(r["method"], r["image_id"], r["attribution"]): r for r in records.rows}
     for values, (row, (_, found), _) in zip(scores, kept):
-        for m, name in enumerate(found): known[method, row["image_id"], name] |= {k: v[m, 0] for k, v in values.items()}
+        for m, name in enumerate(found):
+            known[method, row["image_id"], name] |= {k: v[m, 0] for k, v in values.items()}
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-017
 def study_run(
-    records:Records, # Filled here
-    captioner, # One trained model
-    seed:int, # Its run
-    images:list[tuple[int, dict]], # Number and row of its images
-    P:Profile, # Budgets
-    checks:int, # Images whose number is below are explained again
-    names:list[str]=tuple(EXPLAINERS), # Methods
+    records: Records,  # Filled here
+    captioner,  # One trained model
+    seed: int,  # Its run
+    images: list[tuple[int, dict]],  # Number and row of its images
+    P: Profile,  # Budgets
+    checks: int,  # Images whose number is below are explained again
+    names: list[str] = tuple(EXPLAINERS),  # Methods
 ):
     "Explain the images of one run. An image that cannot be explained is left out and listed."
     kept = []
     for number, row in images:
-        try: explained = explain_study_image(records, captioner, seed, row, number, P, names, number == 0, number < checks)
-        except ValueError as e: records.failed.append(dict(method=captioner.method, image_id=row["image_id"], attribution="all", why=str(e)))
-        else: kept += [(row, explained, number)] if number < checks else []
-    if not kept: return
-    scores = randomised_scores(captioner.model, [s for _, (s, _), _ in kept], [f for _, (_, f), _ in kept], P, [n for _, _, n in kept])
+        try:
+            explained = explain_study_image(
+                records, captioner, seed, row, number, P, names, number == 0, number < checks
+            )
+        except ValueError as e:
+            records.failed.append(
+                dict(method=captioner.method, image_id=row["image_id"], attribution="all", why=str(e))
+            )
+        else:
+            kept += [(row, explained, number)] if number < checks else []
+    if not kept:
+        return
+    scores = randomised_scores(
+        captioner.model, [s for _, (s, _), _ in kept], [f for _, (_, f), _ in kept], P, [n for _, _, n in kept]
+    )
     add_randomised(records, captioner.method, scores, kept)

@@ -7,35 +7,40 @@ __all__ = ['SHARES', 'BINS', 'removal_order', 'Curves', 'removal_curves', 'area'
            'removal_scores']
 
 # %% ../../nbs/lib/11_faithfulness/01_removal.ipynb #cell-002
-import numpy as np
 from dataclasses import dataclass
+
+import numpy as np
+
 from ..attribution.answer import at_patch_scale, grid_regions
 from ..attribution.scorer import Scorer, fill_image, masked_scores
 
 # %% ../../nbs/lib/11_faithfulness/01_removal.ipynb #cell-005
 def removal_order(
-    heat:np.ndarray, # Maps, (..., H, W), signed
-    grid:int, # Cells along one side
-) -> np.ndarray: # (..., grid * grid) int: cells, most supporting first; equal ones by position
+    heat: np.ndarray,  # Maps, (..., H, W), signed
+    grid: int,  # Cells along one side
+) -> np.ndarray:  # (..., grid * grid) int: cells, most supporting first; equal ones by position
     "The order in which cells are removed."
     cells = at_patch_scale(heat, grid)
     return (-cells.reshape(*heat.shape[:-2], -1)).argsort(-1, kind="stable")
 
 # %% ../../nbs/lib/11_faithfulness/01_removal.ipynb #cell-008
-SHARES = 0., .01, .05, .1, .2, .35, .5, .75, 1.
+SHARES = 0.0, 0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0
+
+
 @dataclass
 class Curves:
     "Log-probability of each span while an image is taken apart in the order of a map, and while it is put together."
-    fractions:np.ndarray # (K,) share of the image removed (deletion) or shown (insertion), from 0 to 1
-    deletion:np.ndarray # (M, U, K) nats
-    insertion:np.ndarray # (M, U, K) nats
+
+    fractions: np.ndarray  # (K,) share of the image removed (deletion) or shown (insertion), from 0 to 1
+    deletion: np.ndarray  # (M, U, K) nats
+    insertion: np.ndarray  # (M, U, K) nats
 
 # %% ../../nbs/lib/11_faithfulness/01_removal.ipynb #cell-009
 def removal_curves(
-    scorer:Scorer, # What is explained
-    heats:np.ndarray, # Maps of M methods, (M, U, H, W): map u of each is judged by span u
-    shares:tuple[float, ...]=SHARES, # Points on the curves: shares of the image, from 0 to 1, both among them
-    fill:str="blur", # What removed cells show, one of `rsstudy.attribution.scorer.FILLS`
+    scorer: Scorer,  # What is explained
+    heats: np.ndarray,  # Maps of M methods, (M, U, H, W): map u of each is judged by span u
+    shares: tuple[float, ...] = SHARES,  # Points on the curves: shares of the image, from 0 to 1, both among them
+    fill: str = "blur",  # What removed cells show, one of `rsstudy.attribution.scorer.FILLS`
 ) -> Curves:
     """Deletion and insertion curves of every map at once; images that occur twice are evaluated once.
 
@@ -43,61 +48,78 @@ def removal_curves(
     Source: Petsiuk, Das and Saenko 2018, RISE, sec. 4.3, https://arxiv.org/abs/1806.07421, on log-probability and in patches"""
     grid, (m, u) = scorer.grid, heats.shape[:2]
     if heats.shape[1:] != (len(scorer.names), *scorer.pixels.shape[-2:]):
-        raise ValueError(f"maps are {heats.shape[1:]}; the scorer explains {(len(scorer.names), *scorer.pixels.shape[-2:])}.")
-    counts = np.unique((np.asarray(shares) * grid ** 2).round().astype(int)) # (K,)
-    if len(counts) < 3 or (counts[0], counts[-1]) != (0, grid * grid): raise ValueError(f"shares must run from 0 to 1 with points between, not {tuple(shares)}.")
-    rank = removal_order(heats, grid).argsort(-1) # (M, U, R): place of each cell in the order
-    top = rank[..., None, :] < counts[:, None] # (M, U, K, R): among the first
-    visible = np.stack([~top, top]) # deletion hides them, insertion shows them
+        raise ValueError(
+            f"maps are {heats.shape[1:]}; the scorer explains {(len(scorer.names), *scorer.pixels.shape[-2:])}."
+        )
+    counts = np.unique((np.asarray(shares) * grid**2).round().astype(int))  # (K,)
+    if len(counts) < 3 or (counts[0], counts[-1]) != (0, grid * grid):
+        raise ValueError(f"shares must run from 0 to 1 with points between, not {tuple(shares)}.")
+    rank = removal_order(heats, grid).argsort(-1)  # (M, U, R): place of each cell in the order
+    top = rank[..., None, :] < counts[:, None]  # (M, U, K, R): among the first
+    visible = np.stack([~top, top])  # deletion hides them, insertion shows them
     unique, where = np.unique(visible.reshape(-1, grid * grid), axis=0, return_inverse=True)
-    scores = masked_scores(scorer, unique, grid_regions(scorer.pixels.shape[-2:], grid), fill_image(scorer, fill)) # (B, U)
+    scores = masked_scores(
+        scorer, unique, grid_regions(scorer.pixels.shape[-2:], grid), fill_image(scorer, fill)
+    )  # (B, U)
     scores = scores[where.ravel()].reshape(2, m, u, len(counts), u)
-    deletion, insertion = np.einsum("dmukv,uv->dmuk", scores, np.eye(u)) # each map by its own span
-    return Curves(counts / grid ** 2, deletion, insertion)
+    deletion, insertion = np.einsum("dmukv,uv->dmuk", scores, np.eye(u))  # each map by its own span
+    return Curves(counts / grid**2, deletion, insertion)
 
 # %% ../../nbs/lib/11_faithfulness/01_removal.ipynb #cell-013
 def area(
-    curve:np.ndarray, # (..., K)
-    fractions:np.ndarray, # (K,) ascending from 0 to 1
-) -> np.ndarray: # (...): mean height of the curve
+    curve: np.ndarray,  # (..., K)
+    fractions: np.ndarray,  # (K,) ascending from 0 to 1
+) -> np.ndarray:  # (...): mean height of the curve
     "Area under a curve with the trapezoidal rule."
     return ((curve[..., 1:] + curve[..., :-1]) / 2 * np.diff(fractions)).sum(-1)
 
 # %% ../../nbs/lib/11_faithfulness/01_removal.ipynb #cell-015
 def curve_scores(
-    curves:Curves, # Of M maps and U spans
-    lengths:np.ndarray, # Tokens in each span, (U,)
-    control:int, # Which of the M maps is the random one
-) -> dict[str, np.ndarray]: # Metric, with its version, to (M, U)
+    curves: Curves,  # Of M maps and U spans
+    lengths: np.ndarray,  # Tokens in each span, (U,)
+    control: int,  # Which of the M maps is the random one
+) -> dict[str, np.ndarray]:  # Metric, with its version, to (M, U)
     """The areas under deletion and insertion curves.
 
     `deletion_auc.v1` (lower is better) and `insertion_auc.v1` (higher) in probability; `deletion_gain.v1` and `insertion_gain.v1` (higher) in nats
     over the random map of the same span."""
     f, n = curves.fractions, np.asarray(lengths)[:, None]
     deleted, inserted = area(curves.deletion, f), area(curves.insertion, f)
-    return {"deletion_auc.v1": area(np.exp(curves.deletion / n), f), "insertion_auc.v1": area(np.exp(curves.insertion / n), f),
-            "deletion_gain.v1": deleted[control] - deleted, "insertion_gain.v1": inserted - inserted[control]}
+    return {
+        "deletion_auc.v1": area(np.exp(curves.deletion / n), f),
+        "insertion_auc.v1": area(np.exp(curves.insertion / n), f),
+        "deletion_gain.v1": deleted[control] - deleted,
+        "insertion_gain.v1": inserted - inserted[control],
+    }
 
 # %% ../../nbs/lib/11_faithfulness/01_removal.ipynb #cell-018
-BINS = .01, .05, .1, .2, .5
+BINS = 0.01, 0.05, 0.1, 0.2, 0.5
+
+
 def eraser_scores(
-    curves:Curves, # With points at `BINS`, as by default
-) -> dict[str, np.ndarray]: # Metric, with its version, to (M, U) nats
+    curves: Curves,  # With points at `BINS`, as by default
+) -> dict[str, np.ndarray]:  # Metric, with its version, to (M, U) nats
     """`comprehensiveness.v1` (higher is better) and `sufficiency.v1` (lower), means over the shares of `BINS`, on log-probability and in patches.
 
     A share that is not on the curve is replaced by the nearest point that is. Source: DeYoung et al. 2020, ERASER, sec. 4.2, https://arxiv.org/abs/1911.03429"""
     at = np.abs(curves.fractions[:, None] - np.array(BINS)).argmin(0)
     whole = curves.deletion[..., :1]
-    return {"comprehensiveness.v1": (whole - curves.deletion[..., at]).mean(-1), "sufficiency.v1": (whole - curves.insertion[..., at]).mean(-1)}
+    return {
+        "comprehensiveness.v1": (whole - curves.deletion[..., at]).mean(-1),
+        "sufficiency.v1": (whole - curves.insertion[..., at]).mean(-1),
+    }
 
 # %% ../../nbs/lib/11_faithfulness/01_removal.ipynb #cell-021
 def removal_scores(
-    scorer:Scorer, # What is explained
-    heats:np.ndarray, # Maps of M methods, (M, U, H, W)
-    control:int, # Which of the M maps is the random one
-    shares:tuple[float, ...]=SHARES, # Points on the curves, as for `removal_curves`
-    fills:tuple[str, ...]=("blur", "mean"), # What removed cells show, the first without a suffix in the metrics' names
-) -> tuple[dict[str, np.ndarray], dict[str, Curves]]: # Metric, with its version, to (M, U); fill to curves
+    scorer: Scorer,  # What is explained
+    heats: np.ndarray,  # Maps of M methods, (M, U, H, W)
+    control: int,  # Which of the M maps is the random one
+    shares: tuple[float, ...] = SHARES,  # Points on the curves, as for `removal_curves`
+    fills: tuple[str, ...] = (
+        "blur",
+        "mean",
+    ),  # What removed cells show, the first without a suffix in the metrics' names
+) -> tuple[dict[str, np.ndarray], dict[str, Curves]]:  # Metric, with its version, to (M, U); fill to curves
     "Deletion, insertion, comprehensiveness and sufficiency under several fills; `deletion_gain.mean.v1` is `deletion_gain.v1` under the fill `mean`."
     curves, scores = {fill: removal_curves(scorer, heats, shares, fill) for fill in fills}, {}
     for i, (fill, c) in enumerate(curves.items()):

@@ -8,32 +8,37 @@ __all__ = ['SHARES', 'impute', 'impute_blocks', 'road_scores']
 # %% ../../nbs/lib/11_faithfulness/04_road.ipynb #cell-002
 import numpy as np
 import torch
+
 from ..attribution.answer import grid_regions
 from ..attribution.scorer import Scorer, in_batches
 from .removal import removal_order
 
 # %% ../../nbs/lib/11_faithfulness/04_road.ipynb #cell-005
 def impute(
-    image:np.ndarray, # (C, H, W), any unit
-    hidden:np.ndarray, # Pixels to fill, (H, W) bool
-    noise:float=.01, # Standard deviation of the noise on them, in the image's unit
-    rng=0, # Seed or np.random.Generator of the noise
-) -> np.ndarray: # (C, H, W) float64: hidden pixels filled
+    image: np.ndarray,  # (C, H, W), any unit
+    hidden: np.ndarray,  # Pixels to fill, (H, W) bool
+    noise: float = 0.01,  # Standard deviation of the noise on them, in the image's unit
+    rng=0,  # Seed or np.random.Generator of the noise
+) -> np.ndarray:  # (C, H, W) float64: hidden pixels filled
     """Fill pixels by noisy linear imputation. Raises `ValueError` where every pixel is hidden.
 
     Source: Rong et al. 2022, A consistent and efficient evaluation strategy for attribution methods, sec. 4.2, https://arxiv.org/abs/2202.00449;
     weights 1/6 for direct and 1/12 for diagonal neighbours, at the border those that exist"""
     from scipy.sparse import coo_matrix, csc_matrix
     from scipy.sparse.linalg import spsolve
-    if hidden.all(): raise ValueError("every pixel is hidden: there is nothing to fill them from.")
+
+    if hidden.all():
+        raise ValueError("every pixel is hidden: there is nothing to fill them from.")
     out, (ys, xs) = np.array(image, dtype=np.float64), np.nonzero(hidden)
     n, number = len(ys), np.full(hidden.shape, -1)
-    if not n: return out
+    if not n:
+        return out
     number[ys, xs] = np.arange(n)
     weight_sum, known, entries = np.zeros(n), np.zeros((n, len(out))), []
     for dy in (-1, 0, 1):
         for dx in (-1, 0, 1):
-            if not (dy or dx): continue
+            if not (dy or dx):
+                continue
             w, y, x = 1 / 12 if dy and dx else 1 / 6, ys + dy, xs + dx
             inside = np.flatnonzero((y >= 0) & (y < hidden.shape[0]) & (x >= 0) & (x < hidden.shape[1]))
             weight_sum[inside] += w
@@ -48,45 +53,64 @@ def impute(
 
 # %% ../../nbs/lib/11_faithfulness/04_road.ipynb #cell-009
 def impute_blocks(
-    image:np.ndarray, # (C, H, W)
-    hidden:np.ndarray, # (H, W) bool, the same within a block
-    block:int=2, # Side of a block in pixels; 1 is `impute` itself
-    noise:float=.01, # As for `impute`
-    rng=0, # As for `impute`
-) -> np.ndarray: # (C, H, W) float64
+    image: np.ndarray,  # (C, H, W)
+    hidden: np.ndarray,  # (H, W) bool, the same within a block
+    block: int = 2,  # Side of a block in pixels; 1 is `impute` itself
+    noise: float = 0.01,  # As for `impute`
+    rng=0,  # As for `impute`
+) -> np.ndarray:  # (C, H, W) float64
     "Noisy linear imputation found on blocks of pixels. Raises `ValueError` where blocks do not fit the image or are hidden in part."
     c, h, w = image.shape
-    if h % block or w % block: raise ValueError(f"blocks of {block} pixels do not fit an image of {h} x {w}.")
-    if block == 1: return impute(image, hidden, noise, rng)
+    if h % block or w % block:
+        raise ValueError(f"blocks of {block} pixels do not fit an image of {h} x {w}.")
+    if block == 1:
+        return impute(image, hidden, noise, rng)
     mean = image.reshape(c, h // block, block, w // block, block).mean((2, 4))
     small = hidden[::block, ::block]
-    if (np.kron(small, np.ones((block, block), bool)) != hidden).any(): raise ValueError(f"some blocks of {block} pixels are hidden in part: use a divisor of the patch's side.")
-    filled = np.kron(impute(mean, small, 0.), np.ones((1, block, block)))
+    if (np.kron(small, np.ones((block, block), bool)) != hidden).any():
+        raise ValueError(f"some blocks of {block} pixels are hidden in part: use a divisor of the patch's side.")
+    filled = np.kron(impute(mean, small, 0.0), np.ones((1, block, block)))
     return np.where(hidden, filled + noise * np.random.default_rng(rng).normal(size=image.shape), image)
 
 # %% ../../nbs/lib/11_faithfulness/04_road.ipynb #cell-012
-SHARES = .1, .3, .5, .7, .9
+SHARES = 0.1, 0.3, 0.5, 0.7, 0.9
+
+
 def road_scores(
-    scorer:Scorer, # What is explained
-    heats:np.ndarray, # Maps of M methods, (M, U, H, W)
-    control:int, # Which of the M maps is the random one
-    shares:tuple[float, ...]=SHARES, # Shares of the patches removed, above 0 and below 1
-    block:int=None, # As for `impute_blocks`; None: the largest of 7, 4, 2 and 1 that divides the patch's side
-    seed:int=0, # Seed of the noise
-) -> tuple[dict[str, np.ndarray], np.ndarray]: # Metric, with its version, to (M, U); log-probability at each share, (M, U, K)
+    scorer: Scorer,  # What is explained
+    heats: np.ndarray,  # Maps of M methods, (M, U, H, W)
+    control: int,  # Which of the M maps is the random one
+    shares: tuple[float, ...] = SHARES,  # Shares of the patches removed, above 0 and below 1
+    block: int
+    | None = None,  # As for `impute_blocks`; None: the largest of 7, 4, 2 and 1 that divides the patch's side
+    seed: int = 0,  # Seed of the noise
+) -> tuple[
+    dict[str, np.ndarray], np.ndarray
+]:  # Metric, with its version, to (M, U); log-probability at each share, (M, U, K)
     """Remove the most supporting patches first and fill them from their surroundings.
 
     `road_auc.v1`: the word's probability (geometric mean over tokens), averaged over the shares, lower is better. `road_gain.v1`: how many nats lower the log-probability
     is than for the random map, higher is better. Costs M U K images, those that occur twice once. Source: Rong et al. 2022 (see `impute`), on log-probability and in patches"""
     grid, (m, u), (h, w) = scorer.grid, heats.shape[:2], heats.shape[-2:]
     block = block or next(b for b in (7, 4, 2, 1) if h // grid % b == 0)
-    counts = (np.array(shares) * grid ** 2).round().astype(int)
-    if not ((0 < counts) & (counts < grid ** 2)).all(): raise ValueError(f"shares {shares} must each remove from 1 to {grid ** 2 - 1} of {grid ** 2} patches.")
-    top = removal_order(heats, grid).argsort(-1)[..., None, :] < counts[:, None] # (M, U, K, R)
-    unique, where = np.unique(top.reshape(-1, grid ** 2), axis=0, return_inverse=True)
+    counts = (np.array(shares) * grid**2).round().astype(int)
+    if not ((counts > 0) & (counts < grid**2)).all():
+        raise ValueError(f"shares {shares} must each remove from 1 to {grid**2 - 1} of {grid**2} patches.")
+    top = removal_order(heats, grid).argsort(-1)[..., None, :] < counts[:, None]  # (M, U, K, R)
+    unique, where = np.unique(top.reshape(-1, grid**2), axis=0, return_inverse=True)
     pixels, regions = scorer.pixels[0].double().cpu().numpy(), grid_regions((h, w), grid)
-    def filled(some): return scorer(torch.from_numpy(np.stack([impute_blocks(pixels, unique[i][regions], block, rng=[seed, i]) for i in some])).to(scorer.pixels))
-    scores = in_batches(scorer, range(len(unique)), filled) # (B, U)
+
+    def filled(some):
+        return scorer(
+            torch.from_numpy(
+                np.stack([impute_blocks(pixels, unique[i][regions], block, rng=[seed, i]) for i in some])
+            ).to(scorer.pixels)
+        )
+
+    scores = in_batches(scorer, range(len(unique)), filled)  # (B, U)
     values = np.einsum("mukv,uv->muk", scores[where.ravel()].reshape(m, u, len(counts), u), np.eye(u))
     mean = values.mean(-1)
-    return {"road_auc.v1": np.exp(values / np.asarray(scorer.lengths)[:, None]).mean(-1), "road_gain.v1": mean[control] - mean}, values
+    return {
+        "road_auc.v1": np.exp(values / np.asarray(scorer.lengths)[:, None]).mean(-1),
+        "road_gain.v1": mean[control] - mean,
+    }, values

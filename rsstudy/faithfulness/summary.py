@@ -7,8 +7,10 @@ __all__ = ['MEASURES', 'AGAINST_CONTROLS', 'OF_MODELS', 'TUNED', 'intervals', 'b
            'tuned_values', 'against_untuned', 'summary']
 
 # %% ../../nbs/lib/11_faithfulness/10_summary.ipynb #cell-002
-import numpy as np
 from dataclasses import asdict
+
+import numpy as np
+
 from ..attribution.attributions import CONTROLS
 from .agreement import map_correlation
 from .counterfactual import counterfactual_faithfulness
@@ -16,30 +18,61 @@ from ..stats.intervals import interval_of, resample, verdict
 from ..stats.tests import compare_systems, holm
 
 # %% ../../nbs/lib/11_faithfulness/10_summary.ipynb #cell-005
-MEASURES = { # metric: label, and +1 where higher is better, -1 where lower is, 0 where neither
-    "deletion_gain.v1": ("deletion gain\n(nats over random)", 1), "insertion_gain.v1": ("insertion gain\n(nats over random)", 1),
-    "deletion_gain.mean.v1": ("deletion gain, mean fill\n(nats over random)", 1), "insertion_gain.mean.v1": ("insertion gain, mean fill\n(nats over random)", 1),
-    "road_gain.v1": ("ROAD gain\n(nats over random)", 1), "beats_random.v1": ("curves better than\nrandom's (share)", 1),
-    "comprehensiveness.v1": ("comprehensiveness\n(nats)", 1), "sufficiency.v1": ("sufficiency\n(nats)", -1), "infidelity_share.v1": ("infidelity\n(share of no map's)", -1),
-    "pointing_game.v1": ("pointing game\n(share)", 1), "energy_in_mask.v1": ("evidence on\nthe object (share)", 1), "iou_at_area.v1": ("IoU at the\nmask's area", 1),
-    "counterfactual.v1": ("counterfactual\n(rank correlation)", 1), "seed_spearman.v1": ("another seed\n(rank correlation)", 1), "seed_top.v1": ("another seed\n(top tenth shared)", 1),
-    "max_sensitivity.v1": ("max-sensitivity\n(relative change)", -1), "randomised_spearman.v1": ("shuffled parameters\n(rank correlation)", -1),
-    "randomised_spearman_abs.v1": ("shuffled parameters\n(of sizes)", -1), "randomised_ssim.v1": ("shuffled parameters\n(SSIM)", -1),
-    "object_loss.v1": ("lost without the\nobject (nats)", 0), "image_nats.v1": ("owed to the image\n(nats)", 0), "map_correlation.v1": ("rank correlation with\nthe untuned maps", 0),
-    "centre_shift.v1": ("centre of mass moved\n(share of the side)", 0)}
-AGAINST_CONTROLS = "deletion_gain.v1", "insertion_gain.v1", "road_gain.v1", "infidelity_share.v1", "energy_in_mask.v1", "iou_at_area.v1"
-OF_MODELS = "object_loss.v1", "image_nats.v1" # of a model alone, not of a map
-TUNED = *OF_MODELS, "deletion_gain.v1", "insertion_gain.v1", "road_gain.v1", "beats_random.v1", "infidelity_share.v1", "energy_in_mask.v1", "iou_at_area.v1"
+MEASURES = {  # metric: label, and +1 where higher is better, -1 where lower is, 0 where neither
+    "deletion_gain.v1": ("deletion gain\n(nats over random)", 1),
+    "insertion_gain.v1": ("insertion gain\n(nats over random)", 1),
+    "deletion_gain.mean.v1": ("deletion gain, mean fill\n(nats over random)", 1),
+    "insertion_gain.mean.v1": ("insertion gain, mean fill\n(nats over random)", 1),
+    "road_gain.v1": ("ROAD gain\n(nats over random)", 1),
+    "beats_random.v1": ("curves better than\nrandom's (share)", 1),
+    "comprehensiveness.v1": ("comprehensiveness\n(nats)", 1),
+    "sufficiency.v1": ("sufficiency\n(nats)", -1),
+    "infidelity_share.v1": ("infidelity\n(share of no map's)", -1),
+    "pointing_game.v1": ("pointing game\n(share)", 1),
+    "energy_in_mask.v1": ("evidence on\nthe object (share)", 1),
+    "iou_at_area.v1": ("IoU at the\nmask's area", 1),
+    "counterfactual.v1": ("counterfactual\n(rank correlation)", 1),
+    "seed_spearman.v1": ("another seed\n(rank correlation)", 1),
+    "seed_top.v1": ("another seed\n(top tenth shared)", 1),
+    "max_sensitivity.v1": ("max-sensitivity\n(relative change)", -1),
+    "randomised_spearman.v1": ("shuffled parameters\n(rank correlation)", -1),
+    "randomised_spearman_abs.v1": ("shuffled parameters\n(of sizes)", -1),
+    "randomised_ssim.v1": ("shuffled parameters\n(SSIM)", -1),
+    "object_loss.v1": ("lost without the\nobject (nats)", 0),
+    "image_nats.v1": ("owed to the image\n(nats)", 0),
+    "map_correlation.v1": ("rank correlation with\nthe untuned maps", 0),
+    "centre_shift.v1": ("centre of mass moved\n(share of the side)", 0),
+}
+AGAINST_CONTROLS = (
+    "deletion_gain.v1",
+    "insertion_gain.v1",
+    "road_gain.v1",
+    "infidelity_share.v1",
+    "energy_in_mask.v1",
+    "iou_at_area.v1",
+)
+OF_MODELS = "object_loss.v1", "image_nats.v1"  # of a model alone, not of a map
+TUNED = (
+    *OF_MODELS,
+    "deletion_gain.v1",
+    "insertion_gain.v1",
+    "road_gain.v1",
+    "beats_random.v1",
+    "infidelity_share.v1",
+    "energy_in_mask.v1",
+    "iou_at_area.v1",
+)
 
 # %% ../../nbs/lib/11_faithfulness/10_summary.ipynb #cell-007
 def intervals(
-    groups:dict[tuple, dict[str, float]], # Any key to image -> value; values that are not finite are left out
-    resamples:int=1000, # Bootstrap resamples
-) -> dict[tuple, dict]: # The key to value, low, high (95 %), n
+    groups: dict[tuple, dict[str, float]],  # Any key to image -> value; values that are not finite are left out
+    resamples: int = 1000,  # Bootstrap resamples
+) -> dict[tuple, dict]:  # The key to value, low, high (95 %), n
     "Means over images with bootstrap intervals; a group without values is left out."
     finite, alike, out = {k: {i: v for i, v in g.items() if np.isfinite(v)} for k, g in groups.items()}, {}, {}
     for key, g in finite.items():
-        if g: alike.setdefault(tuple(sorted(g)), {})[key] = np.array([g[i] for i in sorted(g)])
+        if g:
+            alike.setdefault(tuple(sorted(g)), {})[key] = np.array([g[i] for i in sorted(g)])
     for images, systems in alike.items():
         drawn = resample(systems, resamples)
         out |= {key: asdict(interval_of(d, n=len(images))) for key, d in drawn.items()}
@@ -47,36 +80,42 @@ def intervals(
 
 # %% ../../nbs/lib/11_faithfulness/10_summary.ipynb #cell-009
 def by_group(
-    rows:list[dict], # Records
-    metric:str, # A key of them
-) -> dict[tuple[str, str], dict[str, float]]: # (method, attribution) to image -> value
+    rows: list[dict],  # Records
+    metric: str,  # A key of them
+) -> dict[tuple[str, str], dict[str, float]]:  # (method, attribution) to image -> value
     "One metric of the records; a record without it is left out."
     out = {}
     for r in rows:
-        if metric in r: out.setdefault((r["method"], r["attribution"]), {})[r["image_id"]] = r[metric]
+        if metric in r:
+            out.setdefault((r["method"], r["attribution"]), {})[r["image_id"]] = r[metric]
     return out
 
 # %% ../../nbs/lib/11_faithfulness/10_summary.ipynb #cell-010
 def map_changes(
-    coarse:dict[tuple[str, str, str], np.ndarray], # (method, attribution, image) to its map at patch scale
-) -> dict[str, dict[tuple[str, str], dict[str, float]]]: # Metric to groups as from `by_group`
+    coarse: dict[tuple[str, str, str], np.ndarray],  # (method, attribution, image) to its map at patch scale
+) -> dict[str, dict[tuple[str, str], dict[str, float]]]:  # Metric to groups as from `by_group`
     "How far each tuned model's map lies from the untuned model's: rank correlation, and the way from one centre of mass of positive evidence to the other as a share of the image's side."
+
     def centre(m):
         p = np.maximum(m, 0)
         return (np.indices(m.shape) * p).sum((1, 2)) / p.sum() / len(m) if p.any() else np.full(2, np.nan)
+
     out = {"map_correlation.v1": {}, "centre_shift.v1": {}}
     for (method, attribution, image), cells in coarse.items():
         base = coarse.get(("none", attribution, image))
-        if method == "none" or base is None or attribution in CONTROLS: continue
-        for metric, value in zip(out, (map_correlation(cells, base, len(cells)), float(np.linalg.norm(centre(cells) - centre(base))))):
+        if method == "none" or base is None or attribution in CONTROLS:
+            continue
+        for metric, value in zip(
+            out, (map_correlation(cells, base, len(cells)), float(np.linalg.norm(centre(cells) - centre(base))))
+        ):
             out[metric].setdefault((method, attribution), {})[image] = value
     return out
 
 # %% ../../nbs/lib/11_faithfulness/10_summary.ipynb #cell-013
 def against_controls(
-    rows:list[dict], # Records
-    rounds:int=2000, # Resamples and exchanges
-) -> list[dict]: # method, attribution, metric, control, value (difference), low, high, n, p_holm, verdict
+    rows: list[dict],  # Records
+    rounds: int = 2000,  # Resamples and exchanges
+) -> list[dict]:  # method, attribution, metric, control, value (difference), low, high, n, p_holm, verdict
     "Paired differences of every method from every control on the same images."
     out = []
     for metric in AGAINST_CONTROLS:
@@ -84,85 +123,168 @@ def against_controls(
         for method in dict.fromkeys(m for m, _ in groups):
             mine = []
             for (m, attribution), values in groups.items():
-                if m != method or attribution in CONTROLS: continue
+                if m != method or attribution in CONTROLS:
+                    continue
                 sides = {attribution: values} | {c: groups[method, c] for c in CONTROLS if (method, c) in groups}
                 images = [i for i in values if all(np.isfinite(s.get(i, np.nan)) for s in sides.values())]
-                if len(images) < 2: continue
-                found = compare_systems({k: np.array([s[i] for i in images]) for k, s in sides.items()}, rounds, rounds, pairs=[(attribution, c) for c in list(sides)[1:]])[1]
-                mine += [(dict(method=method, attribution=attribution, metric=metric, control=c), d) for (_, c), d in found.items()]
-            for (r, d), p in zip(mine, holm([d.p for _, d in mine])): out.append(r | asdict(d.interval) | dict(p_holm=p, verdict=verdict(d.interval, p)))
+                if len(images) < 2:
+                    continue
+                found = compare_systems(
+                    {k: np.array([s[i] for i in images]) for k, s in sides.items()},
+                    rounds,
+                    rounds,
+                    pairs=[(attribution, c) for c in list(sides)[1:]],
+                )[1]
+                mine += [
+                    (dict(method=method, attribution=attribution, metric=metric, control=c), d)
+                    for (_, c), d in found.items()
+                ]
+            for (r, d), p in zip(mine, holm([d.p for _, d in mine])):
+                out.append(r | asdict(d.interval) | dict(p_holm=p, verdict=verdict(d.interval, p)))
     return out
 
 # %% ../../nbs/lib/11_faithfulness/10_summary.ipynb #cell-015
 def tuned_values(
-    rows:list[dict], # Records
-    lost:dict[str, list[dict]], # Model to image_id and `named`, what the word loses without its object
-    prompt:list[dict], # method, image_id, image: nats
-) -> dict[str, dict[str, dict[str, float]]]: # Metric to model to image -> value
+    rows: list[dict],  # Records
+    lost: dict[str, list[dict]],  # Model to image_id and `named`, what the word loses without its object
+    prompt: list[dict],  # method, image_id, image: nats
+) -> dict[str, dict[str, dict[str, float]]]:  # Metric to model to image -> value
     "The measures that models are compared by: means over the methods that are no controls, and what belongs to the model alone."
-    out = {"object_loss.v1": {m: {r["image_id"]: r["named"][0] for r in v if r["named"]} for m, v in lost.items()}, "image_nats.v1": {}}
-    for r in prompt: out["image_nats.v1"].setdefault(r["method"], {})[r["image_id"]] = r["image"]
-    for metric in TUNED[len(OF_MODELS):]:
+    out = {
+        "object_loss.v1": {m: {r["image_id"]: r["named"][0] for r in v if r["named"]} for m, v in lost.items()},
+        "image_nats.v1": {},
+    }
+    for r in prompt:
+        out["image_nats.v1"].setdefault(r["method"], {})[r["image_id"]] = r["image"]
+    for metric in TUNED[len(OF_MODELS) :]:
         cells = {}
         for r in rows:
-            if r["attribution"] not in CONTROLS and np.isfinite(r.get(metric, np.nan)): cells.setdefault(r["method"], {}).setdefault(r["image_id"], []).append(r[metric])
+            if r["attribution"] not in CONTROLS and np.isfinite(r.get(metric, np.nan)):
+                cells.setdefault(r["method"], {}).setdefault(r["image_id"], []).append(r[metric])
         out[metric] = {m: {i: float(np.mean(v)) for i, v in images.items()} for m, images in cells.items()}
     return {k: {m: v for m, v in out[k].items() if v} for k in TUNED if any(out[k].values())}
 
 # %% ../../nbs/lib/11_faithfulness/10_summary.ipynb #cell-016
 def against_untuned(
-    values:dict[str, dict[str, dict[str, float]]], # From `tuned_values`
-    seed_of:dict[tuple[str, str], int], # (model, image) to its training run
-    rounds:int=10_000, # Resamples and exchanges
-) -> list[dict]: # method, metric, own, base, value (difference), low, high, n, p_holm, verdict, by_seed
+    values: dict[str, dict[str, dict[str, float]]],  # From `tuned_values`
+    seed_of: dict[tuple[str, str], int],  # (model, image) to its training run
+    rounds: int = 10_000,  # Resamples and exchanges
+) -> list[dict]:  # method, metric, own, base, value (difference), low, high, n, p_holm, verdict, by_seed
     "Paired differences of every tuned model from the untuned one; Holm's family is all of them."
     out = []
     for metric, models in values.items():
         for method, mine in models.items():
             base = models.get("none", {})
             images = [i for i in mine if i in base]
-            if method == "none" or len(images) < 2: continue
-            scores, pairs = compare_systems({method: np.array([mine[i] for i in images]), "none": np.array([base[i] for i in images])}, rounds, rounds, pairs=[(method, "none")])
+            if method == "none" or len(images) < 2:
+                continue
+            scores, pairs = compare_systems(
+                {method: np.array([mine[i] for i in images]), "none": np.array([base[i] for i in images])},
+                rounds,
+                rounds,
+                pairs=[(method, "none")],
+            )
             seeds, d = {}, pairs[method, "none"]
-            for i in images: seeds.setdefault(seed_of[method, i], []).append(mine[i] - base[i])
-            out.append((dict(method=method, metric=metric, own=scores[method].value, base=scores["none"].value, by_seed={str(s): float(np.mean(v)) for s, v in seeds.items()}), d))
-    def decided(r, d, p): return verdict(d.interval, p) if len({np.sign(v) for v in r["by_seed"].values()}) == 1 else "tie"
-    return [r | asdict(d.interval) | dict(p_holm=p, verdict=decided(r, d, p)) for (r, d), p in zip(out, holm([d.p for _, d in out]))]
+            for i in images:
+                seeds.setdefault(seed_of[method, i], []).append(mine[i] - base[i])
+            out.append(
+                (
+                    dict(
+                        method=method,
+                        metric=metric,
+                        own=scores[method].value,
+                        base=scores["none"].value,
+                        by_seed={str(s): float(np.mean(v)) for s, v in seeds.items()},
+                    ),
+                    d,
+                )
+            )
+
+    def decided(r, d, p):
+        return verdict(d.interval, p) if len({np.sign(v) for v in r["by_seed"].values()}) == 1 else "tie"
+
+    return [
+        r | asdict(d.interval) | dict(p_holm=p, verdict=decided(r, d, p))
+        for (r, d), p in zip(out, holm([d.p for _, d in out]))
+    ]
 
 # %% ../../nbs/lib/11_faithfulness/10_summary.ipynb #cell-019
 def summary(
-    records, # `rsstudy.faithfulness.records.Records`
-    images:list[dict], # The images explained, image_id and caption
-    resamples:int=1000, # Bootstrap resamples
-) -> dict: # What the results file holds
+    records,  # `rsstudy.faithfulness.records.Records`
+    images: list[dict],  # The images explained, image_id and caption
+    resamples: int = 1000,  # Bootstrap resamples
+) -> dict:  # What the results file holds
     "Averages, tests, curves, the example's maps, and the record behind every average."
     metrics = list(dict.fromkeys(k for r in records.rows for k in r if k.endswith(".v1")))
     means = {(metric, *k): g for metric in metrics for k, g in by_group(records.rows, metric).items()}
     means |= {(metric, *k): g for metric, groups in map_changes(records.coarse).items() for k, g in groups.items()}
     values = tuned_values(records.rows, records.lost, records.prompt)
     means |= {(metric, m, "model"): g for metric in OF_MODELS for m, g in values.get(metric, {}).items()}
-    rows = [dict(method=m, attribution=a, metric=metric, **i) for (metric, m, a), i in intervals(means, resamples).items()]
+    rows = [
+        dict(method=m, attribution=a, metric=metric, **i) for (metric, m, a), i in intervals(means, resamples).items()
+    ]
     for method, lost in records.lost.items():
         for a in dict.fromkeys(a for r in lost for a in r["shares"]):
             have = [r for r in lost if a in r["shares"]]
-            found = counterfactual_faithfulness([np.array(r["lost"]) for r in have], [np.array(r["shares"][a]) for r in have], min(resamples, 1000))
+            found = counterfactual_faithfulness(
+                [np.array(r["lost"]) for r in have], [np.array(r["shares"][a]) for r in have], min(resamples, 1000)
+            )
             rows.append(dict(method=method, attribution=a, metric="counterfactual.v1", **asdict(found)))
     own, cost, words = {}, {}, {}
     for r in records.rows:
-        if np.isfinite(r["error"]): own.setdefault((r["method"], r["attribution"]), []).append(r["error"])
+        if np.isfinite(r["error"]):
+            own.setdefault((r["method"], r["attribution"]), []).append(r["error"])
         cost.setdefault(r["attribution"], []).append((r["seconds"], r["calls"]))
     for r in records.prompt:
-        for part, v in [("the image", r["image"]), *r["words"].items()]: words.setdefault((r["method"], part), {})[r["image_id"]] = v
+        for part, v in [("the image", r["image"]), *r["words"].items()]:
+            words.setdefault((r["method"], part), {})[r["image_id"]] = v
     columns = list(dict.fromkeys(k for r in records.rows for k in r))
-    def short(v): return float(f"{v:.6g}") if isinstance(v, (float, np.floating)) else v
+
+    def short(v):
+        return float(f"{v:.6g}") if isinstance(v, (float, np.floating)) else v
+
     return dict(
-        images=[dict(image_id=i["image_id"], caption=i["caption"]) for i in images], faithfulness=rows, against_controls=against_controls(records.rows),
+        images=[dict(image_id=i["image_id"], caption=i["caption"]) for i in images],
+        faithfulness=rows,
+        against_controls=against_controls(records.rows),
         tuning=against_untuned(values, {(r["method"], r["image_id"]): r["seed"] for r in records.rows}, resamples),
         prompt=[dict(method=m, part=part, **i) for (m, part), i in intervals(words, resamples).items()],
-        agreement=[dict(method=m, metric=k, attribution=a, other=b, value=float(np.nanmean([t[a, b] for t in tables if (a, b) in t])))
-            for (m, k), tables in records.alike.items() for a, b in dict.fromkeys(pair for t in tables for pair in t) if a < b],
-        own_error=[dict(method=m, attribution=a, median=float(np.median(e)), largest=float(np.max(e)), share_under_1_percent=float(np.mean(np.array(e) <= .01)), n=len(e)) for (m, a), e in own.items()],
-        attribution_cost=[dict(attribution=a, seconds=float(np.median([s for s, _ in c])), evaluations=float(np.median([n for _, n in c]))) for a, c in cost.items()],
-        curves=[dict(method=m, attribution=a, curve=k, fractions=records.fractions, mean=np.mean(c, 0)) for (m, a, k), c in records.curves.items()],
-        failed=records.failed, example=dict(image_id=images[0]["image_id"], caption=images[0]["caption"], maps=records.maps),
-        records=dict(columns=columns, rows=[[short(r.get(c)) for c in columns] for r in records.rows]))
+        agreement=[
+            dict(
+                method=m,
+                metric=k,
+                attribution=a,
+                other=b,
+                value=float(np.nanmean([t[a, b] for t in tables if (a, b) in t])),
+            )
+            for (m, k), tables in records.alike.items()
+            for a, b in dict.fromkeys(pair for t in tables for pair in t)
+            if a < b
+        ],
+        own_error=[
+            dict(
+                method=m,
+                attribution=a,
+                median=float(np.median(e)),
+                largest=float(np.max(e)),
+                share_under_1_percent=float(np.mean(np.array(e) <= 0.01)),
+                n=len(e),
+            )
+            for (m, a), e in own.items()
+        ],
+        attribution_cost=[
+            dict(
+                attribution=a,
+                seconds=float(np.median([s for s, _ in c])),
+                evaluations=float(np.median([n for _, n in c])),
+            )
+            for a, c in cost.items()
+        ],
+        curves=[
+            dict(method=m, attribution=a, curve=k, fractions=records.fractions, mean=np.mean(c, 0))
+            for (m, a, k), c in records.curves.items()
+        ],
+        failed=records.failed,
+        example=dict(image_id=images[0]["image_id"], caption=images[0]["caption"], maps=records.maps),
+        records=dict(columns=columns, rows=[[short(r.get(c)) for c in columns] for r in records.rows]),
+    )

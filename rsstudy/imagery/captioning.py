@@ -10,55 +10,73 @@ import dataclasses
 import functools
 import json
 import logging
-import numpy as np
 import os
 import re
 import shutil
 import sys
 import warnings
-from PIL import Image
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
+
 from ..common.code import code_revision, device_name, versions
 from ..common.files import announce, file_in_the_way, locked
 from ..common.settings import Profile, load_profile
 from .record_files import CaptionFile, RecordWriter
 from .sources import count_jobs, find_images, read_jobs, write_jobs
 from .views import SeenImage, Wanted, read_item, resizer, views
-from ..model.generate import Captioner, STATIC_IMAGES, generate_captions
+from ..model.generate import STATIC_IMAGES, Captioner, generate_captions
 from ..tuning.captioners import find_captioner, find_run, load_captioner
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-005
 class Portions:
     "Writes captions, as many at a time as memory holds."
-    def __init__(self,
-        captioner:Captioner, # Who writes
-        P:Profile, # Lengths, beams, images at a time
-        total:int, # Images of the whole run
+
+    def __init__(
+        self,
+        captioner: Captioner,  # Who writes
+        P: Profile,  # Lengths, beams, images at a time
+        total: int,  # Images of the whole run
     ):
         self.captioner, self.P, self.size = captioner, P, P.generate_batch
-        self.static = captioner.model.device.type == 'cuda' and total >= STATIC_IMAGES
+        self.static = captioner.model.device.type == "cuda" and total >= STATIC_IMAGES
 
-    def __call__(self,
-        images:list[np.ndarray], # uint8
+    def __call__(
+        self,
+        images: list[np.ndarray],  # uint8
     ) -> list[str]:
         "Captions. Raises `RuntimeError` in one sentence where a single image does not fit."
         found = []
         while len(found) < len(images):
-            part = images[len(found):len(found) + self.size]
+            part = images[len(found) : len(found) + self.size]
             filled = part + part[-1:] * (self.size - len(part)) if self.static else part
             try:
-                found += generate_captions(self.captioner, filled, max_new_tokens=self.P.max_new_tokens, num_beams=self.P.num_beams, batch_size=self.size, static=self.static)[:len(part)]
+                found += generate_captions(
+                    self.captioner,
+                    filled,
+                    max_new_tokens=self.P.max_new_tokens,
+                    num_beams=self.P.num_beams,
+                    batch_size=self.size,
+                    static=self.static,
+                )[: len(part)]
                 continue
             except RuntimeError as error:
-                if not should_reduce_batch_size(error): raise
-            if len(filled) == 1: raise RuntimeError(f'out of memory with a single image at a time: give the device to this process alone or take a smaller model than {self.P.base_model}')
-            self.size = len(filled) // 2 # outside the handler, where the failed tensors are no longer held
-            announce('caption', f'{len(filled)} images at once do not fit in memory: {self.size} at a time from here on')
+                if not should_reduce_batch_size(error):
+                    raise
+            if len(filled) == 1:
+                raise RuntimeError(
+                    f"out of memory with a single image at a time: give the device to this process alone or take a smaller model than {self.P.base_model}"
+                )
+            self.size = len(filled) // 2  # outside the handler, where the failed tensors are no longer held
+            announce(
+                "caption", f"{len(filled)} images at once do not fit in memory: {self.size} at a time from here on"
+            )
             clear_device_cache(garbage_collection=True)
         return found
 
@@ -66,39 +84,47 @@ class Portions:
 @dataclasses.dataclass(frozen=True)
 class CaptioningTask:
     "What an engine carries out."
-    P:Profile # The resolved settings
-    wanted:Wanted # What is asked of model and images
-    jobs:str # File of the list of images
-    total:int # Jobs on it
-    maps:str='' # Folder of heat maps, as the output names it
+
+    P: Profile  # The resolved settings
+    wanted: Wanted  # What is asked of model and images
+    jobs: str  # File of the list of images
+    total: int  # Jobs on it
+    maps: str = ""  # Folder of heat maps, as the output names it
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-008
 @dataclasses.dataclass
 class Block:
     "What became of some jobs that follow each other."
-    jobs:int # How many
-    records:list[dict] # Captions
-    failed:list[dict] # What was wrong with the others
-    maps:dict[str,bytes] # Name of a heat map -> PNG
+
+    jobs: int  # How many
+    records: list[dict]  # Captions
+    failed: list[dict]  # What was wrong with the others
+    maps: dict[str, bytes]  # Name of a heat map -> PNG
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-009
 def _record(job, caption, item, task):
-    record = dict(image=job.name, caption=caption, model=task.P.base_model if task.wanted.model == 'none' else task.wanted.model)
-    if job.window: record['tile'] = list(job.window)
-    if job.raster: record['footprint'] = item.outline
+    record = dict(
+        image=job.name, caption=caption, model=task.P.base_model if task.wanted.model == "none" else task.wanted.model
+    )
+    if job.window:
+        record["tile"] = list(job.window)
+    if job.raster:
+        record["footprint"] = item.outline
     return record
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-010
-def _about(job): return dict(image=job.name) | (dict(tile=list(job.window)) if job.window else {})
+def _about(job):
+    return dict(image=job.name) | (dict(tile=list(job.window)) if job.window else {})
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-011
 def caption_block(
-    portions:Portions, # Who writes
-    items:list[SeenImage], # Read
-    task:CaptioningTask, # What is asked
+    portions: Portions,  # Who writes
+    items: list[SeenImage],  # Read
+    task: CaptioningTask,  # What is asked
 ) -> Block:
     "Captions of what could be read, heat maps where they are asked for."
     from rsstudy.imagery.heatmaps import heat_png
+
     read, block = [i for i in items if i.problem is None], Block(len(items), [], [], {})
     written = dict(zip((i.job.number for i in read), portions([i.seen for i in read])))
     for item in items:
@@ -107,70 +133,101 @@ def caption_block(
             continue
         record = _record(item.job, written[item.job.number], item, task)
         if task.wanted.method:
-            name = f'{item.job.number:07d}-{re.sub(r"[^A-Za-z0-9._-]+", "_", Path(item.job.name).stem)[:80]}.png'
-            try: block.maps[name] = heat_png(portions.captioner, item.seen, item.size, record['caption'], task.wanted.method, task.P)
-            except ValueError as error: block.failed.append(_about(item.job) | dict(no_heat_map=str(error)))
-            record['heat_map'] = f'{task.maps}/{name}' if name in block.maps else None
+            name = f"{item.job.number:07d}-{re.sub(r'[^A-Za-z0-9._-]+', '_', Path(item.job.name).stem)[:80]}.png"
+            try:
+                block.maps[name] = heat_png(
+                    portions.captioner, item.seen, item.size, record["caption"], task.wanted.method, task.P
+                )
+            except ValueError as error:
+                block.failed.append(_about(item.job) | dict(no_heat_map=str(error)))
+            record["heat_map"] = f"{task.maps}/{name}" if name in block.maps else None
         block.records.append(record)
     return block
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-012
 def run_local(
-    task:CaptioningTask, # What to carry out
-    first:int=0, # Number of the first job
-    stop:int|None=None, # One past the last; None: all
-    captioner:Captioner|None=None, # None: the task's, loaded here
-    readers:int|None=None, # Threads that read; None: one a core, at most 8
-    ahead:int=2, # Blocks read ahead
-) -> Iterator[Block]: # In order
+    task: CaptioningTask,  # What to carry out
+    first: int = 0,  # Number of the first job
+    stop: int | None = None,  # One past the last; None: all
+    captioner: Captioner | None = None,  # None: the task's, loaded here
+    readers: int | None = None,  # Threads that read; None: one a core, at most 8
+    ahead: int = 2,  # Blocks read ahead
+) -> Iterator[Block]:  # In order
     "Captions in this process: threads read the next blocks while the model writes."
     captioner = captioner or load_captioner(task.P, task.wanted.model, task.wanted.seed)
     portions, resize, waiting = Portions(captioner, task.P, task.total), resizer(captioner.processor), deque()
     pool = ThreadPoolExecutor(readers or min(8, os.cpu_count() or 1))
-    def captioned(): return caption_block(portions, [future.result() for future in waiting.popleft()], task)
+
+    def captioned():
+        return caption_block(portions, [future.result() for future in waiting.popleft()], task)
+
     try:
         for block in read_jobs(task.jobs, first, stop, task.P.generate_batch):
             waiting.append([pool.submit(read_item, job, task.wanted, resize) for job in block])
-            if len(waiting) > ahead: yield captioned()
-        while waiting: yield captioned()
-    finally: pool.shutdown(cancel_futures=True)
+            if len(waiting) > ahead:
+                yield captioned()
+        while waiting:
+            yield captioned()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-014
 @dataclasses.dataclass
 class Captioned:
     "What a run left."
-    out:Path # Captions
-    counts:dict[str,int] # `COUNTS`
-    failed:Path # What could not be read, JSON lines; not there where there is nothing to say
-    before:bool=False # Had it been done before?
+
+    out: Path  # Captions
+    counts: dict[str, int]  # `COUNTS`
+    failed: Path  # What could not be read, JSON lines; not there where there is nothing to say
+    before: bool = False  # Had it been done before?
 
     @property
-    def status(self) -> int: return int(bool(self.counts['unreadable'] or self.counts['no_heat_map'])) # 0: all that was asked for; 1: something could not be done
+    def status(self) -> int:
+        return int(
+            bool(self.counts["unreadable"] or self.counts["no_heat_map"])
+        )  # 0: all that was asked for; 1: something could not be done
 
-    def text(self, most:int=10) -> str: # Problems shown
+    def text(self, most: int = 10) -> str:  # Problems shown
         "What happened, for people."
         n, lines = self.counts, []
-        lines.append(f'{n["captions"]:,} caption{"s" * (n["captions"] != 1)} in {self.out}' + (', written before: --force captions again' if self.before else ''))
-        words = dict(unreadable='could not be read', left_out='left out, with too little valid data', no_heat_map='without a heat map')
-        printable = lambda text: ''.join(c if c.isprintable() else '?' for c in text) # a file's name may hold anything
-        if (parts := [f'{n[k]:,} {say}' for k, say in words.items() if n[k]]) and self.failed.is_file():
-            lines.append('; '.join(parts) + f': see {self.failed}')
-            with open(self.failed, encoding='utf-8') as file:
-                rows = (row for row in map(json.loads, file) if 'left_out' not in row)
+        lines.append(
+            f"{n['captions']:,} caption{'s' * (n['captions'] != 1)} in {self.out}"
+            + (", written before: --force captions again" if self.before else "")
+        )
+        words = dict(
+            unreadable="could not be read",
+            left_out="left out, with too little valid data",
+            no_heat_map="without a heat map",
+        )
+
+        def printable(text):
+            return "".join(c if c.isprintable() else "?" for c in text)  # a file's name may hold anything
+
+        if (parts := [f"{n[k]:,} {say}" for k, say in words.items() if n[k]]) and self.failed.is_file():
+            lines.append("; ".join(parts) + f": see {self.failed}")
+            with open(self.failed, encoding="utf-8") as file:
+                rows = (row for row in map(json.loads, file) if "left_out" not in row)
                 shown = [row for _, row in zip(range(most), rows)]
-            lines += [printable(f'  {row["image"]}: {row.get("unreadable") or row["no_heat_map"]}') for row in shown]
-            if (more := n['unreadable'] + n['no_heat_map'] - len(shown)) > 0: lines.append(f'  and {more:,} more')
-        return '\n'.join(lines)
+            lines += [printable(f"  {row['image']}: {row.get('unreadable') or row['no_heat_map']}") for row in shown]
+            if (more := n["unreadable"] + n["no_heat_map"] - len(shown)) > 0:
+                lines.append(f"  and {more:,} more")
+        return "\n".join(lines)
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-015
 def _weights(P, model, seed):
     "Size and date of a model's files of weights, which tell whether it was tuned again."
-    folder = find_run(P, model, seed) or Path(model if model != 'none' else P.base_model).expanduser()
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob('*.safetensors'))] if folder.is_dir() else []
+    folder = find_run(P, model, seed) or Path(model if model != "none" else P.base_model).expanduser()
+    return (
+        [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.glob("*.safetensors"))]
+        if folder.is_dir()
+        else []
+    )
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-016
 def _asked(paths, wanted, P, maps):
-    settings = {k: getattr(P, k) for k in ('base_model', 'precision', 'prompt', 'max_new_tokens', 'num_beams', 'generate_batch')}
+    settings = {
+        k: getattr(P, k) for k in ("base_model", "precision", "prompt", "max_new_tokens", "num_beams", "generate_batch")
+    }
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(wanted).items()}
     return dict(paths=paths) | plain | settings | dict(weights=_weights(P, wanted.model, wanted.seed), heat_maps=maps)
 
@@ -178,68 +235,97 @@ def _asked(paths, wanted, P, maps):
 @contextmanager
 def _quiet():
     "Large images, and images that lie nowhere, are no reason to warn."
-    level = logging.getLogger('rasterio').level
+    level = logging.getLogger("rasterio").level
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-        warnings.filterwarnings('ignore', message='Dataset has no geotransform')
-        logging.getLogger('rasterio').setLevel(logging.CRITICAL)
-        try: yield
-        finally: logging.getLogger('rasterio').setLevel(level)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", message="Dataset has no geotransform")
+        logging.getLogger("rasterio").setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.getLogger("rasterio").setLevel(level)
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-018
 def _carry_out(task, target, folder, engine, bar):
     "Captions what is left of a task; the counts."
     writer = RecordWriter(target)
     try:
-        done = writer.state['jobs']
-        with bar(total=task.total, initial=done, desc='captions', unit='image') as shown:
+        done = writer.state["jobs"]
+        with bar(total=task.total, initial=done, desc="captions", unit="image") as shown:
             for block in engine(task, done) if done < task.total else ():
-                writer.add(block.records, block.failed, block.jobs, {folder/name: png for name, png in block.maps.items()})
+                writer.add(
+                    block.records, block.failed, block.jobs, {folder / name: png for name, png in block.maps.items()}
+                )
                 shown.update(block.jobs)
         return writer.finish(dict(versions=versions(), code=code_revision(), device=device_name()))
-    finally: writer.close()
+    finally:
+        writer.close()
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-019
 def caption_paths(
-    paths:str|Path|list[str|Path], # Files, folders, patterns, zip archives
-    out:str|Path='captions.jsonl', # .jsonl, .csv or .geojson; see `rsstudy.imagery.record_files`
-    model:str|Captioner='none', # As `load_captioner` takes it, or a captioner at hand
-    seed:int=0, # Of a tuning method's run
-    P:Profile|None=None, # Prompt, lengths, images at a time; None: the profile `nano`
-    explain:str|Path|bool=False, # Heat maps too? Or the folder for them; True: OUT.maps
-    method:str='grad_cam', # Of heat maps
-    force:bool=False, # Forget what was captioned before?
-    engine:Callable=run_local, # As `run_local`
-    progress:bool|None=None, # Bars with rate and remaining time? None: on a terminal, and a line a minute elsewhere
-    **more, # More of `Wanted`: bands, percentiles, tile, overlap, valid
+    paths: str | Path | list[str | Path],  # Files, folders, patterns, zip archives
+    out: str | Path = "captions.jsonl",  # .jsonl, .csv or .geojson; see `rsstudy.imagery.record_files`
+    model: str | Captioner = "none",  # As `load_captioner` takes it, or a captioner at hand
+    seed: int = 0,  # Of a tuning method's run
+    P: Profile | None = None,  # Prompt, lengths, images at a time; None: the profile `nano`
+    explain: str | Path | bool = False,  # Heat maps too? Or the folder for them; True: OUT.maps
+    method: str = "grad_cam",  # Of heat maps
+    force: bool = False,  # Forget what was captioned before?
+    engine: Callable = run_local,  # As `run_local`
+    progress: bool
+    | None = None,  # Bars with rate and remaining time? None: on a terminal, and a line a minute elsewhere
+    **more,  # More of `Wanted`: bands, percentiles, tile, overlap, valid
 ) -> Captioned:
     """Captions images into a file; goes on where an earlier call with the same arguments was stopped.
 
     Raises `ValueError`, `FileNotFoundError`, `RuntimeError` or `OSError` in one sentence, where possible before the model is loaded.
     """
     from tqdm import tqdm
-    P, paths = P or load_profile('nano'), [os.fspath(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    wanted = Wanted(model.method if isinstance(model, Captioner) else str(model), seed, method=method if explain else None, **more)
+
+    P, paths = P or load_profile("nano"), [os.fspath(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    wanted = Wanted(
+        model.method if isinstance(model, Captioner) else str(model), seed, method=method if explain else None, **more
+    )
     wanted.check()
-    if not isinstance(model, Captioner): find_captioner(P, wanted.model, seed)
+    if not isinstance(model, Captioner):
+        find_captioner(P, wanted.model, seed)
     target = CaptionFile(out)
-    folder = target.out.with_name(target.out.name + '.maps') if explain is True else Path(explain) if explain else None
-    if folder and (blocked := file_in_the_way(folder)): raise NotADirectoryError(f'--explain {folder}: {blocked} is no folder')
-    maps = Path(os.path.relpath(folder, target.out.parent)).as_posix() if folder else ''
-    bar = functools.partial(tqdm, disable=progress is False, mininterval=.5 if sys.stderr.isatty() or progress else 60, file=sys.stderr)
+    folder = target.out.with_name(target.out.name + ".maps") if explain is True else Path(explain) if explain else None
+    if folder and (blocked := file_in_the_way(folder)):
+        raise NotADirectoryError(f"--explain {folder}: {blocked} is no folder")
+    maps = Path(os.path.relpath(folder, target.out.parent)).as_posix() if folder else ""
+    bar = functools.partial(
+        tqdm, disable=progress is False, mininterval=0.5 if sys.stderr.isatty() or progress else 60, file=sys.stderr
+    )
     asked, own = _asked(paths, wanted, P, maps), dict(captioner=model) if isinstance(model, Captioner) else {}
     if not force:
         target.check(asked)
-        if target.finished: return Captioned(target.out, json.loads(target.run.read_text(encoding='utf-8'))['counts'], target.failed, before=True)
+        if target.finished:
+            return Captioned(
+                target.out, json.loads(target.run.read_text(encoding="utf-8"))["counts"], target.failed, before=True
+            )
     with locked(target.part), _quiet():
         try:
-            if force: target.remove()
-            else: target.check(asked) # another run may have ended meanwhile
+            if force:
+                target.remove()
+            else:
+                target.check(asked)  # another run may have ended meanwhile
             target.begin(asked)
             if not target.jobs.is_file():
-                with bar(desc='listing', unit='image') as listing: write_jobs(target.jobs, find_images(paths), lambda name, place: views(name, place, wanted), listing.update)
-            if wanted.bands and not any(job.raster for block in read_jobs(target.jobs) for job in block): raise ValueError('--bands: none of the images is a TIFF that can be read')
-            counts = _carry_out(CaptioningTask(P, wanted, str(target.jobs.resolve()), count_jobs(target.jobs), maps), target, folder, functools.partial(engine, **own), bar)
+                with bar(desc="listing", unit="image") as listing:
+                    write_jobs(
+                        target.jobs, find_images(paths), lambda name, place: views(name, place, wanted), listing.update
+                    )
+            if wanted.bands and not any(job.raster for block in read_jobs(target.jobs) for job in block):
+                raise ValueError("--bands: none of the images is a TIFF that can be read")
+            counts = _carry_out(
+                CaptioningTask(P, wanted, str(target.jobs.resolve()), count_jobs(target.jobs), maps),
+                target,
+                folder,
+                functools.partial(engine, **own),
+                bar,
+            )
         finally:
-            if target.part.is_dir() and not target.state_file.is_file(): shutil.rmtree(target.part) # nothing was captioned
+            if target.part.is_dir() and not target.state_file.is_file():
+                shutil.rmtree(target.part)  # nothing was captioned
     return Captioned(target.out, counts, target.failed)

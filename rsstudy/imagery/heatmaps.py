@@ -7,9 +7,11 @@ __all__ = ['SIDE', 'FOOT', 'draw_heat', 'heat_png']
 
 # %% ../../nbs/lib/15_imagery/05_heatmaps.ipynb #cell-002
 import io
-import numpy as np
 import textwrap
+
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
 from ..attribution.attributions import explain, label
 from ..attribution.scorer import caption_scorer
 from ..attribution.words import caption_target
@@ -18,45 +20,55 @@ from ..explain.look import levels, palette
 from ..model.generate import Captioner
 
 # %% ../../nbs/lib/15_imagery/05_heatmaps.ipynb #cell-004
-SIDE, FOOT = 320, 64 # of each of two pictures, pixels; height of the words below them
+SIDE, FOOT = 320, 64  # of each of two pictures, pixels; height of the words below them
+
+
 def draw_heat(
-    seen:np.ndarray, # What the model saw, (S, S, 3) uint8
-    heat:np.ndarray, # (S, S), any real scale
-    size:tuple[int,int], # Width and height of the image before it was made square
-    words:str, # Below: the caption
-    note:str, # Below, smaller: the method
-) -> Image.Image: # The image, and the map over it in grey
+    seen: np.ndarray,  # What the model saw, (S, S, 3) uint8
+    heat: np.ndarray,  # (S, S), any real scale
+    size: tuple[int, int],  # Width and height of the image before it was made square
+    words: str,  # Below: the caption
+    note: str,  # Below, smaller: the method
+) -> Image.Image:  # The image, and the map over it in grey
     "The picture. The last colour is the 98th percentile of the map's absolute values."
     shape = tuple(max(24, round(SIDE * side / max(size))) for side in size)
     signed = bool((heat < 0).any())
-    cells = levels(heat, float(np.quantile(np.abs(heat), .98)) or float(np.abs(heat).max()), signed)
-    layer = Image.fromarray(palette(signed)[cells], 'RGBA').resize(shape, Image.Resampling.BILINEAR)
+    cells = levels(heat, float(np.quantile(np.abs(heat), 0.98)) or float(np.abs(heat).max()), signed)
+    layer = Image.fromarray(palette(signed)[cells], "RGBA").resize(shape, Image.Resampling.BILINEAR)
     photo = Image.fromarray(seen).resize(shape, Image.Resampling.BICUBIC)
-    grey = Image.blend(photo.convert('L').convert('RGB'), Image.new('RGB', shape, 'white'), .35)
-    figure = Image.new('RGB', (2 * SIDE + 8, shape[1] + FOOT), 'white')
+    grey = Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", shape, "white"), 0.35)
+    figure = Image.new("RGB", (2 * SIDE + 8, shape[1] + FOOT), "white")
     figure.paste(photo, (0, 0))
-    figure.paste(Image.alpha_composite(grey.convert('RGBA'), layer).convert('RGB'), (SIDE + 8, 0))
+    figure.paste(Image.alpha_composite(grey.convert("RGBA"), layer).convert("RGB"), (SIDE + 8, 0))
     draw, y = ImageDraw.Draw(figure), shape[1] + 4
-    for line in textwrap.wrap(words, 92, max_lines=2, placeholder=' ...'):
-        draw.text((4, y), line, 'black', ImageFont.load_default(14))
+    for line in textwrap.wrap(words, 92, max_lines=2, placeholder=" ..."):
+        draw.text((4, y), line, "black", ImageFont.load_default(14))
         y += 18
-    draw.text((4, shape[1] + FOOT - 18), f'{note}; red: made the caption likely' + ('; blue: unlikely' if signed else ''), '#57606a', ImageFont.load_default(12))
+    draw.text(
+        (4, shape[1] + FOOT - 18),
+        f"{note}; red: made the caption likely" + ("; blue: unlikely" if signed else ""),
+        "#57606a",
+        ImageFont.load_default(12),
+    )
     return figure
 
 # %% ../../nbs/lib/15_imagery/05_heatmaps.ipynb #cell-005
 def heat_png(
-    captioner:Captioner, # Whose caption it is
-    seen:np.ndarray, # What the model saw, (S, S, 3) uint8 of its own size
-    size:tuple[int,int], # Width and height of the image before it was made square
-    caption:str, # What is explained, as a whole
-    method:str='grad_cam', # Key of `rsstudy.attribution.attributions`
-    P:Profile|None=None, # Budgets; None: those of the profile `nano`
-) -> bytes: # PNG
+    captioner: Captioner,  # Whose caption it is
+    seen: np.ndarray,  # What the model saw, (S, S, 3) uint8 of its own size
+    size: tuple[int, int],  # Width and height of the image before it was made square
+    caption: str,  # What is explained, as a whole
+    method: str = "grad_cam",  # Key of `rsstudy.attribution.attributions`
+    P: Profile | None = None,  # Budgets; None: those of the profile `nano`
+) -> bytes:  # PNG
     "One heat map. Raises `ValueError` where there is nothing to explain: an empty caption, an image of one colour, a map of zeros."
-    P = P or load_profile('nano')
-    if (seen == seen[:1, :1]).all(): raise ValueError('the image is of one colour throughout')
+    P = P or load_profile("nano")
+    if (seen == seen[:1, :1]).all():
+        raise ValueError("the image is of one colour throughout")
     target = caption_target(captioner.processor, seen, captioner.prompt, caption)
     found = explain(caption_scorer(captioner.model, target, target.span(), P.generate_batch), method, P)
     out = io.BytesIO()
-    draw_heat(seen, found.heat[0], size, caption, label(method)).quantize(255, method=Image.Quantize.FASTOCTREE).save(out, 'PNG') # a third of the bytes, and faster
+    draw_heat(seen, found.heat[0], size, caption, label(method)).quantize(255, method=Image.Quantize.FASTOCTREE).save(
+        out, "PNG"
+    )  # a third of the bytes, and faster
     return out.getvalue()

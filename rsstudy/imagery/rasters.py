@@ -11,100 +11,124 @@ import contextlib
 import functools
 import importlib.util
 import math
-import numpy as np
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
+
 from ..data.images import MAX_PIXELS, stretch
 from .sources import Place, member_bytes
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-005
-CACHE = 128_000_000 # bytes of decoded blocks that are kept
+CACHE = 128_000_000  # bytes of decoded blocks that are kept
 NEEDED = "GeoTIFFs need rasterio, which is not installed: pip install 'rsstudy[geo]'"
 
 
 def check_rasterio():
     "Raises `RuntimeError` in one sentence where rasterio is not installed."
-    if not has_rasterio(): raise RuntimeError(NEEDED)
+    if not has_rasterio():
+        raise RuntimeError(NEEDED)
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-006
-def has_rasterio() -> bool: return importlib.util.find_spec('rasterio') is not None
+def has_rasterio() -> bool:
+    return importlib.util.find_spec("rasterio") is not None
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-007
 @contextlib.contextmanager
 def opened(
-    place:Place, # TIFF or PNG, in an archive too
+    place: Place,  # TIFF or PNG, in an archive too
 ):
     "Yields the open dataset. Raises `ValueError` where it cannot be read."
     from pathlib import Path
+
     import rasterio
     from rasterio.io import MemoryFile
-    driver = 'PNG' if place.suffix == '.png' else 'GTiff'
+
+    driver = "PNG" if place.suffix == ".png" else "GTiff"
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE))
             if place.member:
                 memory = stack.enter_context(MemoryFile(_kept_bytes(place)))
                 yield stack.enter_context(memory.open(driver=driver))
-            else: yield stack.enter_context(rasterio.open(Path(place.path), driver=driver))
-        except rasterio.errors.RasterioError as error: raise ValueError(f'it cannot be read: {str(error).splitlines()[0]}') from None
+            else:
+                yield stack.enter_context(rasterio.open(Path(place.path), driver=driver))
+        except rasterio.errors.RasterioError as error:
+            raise ValueError(f"it cannot be read: {str(error).splitlines()[0]}") from None
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-008
 @functools.lru_cache(1)
-def _kept_bytes(place): return member_bytes(place) # the tiles of one scene follow each other
+def _kept_bytes(place):
+    return member_bytes(place)  # the tiles of one scene follow each other
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-010
 @dataclass(frozen=True)
 class RasterFacts:
     "What the header of a raster says."
-    width:int # Pixels
-    height:int # Pixels
-    bands:int # Count
-    kind:str # numpy's name of the pixel type, such as "uint16"
-    located:bool # Is it known where it lies?
+
+    width: int  # Pixels
+    height: int  # Pixels
+    bands: int  # Count
+    kind: str  # numpy's name of the pixel type, such as "uint16"
+    located: bool  # Is it known where it lies?
 
     @property
-    def photo(self): return self.kind == 'uint8' and not self.located # an image like any other
+    def photo(self):
+        return self.kind == "uint8" and not self.located  # an image like any other
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-011
 def raster_facts(
-    place:Place, # TIFF
+    place: Place,  # TIFF
 ) -> RasterFacts:
     "Raises `ValueError` where the file cannot be read."
-    with opened(place) as raster: return RasterFacts(raster.width, raster.height, raster.count, raster.dtypes[0], raster.crs is not None)
+    with opened(place) as raster:
+        return RasterFacts(raster.width, raster.height, raster.count, raster.dtypes[0], raster.crs is not None)
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-012
 def chosen_bands(
-    facts:RasterFacts, # Of the raster
-    name:str, # What it is called in messages
-    bands:tuple[int,...]|None=None, # Band numbers from 1: three, or one for grey; None: the first three, or the first where there are fewer
-) -> tuple[int,int,int]: # Red, green, blue
+    facts: RasterFacts,  # Of the raster
+    name: str,  # What it is called in messages
+    bands: tuple[int, ...]
+    | None = None,  # Band numbers from 1: three, or one for grey; None: the first three, or the first where there are fewer
+) -> tuple[int, int, int]:  # Red, green, blue
     "Raises `ValueError` for a band that the raster has not, and for complex numbers."
-    if facts.kind.startswith('complex'): raise ValueError(f'{name} has complex numbers as pixels: give their amplitude')
+    if facts.kind.startswith("complex"):
+        raise ValueError(f"{name} has complex numbers as pixels: give their amplitude")
     bands = bands or ((1, 2, 3) if facts.bands >= 3 else (1,))
-    if missing := [b for b in bands if b > facts.bands]: raise ValueError(f'--bands {",".join(map(str, bands))}: {name} has no band {missing[0]}, it has {facts.bands}')
+    if missing := [b for b in bands if b > facts.bands]:
+        raise ValueError(f"--bands {','.join(map(str, bands))}: {name} has no band {missing[0]}, it has {facts.bands}")
     return bands if len(bands) == 3 else bands * 3
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-014
 def tiles(
-    width:int, # Of the image, pixels
-    height:int, # Of the image
-    tile:int, # Side of a tile, pixels
-    overlap:int=0, # That neighbours share, pixels; less than `tile`
-) -> Iterator[tuple[int,int,int,int]]: # First column, first row, width, height; row by row
+    width: int,  # Of the image, pixels
+    height: int,  # Of the image
+    tile: int,  # Side of a tile, pixels
+    overlap: int = 0,  # That neighbours share, pixels; less than `tile`
+) -> Iterator[tuple[int, int, int, int]]:  # First column, first row, width, height; row by row
     "Tiles that cover an image."
-    def starts(length): return [*range(0, max(length - tile, 0), tile - overlap), max(length - tile, 0)]
+
+    def starts(length):
+        return [*range(0, max(length - tile, 0), tile - overlap), max(length - tile, 0)]
+
     for y in starts(height):
-        for x in starts(width): yield x, y, min(tile, width), min(tile, height)
+        for x in starts(width):
+            yield x, y, min(tile, width), min(tile, height)
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-017
-SKETCH, WHOLE = 1024, 2048 # most pixels a side: of the picture that gives the percentiles; of an image that is not cut
-def _masked(raster, bands, window=None, factor=1, resampling='nearest'):
+SKETCH, WHOLE = 1024, 2048  # most pixels a side: of the picture that gives the percentiles; of an image that is not cut
+
+
+def _masked(raster, bands, window=None, factor=1, resampling="nearest"):
     "Values (bands, H, W) and which pixels hold data (H, W), reduced by a factor."
     from rasterio.enums import Resampling
     from rasterio.windows import Window
+
     own, width, height = tuple(dict.fromkeys(bands)), *(window[2:] if window else (raster.width, raster.height))
     shape = (len(own), max(1, round(height / factor)), max(1, round(width / factor)))
-    found = raster.read(own, window=Window(*window) if window else None, out_shape=shape, masked=True, resampling=Resampling[resampling])
+    found = raster.read(
+        own, window=Window(*window) if window else None, out_shape=shape, masked=True, resampling=Resampling[resampling]
+    )
     valid = ~np.ma.getmaskarray(found).any(0) & np.isfinite(found.data).all(0)
     return found.data[[own.index(b) for b in bands]], valid
 
@@ -115,45 +139,62 @@ def _parts(raster):
     wide = raster.width if wide >= raster.width else -(-2048 // wide) * wide
     high = max(1, 2048 * 2048 // wide // high) * high
     for y in range(0, raster.height, high):
-        for x in range(0, raster.width, wide): yield x, y, min(wide, raster.width - x), min(high, raster.height - y)
+        for x in range(0, raster.width, wide):
+            yield x, y, min(wide, raster.width - x), min(high, raster.height - y)
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-019
 @functools.lru_cache(64)
 def band_limits(
-    place:Place, # TIFF
-    bands:tuple[int,int,int], # Which
-    percentiles:tuple[float,float], # Of the valid values
-) -> tuple[tuple[float,float],...]|None: # Low and high of each band; None where no pixel holds data
+    place: Place,  # TIFF
+    bands: tuple[int, int, int],  # Which
+    percentiles: tuple[float, float],  # Of the valid values
+) -> tuple[tuple[float, float], ...] | None:  # Low and high of each band; None where no pixel holds data
     "Between which values each band is stretched."
     with opened(place) as raster:
         factor = max(1, max(raster.width, raster.height) / SKETCH)
-        values = np.concatenate([values[:, valid] for values, valid in (_masked(raster, bands, part, factor) for part in _parts(raster))], 1)
+        values = np.concatenate(
+            [values[:, valid] for values, valid in (_masked(raster, bands, part, factor) for part in _parts(raster))], 1
+        )
     return tuple(tuple(map(float, np.percentile(band, percentiles))) for band in values) if values.size else None
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-020
 @dataclass
 class RasterView:
     "A raster, or a tile of it, to look at."
-    pixels:np.ndarray # (H, W, 3) uint8
-    valid:float # Share of pixels that hold data, 0 to 1
-    outline:dict|None # GeoJSON geometry, longitude and latitude; None where it is not known
+
+    pixels: np.ndarray  # (H, W, 3) uint8
+    valid: float  # Share of pixels that hold data, 0 to 1
+    outline: dict | None  # GeoJSON geometry, longitude and latitude; None where it is not known
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-021
 def read_raster(
-    place:Place, # TIFF
-    bands:tuple[int,int,int], # Red, green, blue, from 1
-    percentiles:tuple[float,float]|None, # Become black and white; None: 8-bit values as they are
-    window:tuple[int,int,int,int]|None=None, # Tile, as `tiles` gives it; None: the whole
+    place: Place,  # TIFF
+    bands: tuple[int, int, int],  # Red, green, blue, from 1
+    percentiles: tuple[float, float] | None,  # Become black and white; None: 8-bit values as they are
+    window: tuple[int, int, int, int] | None = None,  # Tile, as `tiles` gives it; None: the whole
 ) -> RasterView:
     "Raises `ValueError` where the file cannot be read, and without percentiles for pixels of more than 8 bits."
     limits = percentiles and band_limits(place, bands, percentiles)
     with opened(place) as raster:
-        if percentiles is None and raster.dtypes[0] != 'uint8': raise ValueError(f'it has pixels of kind {raster.dtypes[0]}: percentiles are needed to show them with 8 bits')
-        if not window and raster.width * raster.height > MAX_PIXELS * 64: raise ValueError('it is too large to be read whole: have it cut with --tile')
-        values, valid = _masked(raster, bands, window) if window else _masked(raster, bands, None, max(1, max(raster.width, raster.height) / WHOLE), 'average')
-        found = outline(raster.transform, raster.crs, window or (0, 0, raster.width, raster.height)) if raster.crs else None
-    if not valid.any(): return RasterView(np.zeros((*valid.shape, 3), np.uint8), 0., found)
-    shown = np.stack([stretch(band, *lowhigh) for band, lowhigh in zip(np.where(valid, values, 0), limits)] if limits else values, -1)
+        if percentiles is None and raster.dtypes[0] != "uint8":
+            raise ValueError(
+                f"it has pixels of kind {raster.dtypes[0]}: percentiles are needed to show them with 8 bits"
+            )
+        if not window and raster.width * raster.height > MAX_PIXELS * 64:
+            raise ValueError("it is too large to be read whole: have it cut with --tile")
+        values, valid = (
+            _masked(raster, bands, window)
+            if window
+            else _masked(raster, bands, None, max(1, max(raster.width, raster.height) / WHOLE), "average")
+        )
+        found = (
+            outline(raster.transform, raster.crs, window or (0, 0, raster.width, raster.height)) if raster.crs else None
+        )
+    if not valid.any():
+        return RasterView(np.zeros((*valid.shape, 3), np.uint8), 0.0, found)
+    shown = np.stack(
+        [stretch(band, *lowhigh) for band, lowhigh in zip(np.where(valid, values, 0), limits)] if limits else values, -1
+    )
     shown[~valid] = shown[valid].mean(0).round()
     return RasterView(shown, float(valid.mean()), found)
 
@@ -161,11 +202,12 @@ def read_raster(
 def _ring(transform, crs, window, steps):
     "Longitudes and latitudes along a window's edge, (4 * steps + 1, 2)."
     from rasterio.warp import transform as project
+
     x, y, w, h = window
     t = np.arange(steps) / steps
     columns = np.concatenate([x + w * t, np.full(steps, x + w), x + w * (1 - t), np.full(steps, x), [x]])
     rows = np.concatenate([np.full(steps, y), y + h * t, np.full(steps, y + h), y + h * (1 - t), [y]])
-    found = np.stack(project(crs, 'EPSG:4326', *(values.tolist() for values in transform * (columns, rows))), -1)
+    found = np.stack(project(crs, "EPSG:4326", *(values.tolist() for values in transform * (columns, rows))), -1)
     found[:, 0] = np.unwrap(found[:, 0], period=360)
     return found
 
@@ -176,29 +218,39 @@ def _clipped(ring, west):
         kept = []
         for a, b in zip(ring[:-1], ring[1:]):
             inside = [sign * (p[0] - limit) >= 0 for p in (a, b)]
-            if inside[0]: kept.append(a)
-            if inside[0] != inside[1]: kept.append(a + (b - a) * (limit - a[0]) / (b[0] - a[0]))
-        if not kept: return np.empty((0, 2))
+            if inside[0]:
+                kept.append(a)
+            if inside[0] != inside[1]:
+                kept.append(a + (b - a) * (limit - a[0]) / (b[0] - a[0]))
+        if not kept:
+            return np.empty((0, 2))
         ring = np.array(kept + kept[:1])
     return ring
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-025
 def outline(
-    transform, # Affine: pixels to coordinates; turned and sheared ones too
-    crs, # What the coordinates mean
-    window:tuple[int,int,int,int], # First column, first row, width, height
-) -> dict|None: # GeoJSON Polygon or MultiPolygon, 7 decimals (a centimetre); None where it has none
+    transform,  # Affine: pixels to coordinates; turned and sheared ones too
+    crs,  # What the coordinates mean
+    window: tuple[int, int, int, int],  # First column, first row, width, height
+) -> dict | None:  # GeoJSON Polygon or MultiPolygon, 7 decimals (a centimetre); None where it has none
     "The outline of a part of a raster in longitude and latitude. Source: RFC 7946 (2016), secs. 3.1.6 and 3.1.9."
     ring = _ring(transform, crs, window, 2)
-    if not np.isfinite(ring).all(): return None
-    bend = np.abs((ring[:-2:2] + ring[2::2]) / 2 - ring[1::2]).max() # of the true middle of a side from the straight one's
+    if not np.isfinite(ring).all():
+        return None
+    bend = np.abs(
+        (ring[:-2:2] + ring[2::2]) / 2 - ring[1::2]
+    ).max()  # of the true middle of a side from the straight one's
     pixel = min(np.abs(ring[2] - ring[0]).max() / window[2], np.abs(ring[4] - ring[2]).max() / window[3])
     ring = _ring(transform, crs, window, int(np.clip(math.ceil(math.sqrt(bend / (pixel / 2))) if pixel else 1, 1, 64)))
-    if not np.isfinite(ring).all() or abs(ring[0, 0] - ring[-1, 0]) > 1: return None # the ring goes around a pole
+    if not np.isfinite(ring).all() or abs(ring[0, 0] - ring[-1, 0]) > 1:
+        return None  # the ring goes around a pole
     parts = []
     for k in range(math.floor((ring[:, 0].min() + 180) / 360), math.floor((ring[:, 0].max() + 180) / 360) + 1):
         part = _clipped(ring, 360 * k - 180) - [360 * k, 0]
-        if len(part) < 4 or np.ptp(part[:, 0]) < 1e-7: continue # touches the antimeridian, no more
+        if len(part) < 4 or np.ptp(part[:, 0]) < 1e-7:
+            continue  # touches the antimeridian, no more
         area = np.sum(part[:-1, 0] * part[1:, 1] - part[1:, 0] * part[:-1, 1])
         parts.append([[[round(float(v), 7) for v in point] for point in (part if area > 0 else part[::-1])]])
-    return dict(type='Polygon', coordinates=parts[0]) if len(parts) == 1 else dict(type='MultiPolygon', coordinates=parts)
+    return (
+        dict(type="Polygon", coordinates=parts[0]) if len(parts) == 1 else dict(type="MultiPolygon", coordinates=parts)
+    )

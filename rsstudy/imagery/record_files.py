@@ -13,31 +13,49 @@ import json
 import os
 import shutil
 from pathlib import Path
+
 from ..common.files import atomic_path, write_json
 
 # %% ../../nbs/lib/15_imagery/04_record_files.ipynb #cell-005
-FORMS = ('.jsonl', '.csv', '.geojson')
-COLUMNS = ('image', 'caption', 'model', 'tile', 'footprint', 'heat_map') # image and caption always; tile: first column, first row, width, height; heat_map: a file, relative to the output
+FORMS = (".jsonl", ".csv", ".geojson")
+COLUMNS = (
+    "image",
+    "caption",
+    "model",
+    "tile",
+    "footprint",
+    "heat_map",
+)  # image and caption always; tile: first column, first row, width, height; heat_map: a file, relative to the output
 
 
 def record_text(
-    record:dict, # Some of `COLUMNS`
-    form:str, # One of `FORMS`
-    first:bool=False, # Is it the first of its file?
-) -> str: # With its line end
+    record: dict,  # Some of `COLUMNS`
+    form: str,  # One of `FORMS`
+    first: bool = False,  # Is it the first of its file?
+) -> str:  # With its line end
     "One caption in a file."
-    say = lambda value: json.dumps(value, ensure_ascii=False)
-    if form == '.jsonl': return say(record) + '\n'
-    if form == '.geojson':
-        feature = dict(type='Feature', geometry=record.get('footprint'), properties={k: v for k, v in record.items() if k != 'footprint'})
-        return ('' if first else ',\n') + say(feature)
+
+    def say(value):
+        return json.dumps(value, ensure_ascii=False)
+
+    if form == ".jsonl":
+        return say(record) + "\n"
+    if form == ".geojson":
+        feature = dict(
+            type="Feature",
+            geometry=record.get("footprint"),
+            properties={k: v for k, v in record.items() if k != "footprint"},
+        )
+        return ("" if first else ",\n") + say(feature)
     out = io.StringIO()
-    csv.writer(out).writerow([v if isinstance(v, str) else '' if v is None else say(v) for v in map(record.get, COLUMNS)])
+    csv.writer(out).writerow(
+        [v if isinstance(v, str) else "" if v is None else say(v) for v in map(record.get, COLUMNS)]
+    )
     return out.getvalue()
 
 # %% ../../nbs/lib/15_imagery/04_record_files.ipynb #cell-006
-HEADS = {'.jsonl': '', '.csv': ','.join(COLUMNS) + '\r\n', '.geojson': '{"type": "FeatureCollection", "features": [\n'}
-TAILS = {'.jsonl': '', '.csv': '', '.geojson': '\n]}\n'}
+HEADS = {".jsonl": "", ".csv": ",".join(COLUMNS) + "\r\n", ".geojson": '{"type": "FeatureCollection", "features": [\n'}
+TAILS = {".jsonl": "", ".csv": "", ".geojson": "\n]}\n"}
 
 # %% ../../nbs/lib/15_imagery/04_record_files.ipynb #cell-009
 class CaptionFile:
@@ -45,94 +63,142 @@ class CaptionFile:
 
     Raises `ValueError` for a suffix that is no form, `FileNotFoundError`, `IsADirectoryError` or `PermissionError` where it cannot be written.
     """
-    def __init__(self,
-        out:str|Path, # Such as captions.jsonl
+
+    def __init__(
+        self,
+        out: str | Path,  # Such as captions.jsonl
     ):
         self.out = out = Path(out)
-        self.form, self.part = out.suffix.lower(), out.with_name(out.name + '.part')
-        if self.form not in FORMS: raise ValueError(f'--out {out}: captions are written as {", ".join(FORMS)}, got {self.form or "no suffix"}')
-        if out.is_dir(): raise IsADirectoryError(f'--out {out} is a folder: name a file in it')
-        if not out.parent.exists(): raise FileNotFoundError(f'--out {out}: the folder {out.parent} does not exist')
-        if not out.parent.is_dir(): raise NotADirectoryError(f'--out {out}: {out.parent} is no folder')
-        if not os.access(out.parent, os.W_OK | os.X_OK): raise PermissionError(f'--out {out}: the folder {out.parent} cannot be written to')
-        self.jobs, self.state_file = self.part/'images.sqlite', self.part/'state.json'
-        self.failed, self.run = (out.with_name(out.name + suffix) for suffix in ('.failed.jsonl', '.run.json'))
-        self.parts = self.part/out.name, self.part/self.failed.name
+        self.form, self.part = out.suffix.lower(), out.with_name(out.name + ".part")
+        if self.form not in FORMS:
+            raise ValueError(f"--out {out}: captions are written as {', '.join(FORMS)}, got {self.form or 'no suffix'}")
+        if out.is_dir():
+            raise IsADirectoryError(f"--out {out} is a folder: name a file in it")
+        if not out.parent.exists():
+            raise FileNotFoundError(f"--out {out}: the folder {out.parent} does not exist")
+        if not out.parent.is_dir():
+            raise NotADirectoryError(f"--out {out}: {out.parent} is no folder")
+        if not os.access(out.parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"--out {out}: the folder {out.parent} cannot be written to")
+        self.jobs, self.state_file = self.part / "images.sqlite", self.part / "state.json"
+        self.failed, self.run = (out.with_name(out.name + suffix) for suffix in (".failed.jsonl", ".run.json"))
+        self.parts = self.part / out.name, self.part / self.failed.name
 
-    def asked(self) -> dict|None: # As `begin` was given it
+    def asked(self) -> dict | None:  # As `begin` was given it
         "What was asked of the run that made the output or its unfinished parts; None where there is none. Raises `ValueError` where that cannot be read."
-        for path in (self.part/'run.json', self.run):
-            if path.is_file() and (path == self.run or self.state_file.is_file()): # without a state no caption has been written
-                try: return json.loads(path.read_text(encoding='utf-8'))['asked']
-                except (ValueError, KeyError, TypeError): raise ValueError(f'{path} is damaged: --force starts anew') from None
+        for path in (self.part / "run.json", self.run):
+            if path.is_file() and (
+                path == self.run or self.state_file.is_file()
+            ):  # without a state no caption has been written
+                try:
+                    return json.loads(path.read_text(encoding="utf-8"))["asked"]
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{path} is damaged: --force starts anew") from None
 
-    def check(self,
-        asked:dict, # What is asked now
+    def check(
+        self,
+        asked: dict,  # What is asked now
     ):
         "Raises `ValueError` where the output is another request's."
         before = self.asked()
-        if before is None and self.out.exists(): raise FileExistsError(f'--out {self.out} exists and was not written by this command: choose another name, or --force to write over it')
-        if before is None: return
+        if before is None and self.out.exists():
+            raise FileExistsError(
+                f"--out {self.out} exists and was not written by this command: choose another name, or --force to write over it"
+            )
+        if before is None:
+            return
         asked = json.loads(json.dumps(asked))
         if changed := [k for k in {**before, **asked} if before.get(k) != asked.get(k)]:
-            say = lambda value: json.dumps(value, ensure_ascii=False)[:60]
-            raise ValueError(f'--out {self.out} was begun with {changed[0]} {say(before.get(changed[0]))}, now it is {say(asked.get(changed[0]))}: choose another --out, or --force to start anew')
+
+            def say(value):
+                return json.dumps(value, ensure_ascii=False)[:60]
+
+            raise ValueError(
+                f"--out {self.out} was begun with {changed[0]} {say(before.get(changed[0]))}, now it is {say(asked.get(changed[0]))}: choose another --out, or --force to start anew"
+            )
 
     def remove(self):
         "Forgets all that there is, for a new start."
-        for path in (*self.part.glob('[!.]*'), self.out, self.failed, self.run): path.unlink(missing_ok=True)
+        for path in (*self.part.glob("[!.]*"), self.out, self.failed, self.run):
+            path.unlink(missing_ok=True)
 
-    def begin(self,
-        asked:dict, # What is asked, JSON values
+    def begin(
+        self,
+        asked: dict,  # What is asked, JSON values
     ):
         "Makes the folder of unfinished parts. A list of images that was made for another request, and of which nothing is captioned, goes."
         self.part.mkdir(exist_ok=True)
-        path = self.part/'run.json'
-        if self.state_file.is_file() or self.jobs.is_file() and path.is_file() and json.loads(path.read_text(encoding='utf-8'))['asked'] == json.loads(json.dumps(asked)): return
+        path = self.part / "run.json"
+        if self.state_file.is_file() or (
+            self.jobs.is_file()
+            and path.is_file()
+            and json.loads(path.read_text(encoding="utf-8"))["asked"] == json.loads(json.dumps(asked))
+        ):
+            return
         self.jobs.unlink(missing_ok=True)
         write_json(path, dict(asked=asked))
 
     @property
-    def finished(self): return self.run.is_file() and self.out.is_file() # they get their names when all is done
+    def finished(self):
+        return self.run.is_file() and self.out.is_file()  # they get their names when all is done
 
 # %% ../../nbs/lib/15_imagery/04_record_files.ipynb #cell-011
-COUNTS = ('jobs', 'captions', 'unreadable', 'left_out', 'no_heat_map') # jobs: images and tiles; the others: what became of them
+COUNTS = (
+    "jobs",
+    "captions",
+    "unreadable",
+    "left_out",
+    "no_heat_map",
+)  # jobs: images and tiles; the others: what became of them
+
+
 class RecordWriter:
     "Appends to the unfinished parts of an output. Raises `OSError` where the disk is full; what was added before stays."
-    def __init__(self,
-        target:CaptionFile, # Begun, and its list of images written
+
+    def __init__(
+        self,
+        target: CaptionFile,  # Begun, and its list of images written
     ):
         self.target = target
-        try: self.state = json.loads(target.state_file.read_text(encoding='utf-8'))
-        except FileNotFoundError: self.state = dict.fromkeys(COUNTS, 0) | dict(sizes=[0, 0], tail=False)
-        self.files = [] if self.state['tail'] else [open(path, 'r+b' if path.is_file() else 'w+b') for path in target.parts] # all is written, it may be moved already
-        for file, size in zip(self.files, self.state['sizes']):
+        try:
+            self.state = json.loads(target.state_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            self.state = dict.fromkeys(COUNTS, 0) | dict(sizes=[0, 0], tail=False)
+        self.files = (
+            [] if self.state["tail"] else [open(path, "r+b" if path.is_file() else "w+b") for path in target.parts]
+        )  # all is written, it may be moved already
+        for file, size in zip(self.files, self.state["sizes"]):
             file.truncate(size)
             file.seek(size)
-        if not self.state['sizes'][0] and self.files: self._write(0, HEADS[target.form])
+        if not self.state["sizes"][0] and self.files:
+            self._write(0, HEADS[target.form])
 
-    def _write(self, which, text): self.files[which].write(text.encode())
+    def _write(self, which, text):
+        self.files[which].write(text.encode())
 
-    def add(self,
-        records:list[dict], # Captions of the next jobs
-        failed:list[dict], # What is wrong with others of them: image, and `unreadable`, `left_out` or `no_heat_map`
-        jobs:int, # How many jobs that is about
-        files:dict[str|Path,bytes]={}, # More to write: heat maps
+    def add(
+        self,
+        records: list[dict],  # Captions of the next jobs
+        failed: list[dict],  # What is wrong with others of them: image, and `unreadable`, `left_out` or `no_heat_map`
+        jobs: int,  # How many jobs that is about
+        files: dict[str | Path, bytes] = {},  # More to write: heat maps
     ):
         "Adds a block, and lets it count."
         state = dict(self.state)
         try:
             for path, content in files.items():
-                with atomic_path(path) as temporary: temporary.write_bytes(content)
+                with atomic_path(path) as temporary:
+                    temporary.write_bytes(content)
             for record in records:
-                self._write(0, record_text(record, self.target.form, state['captions'] == 0))
-                state['captions'] += 1
+                self._write(0, record_text(record, self.target.form, state["captions"] == 0))
+                state["captions"] += 1
             for row in failed:
-                self._write(1, json.dumps(row, ensure_ascii=False) + '\n')
+                self._write(1, json.dumps(row, ensure_ascii=False) + "\n")
                 state[next(k for k in COUNTS if k in row)] += 1
-            state['jobs'] += jobs
+            state["jobs"] += jobs
             self._keep(state)
-        except OSError as error: raise self._full(error) from None
+        except OSError as error:
+            raise self._full(error) from None
 
     def _keep(self, state):
         for file in self.files:
@@ -142,28 +208,38 @@ class RecordWriter:
         self.state = state | dict(sizes=[file.tell() for file in self.files])
 
     def _full(self, error):
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT): return error
-        return OSError(errno.ENOSPC, f'no space left on the disk for {self.target.out}: {self.state["captions"]:,} captions are safe, make room and give the same command again')
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        return OSError(
+            errno.ENOSPC,
+            f"no space left on the disk for {self.target.out}: {self.state['captions']:,} captions are safe, make room and give the same command again",
+        )
 
-    def finish(self,
-        facts:dict, # More of the run, for the record beside the output: versions, device
-    ) -> dict: # The state
+    def finish(
+        self,
+        facts: dict,  # More of the run, for the record beside the output: versions, device
+    ) -> dict:  # The state
         "Moves the finished files to their names."
         try:
-            if not self.state['tail']:
+            if not self.state["tail"]:
                 self._write(0, TAILS[self.target.form])
                 self._keep(self.state | dict(tail=True))
             self.close()
             target, failed = self.target, self.target.parts[1]
-            if failed.is_file() and failed.stat().st_size: os.replace(failed, target.failed)
+            if failed.is_file() and failed.stat().st_size:
+                os.replace(failed, target.failed)
             counts = {k: self.state[k] for k in COUNTS}
             write_json(target.run, dict(asked=target.asked(), counts=counts) | facts)
-            if target.parts[0].is_file(): os.replace(target.parts[0], target.out)
+            if target.parts[0].is_file():
+                os.replace(target.parts[0], target.out)
             shutil.rmtree(target.part, ignore_errors=True)
             return counts
-        except OSError as error: raise self._full(error) from None
+        except OSError as error:
+            raise self._full(error) from None
 
     def close(self):
         for file in self.files:
-            try: file.close()
-            except OSError: pass # a full disk: what was buffered does not count
+            try:
+                file.close()
+            except OSError:
+                pass  # a full disk: what was buffered does not count

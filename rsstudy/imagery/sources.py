@@ -16,195 +16,276 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
 from ..common.files import atomic_path
 from ..data.images import MAX_PIXELS
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-005
-SUFFIXES = frozenset('.png .jpg .jpeg .jpe .jfif .tif .tiff .webp .bmp .gif .ppm .pgm .jp2'.split()) # taken from folders, patterns and archives; a file that is named is always tried
-MAX_BYTES = 3 * MAX_PIXELS # of one image in an archive: the largest image allowed, not compressed
+SUFFIXES = frozenset(
+    ".png .jpg .jpeg .jpe .jfif .tif .tiff .webp .bmp .gif .ppm .pgm .jp2".split()
+)  # taken from folders, patterns and archives; a file that is named is always tried
+MAX_BYTES = 3 * MAX_PIXELS  # of one image in an archive: the largest image allowed, not compressed
 
 
 class Place(NamedTuple):
     "Where an image lies."
-    path:str # File, or archive
-    member:str='' # Name inside the archive
+
+    path: str  # File, or archive
+    member: str = ""  # Name inside the archive
 
     @property
-    def suffix(self): return os.path.splitext(self.member or self.path)[1].lower()
+    def suffix(self):
+        return os.path.splitext(self.member or self.path)[1].lower()
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-006
 @functools.lru_cache(4)
-def _archive(path): return zipfile.ZipFile(path)
+def _archive(path):
+    return zipfile.ZipFile(path)
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-007
 def member_bytes(
-    place:Place, # With a member
-) -> bytes: # The whole image file
+    place: Place,  # With a member
+) -> bytes:  # The whole image file
     "An image file out of an archive. Raises `ValueError` saying what is wrong."
-    parts = place.member.replace('\\', '/').split('/')
-    if '..' in parts or parts[0] == '' or ':' in parts[0]: raise ValueError(f'the name {place.member!r} leads out of the archive')
+    parts = place.member.replace("\\", "/").split("/")
+    if ".." in parts or parts[0] == "" or ":" in parts[0]:
+        raise ValueError(f"the name {place.member!r} leads out of the archive")
     try:
         archive = _archive(place.path)
         info = archive.getinfo(place.member)
-        if info.file_size > MAX_BYTES: raise ValueError(f'it would unpack to {info.file_size:,} bytes: {MAX_BYTES:,} are allowed')
-        if info.flag_bits & 1: raise ValueError('it is encrypted')
+        if info.file_size > MAX_BYTES:
+            raise ValueError(f"it would unpack to {info.file_size:,} bytes: {MAX_BYTES:,} are allowed")
+        if info.flag_bits & 1:
+            raise ValueError("it is encrypted")
         return archive.read(info)
-    except KeyError: raise ValueError('the archive does not hold it any more') from None
-    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, zipfile.zlib.error) as error: raise ValueError(f'it cannot be unpacked: {error}') from None
+    except KeyError:
+        raise ValueError("the archive does not hold it any more") from None
+    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, zipfile.zlib.error) as error:
+        raise ValueError(f"it cannot be unpacked: {error}") from None
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-009
 def _walk(folder, shown, followed):
     "Name shown and path of each image below a folder; a folder that cannot be read stands for itself."
-    try: entries = os.scandir(folder)
+    try:
+        entries = os.scandir(folder)
     except OSError:
         yield shown, folder
         return
     with entries:
         for entry in entries:
-            if entry.name.startswith('.'): continue
+            if entry.name.startswith("."):
+                continue
             name = os.path.join(shown, entry.name)
             if entry.is_dir():
                 if entry.is_symlink():
                     real = os.path.realpath(entry.path)
-                    if real in followed: continue
+                    if real in followed:
+                        continue
                     followed.add(real)
                 yield from _walk(entry.path, name, followed)
-            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES | {'.zip'}: yield name, entry.path
+            elif os.path.splitext(entry.name)[1].lower() in SUFFIXES | {".zip"}:
+                yield name, entry.path
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-010
 def _members(path, shown):
     try:
-        with zipfile.ZipFile(path) as archive: names = archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error: raise ValueError(f'{shown} is no zip archive that can be read: {error}') from None
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{shown} is no zip archive that can be read: {error}") from None
     for name in names:
-        hidden = any(part.startswith('.') and part != '..' or part == '__MACOSX' for part in name.split('/'))
-        if not hidden and os.path.splitext(name)[1].lower() in SUFFIXES: yield f'{shown}/{name}', Place(path, name)
+        hidden = any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in name.split("/"))
+        if not hidden and os.path.splitext(name)[1].lower() in SUFFIXES:
+            yield f"{shown}/{name}", Place(path, name)
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-011
 def _fits(steps, parts):
     "Do the names of a path fit the parts of a pattern?"
-    if not steps or not parts: return not steps and all(part == '**' for part in parts)
-    if parts[0] == '**': return _fits(steps, parts[1:]) or _fits(steps[1:], parts)
+    if not steps or not parts:
+        return not steps and all(part == "**" for part in parts)
+    if parts[0] == "**":
+        return _fits(steps, parts[1:]) or _fits(steps[1:], parts)
     return fnmatch.fnmatchcase(steps[0], parts[0]) and _fits(steps[1:], parts[1:])
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-012
 def _matches(shown):
     "Images, and archives, that a pattern names; a folder that matches stands for all below it."
-    parts = shown.split('/')
+    parts = shown.split("/")
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    base = '/'.join(parts[:fixed]) or ('/' if fixed else '.')
-    for name, path in _walk(base, '', set()):
-        steps = name.split('/')
-        if any(_fits(steps[:n], parts[fixed:]) for n in range(len(steps) if name.lower().endswith('.zip') else 1, len(steps) + 1)): yield os.path.join(base, name) if fixed else name, path
+    base = "/".join(parts[:fixed]) or ("/" if fixed else ".")
+    for name, path in _walk(base, "", set()):
+        steps = name.split("/")
+        if any(
+            _fits(steps[:n], parts[fixed:])
+            for n in range(len(steps) if name.lower().endswith(".zip") else 1, len(steps) + 1)
+        ):
+            yield os.path.join(base, name) if fixed else name, path
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-013
 def _one_path(shown):
     path = os.path.expanduser(shown)
     if os.path.isdir(path):
-        found = ((name, Place(p)) for name, p in _walk(path, shown, {os.path.realpath(path)}) if not name.lower().endswith('.zip'))
-        empty = f'the folder {shown} holds no images: files that end in {", ".join(sorted(SUFFIXES))} are looked for'
-    elif os.path.lexists(path) and path.lower().endswith('.zip'): found, empty = _members(path, shown), f'the archive {shown} holds no images'
-    elif os.path.lexists(path): found, empty = [(shown, Place(path))], ''
+        found = (
+            (name, Place(p))
+            for name, p in _walk(path, shown, {os.path.realpath(path)})
+            if not name.lower().endswith(".zip")
+        )
+        empty = f"the folder {shown} holds no images: files that end in {', '.join(sorted(SUFFIXES))} are looked for"
+    elif os.path.lexists(path) and path.lower().endswith(".zip"):
+        found, empty = _members(path, shown), f"the archive {shown} holds no images"
+    elif os.path.lexists(path):
+        found, empty = [(shown, Place(path))], ""
     elif glob.has_magic(shown):
-        found = (pair for name, p in _matches(path) for pair in (_members(p, name) if p.lower().endswith('.zip') else [(name, Place(p))]))
-        empty = f'no image matches {shown}'
-    else: raise FileNotFoundError(f'{shown} does not exist: give image files, folders, patterns in quotes or zip archives')
+        found = (
+            pair
+            for name, p in _matches(path)
+            for pair in (_members(p, name) if p.lower().endswith(".zip") else [(name, Place(p))])
+        )
+        empty = f"no image matches {shown}"
+    else:
+        raise FileNotFoundError(
+            f"{shown} does not exist: give image files, folders, patterns in quotes or zip archives"
+        )
     none = True
     for pair in found:
         none = False
         yield pair
-    if none: raise ValueError(empty)
+    if none:
+        raise ValueError(empty)
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-014
 def find_images(
-    paths:Iterable[str|Path], # Files, folders, patterns and archives
-) -> Iterator[tuple[str, Place]]: # Name as the user would write it (of an archive's image "archive.zip/inner/name.png"), and place; in no order, with repeats
+    paths: Iterable[str | Path],  # Files, folders, patterns and archives
+) -> Iterator[
+    tuple[str, Place]
+]:  # Name as the user would write it (of an archive's image "archive.zip/inner/name.png"), and place; in no order, with repeats
     "Raises `FileNotFoundError` for a path that is not there, `ValueError` for one that stands for no image."
     paths = [os.fspath(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
-    if not paths: raise ValueError('no images are given: name files, folders, patterns in quotes or zip archives')
-    for path in paths: yield from _one_path(path)
+    if not paths:
+        raise ValueError("no images are given: name files, folders, patterns in quotes or zip archives")
+    for path in paths:
+        yield from _one_path(path)
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-019
 class Job(NamedTuple):
     "One thing to caption."
-    number:int # Place in the list, from 0
-    name:str # What the image is called in the output
-    place:Place # Where it lies
-    raster:bool=False # Is it read by rasterio?
-    window:tuple[int,int,int,int]|None=None # Tile: first column, first row, width, height in pixels; None: the whole image
+
+    number: int  # Place in the list, from 0
+    name: str  # What the image is called in the output
+    place: Place  # Where it lies
+    raster: bool = False  # Is it read by rasterio?
+    window: tuple[int, int, int, int] | None = (
+        None  # Tile: first column, first row, width, height in pixels; None: the whole image
+    )
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-020
 def plain_name(
-    name:str, # A file name, which need not be UTF-8
-) -> str: # Text that any file can hold
+    name: str,  # A file name, which need not be UTF-8
+) -> str:  # Text that any file can hold
     "A name for people and for files of text."
-    return os.fsencode(name).decode('utf-8', 'replace')
+    return os.fsencode(name).decode("utf-8", "replace")
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-021
 def _database(path, *schema):
     base = sqlite3.connect(path, isolation_level=None)
-    for line in ('PRAGMA journal_mode=OFF', 'PRAGMA synchronous=OFF', 'PRAGMA cache_size=-16000', *schema, 'BEGIN'): base.execute(line)
+    for line in ("PRAGMA journal_mode=OFF", "PRAGMA synchronous=OFF", "PRAGMA cache_size=-16000", *schema, "BEGIN"):
+        base.execute(line)
     return base
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-022
 def write_jobs(
-    path:str|Path, # The list's file
-    images:Iterable[tuple[str, Place]], # As `find_images` gives them
-    expand:Callable=lambda name, place: [(False, None)], # Name, place -> `raster` and `window` of each of its jobs
-    progress:Callable[[int], object]=lambda n: None, # Told how many more images were found
-) -> int: # Jobs
+    path: str | Path,  # The list's file
+    images: Iterable[tuple[str, Place]],  # As `find_images` gives them
+    expand: Callable = lambda name, place: [(False, None)],  # Name, place -> `raster` and `window` of each of its jobs
+    progress: Callable[[int], object] = lambda n: None,  # Told how many more images were found
+) -> int:  # Jobs
     "Writes the list, whole or not at all. Raises what `images` and `expand` raise, and `OSError` where the disk is full."
     path, count = Path(path), 0
-    with atomic_path(path.with_suffix('.found')) as unsorted, atomic_path(path) as temporary:
-        found = _database(unsorted, 'CREATE TABLE found (key BLOB PRIMARY KEY, name TEXT, path BLOB, member TEXT) WITHOUT ROWID')
-        jobs = _database(temporary, 'CREATE TABLE jobs (number INTEGER PRIMARY KEY, name TEXT, path BLOB, member TEXT, raster INTEGER, x INTEGER, y INTEGER, width INTEGER, height INTEGER)')
-        folder_of = functools.lru_cache(1024)(os.path.realpath) # the folder's own links are followed; a linked file is an image of its own
+    with atomic_path(path.with_suffix(".found")) as unsorted, atomic_path(path) as temporary:
+        found = _database(
+            unsorted, "CREATE TABLE found (key BLOB PRIMARY KEY, name TEXT, path BLOB, member TEXT) WITHOUT ROWID"
+        )
+        jobs = _database(
+            temporary,
+            "CREATE TABLE jobs (number INTEGER PRIMARY KEY, name TEXT, path BLOB, member TEXT, raster INTEGER, x INTEGER, y INTEGER, width INTEGER, height INTEGER)",
+        )
+        folder_of = functools.lru_cache(1024)(
+            os.path.realpath
+        )  # the folder's own links are followed; a linked file is an image of its own
         try:
             for name, place in images:
                 folder, base = os.path.split(place.path)
-                key = os.fsencode(os.path.join(folder_of(folder or '.'), base)) + b'\0' + os.fsencode(place.member)
-                progress(found.execute('INSERT OR IGNORE INTO found VALUES (?, ?, ?, ?)', (key, plain_name(name), os.fsencode(os.path.abspath(place.path)), place.member)).rowcount)
-            for name, where, member in found.execute('SELECT name, path, member FROM found ORDER BY key'):
+                key = os.fsencode(os.path.join(folder_of(folder or "."), base)) + b"\0" + os.fsencode(place.member)
+                progress(
+                    found.execute(
+                        "INSERT OR IGNORE INTO found VALUES (?, ?, ?, ?)",
+                        (key, plain_name(name), os.fsencode(os.path.abspath(place.path)), place.member),
+                    ).rowcount
+                )
+            for name, where, member in found.execute("SELECT name, path, member FROM found ORDER BY key"):
                 for raster, window in expand(name, Place(os.fsdecode(where), member)):
-                    jobs.execute('INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)', (count, name, where, member, raster, *(window or [None] * 4)))
+                    jobs.execute(
+                        "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        (count, name, where, member, raster, *(window or [None] * 4)),
+                    )
                     count += 1
-            jobs.execute('COMMIT')
+            jobs.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            if 'full' not in str(error): raise
+            if "full" not in str(error):
+                raise
             import errno
-            raise OSError(errno.ENOSPC, 'no space left on the disk', str(path)) from None
+
+            raise OSError(errno.ENOSPC, "no space left on the disk", str(path)) from None
         finally:
             found.close()
             jobs.close()
-    path.with_suffix('.found').unlink(missing_ok=True)
+    path.with_suffix(".found").unlink(missing_ok=True)
     return count
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-023
 def count_jobs(path) -> int:
-    with _reading(path) as base: return base.execute('SELECT COUNT(*) FROM jobs').fetchone()[0]
+    with _reading(path) as base:
+        return base.execute("SELECT COUNT(*) FROM jobs").fetchone()[0]
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-024
 class _reading:
     "The list, opened for reading only, without locks."
-    def __init__(self, path): self.path = Path(path)
+
+    def __init__(self, path):
+        self.path = Path(path)
+
     def __enter__(self):
-        self.base = sqlite3.connect(f'{self.path.resolve().as_uri()}?mode=ro&immutable=1', uri=True)
+        self.base = sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
         return self.base
-    def __exit__(self, *error): self.base.close()
+
+    def __exit__(self, *error):
+        self.base.close()
 
 # %% ../../nbs/lib/15_imagery/01_sources.ipynb #cell-025
 def read_jobs(
-    path:str|Path, # The list's file
-    first:int=0, # Number of the first job
-    stop:int|None=None, # One past the last; None: all
-    block:int=64, # Jobs a block
-) -> Iterator[list[Job]]: # Blocks; only one of them is in memory
+    path: str | Path,  # The list's file
+    first: int = 0,  # Number of the first job
+    stop: int | None = None,  # One past the last; None: all
+    block: int = 64,  # Jobs a block
+) -> Iterator[list[Job]]:  # Blocks; only one of them is in memory
     "Jobs in order, a block at a time."
     with _reading(path) as base:
         at = first
         while stop is None or at < stop:
             until = at + block if stop is None else min(at + block, stop)
-            rows = base.execute('SELECT * FROM jobs WHERE number >= ? AND number < ? ORDER BY number', (at, until)).fetchall()
-            if not rows: return
-            yield [Job(number, name, Place(os.fsdecode(where), member), bool(raster), None if window[0] is None else tuple(window)) for number, name, where, member, raster, *window in rows]
+            rows = base.execute(
+                "SELECT * FROM jobs WHERE number >= ? AND number < ? ORDER BY number", (at, until)
+            ).fetchall()
+            if not rows:
+                return
+            yield [
+                Job(
+                    number,
+                    name,
+                    Place(os.fsdecode(where), member),
+                    bool(raster),
+                    None if window[0] is None else tuple(window),
+                )
+                for number, name, where, member, raster, *window in rows
+            ]
             at = until

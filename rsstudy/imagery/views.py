@@ -8,106 +8,161 @@ __all__ = ['TILE', 'LARGE', 'TIFF', 'Wanted', 'views', 'SeenImage', 'read_item',
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-002
 import dataclasses
 import io
-import numpy as np
 import threading
-from PIL import Image
 from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
 from ..common.files import announce
-from ..data.images import DeepColour, PERCENTILES, read_pixels
+from ..data.images import PERCENTILES, DeepColour, read_pixels
 from .rasters import NEEDED, check_rasterio, chosen_bands, has_rasterio, raster_facts, read_raster, tiles
 from .sources import Job, Place, member_bytes
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-005
-TILE, LARGE = 448, 896 # side of a tile of a georeferenced raster, and the side from which on it is cut: 2 and 4 times the model's 224 pixels
-TIFF = ('.tif', '.tiff')
+TILE, LARGE = (
+    448,
+    896,
+)  # side of a tile of a georeferenced raster, and the side from which on it is cut: 2 and 4 times the model's 224 pixels
+TIFF = (".tif", ".tiff")
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
     "What is asked of model and images."
-    model:str='none' # As `load_captioner` takes it
-    seed:int=0 # Of a tuning method's run
-    bands:tuple[int,...]|None=None # Of TIFFs: three, or one for grey, from 1; None: the first three
-    percentiles:tuple[float,float]|None=PERCENTILES # Of rasters and deep images; None: 8 bits as they are
-    tile:int|None=None # Side in pixels: larger images are cut; 0: none is; None: georeferenced rasters above `LARGE` in tiles of `TILE`
-    overlap:int|None=None # Of tiles, pixels; None: an eighth of the tile
-    valid:float=.25 # Least share of valid pixels of a raster or tile
-    method:str|None=None # Of heat maps, see `rsstudy.attribution.attributions`; None: no heat maps
+
+    model: str = "none"  # As `load_captioner` takes it
+    seed: int = 0  # Of a tuning method's run
+    bands: tuple[int, ...] | None = None  # Of TIFFs: three, or one for grey, from 1; None: the first three
+    percentiles: tuple[float, float] | None = PERCENTILES  # Of rasters and deep images; None: 8 bits as they are
+    tile: int | None = (
+        None  # Side in pixels: larger images are cut; 0: none is; None: georeferenced rasters above `LARGE` in tiles of `TILE`
+    )
+    overlap: int | None = None  # Of tiles, pixels; None: an eighth of the tile
+    valid: float = 0.25  # Least share of valid pixels of a raster or tile
+    method: str | None = None  # Of heat maps, see `rsstudy.attribution.attributions`; None: no heat maps
 
     def check(self):
         "Raises `ValueError` in one sentence for a value that cannot be, `RuntimeError` for a missing extra."
         from rsstudy.attribution.attributions import known_methods
-        say = lambda values: ','.join(f'{v:g}' for v in values)
+
+        def say(values):
+            return ",".join(f"{v:g}" for v in values)
+
         if self.bands is not None:
-            if len(self.bands) not in (1, 3) or min(self.bands) < 1: raise ValueError(f'--bands {say(self.bands)}: give three band numbers from 1 on for red, green and blue, such as 4,3,2, or one for grey')
+            if len(self.bands) not in (1, 3) or min(self.bands) < 1:
+                raise ValueError(
+                    f"--bands {say(self.bands)}: give three band numbers from 1 on for red, green and blue, such as 4,3,2, or one for grey"
+                )
             check_rasterio()
-        if self.percentiles is not None and not (len(self.percentiles) == 2 and 0 <= self.percentiles[0] < self.percentiles[1] <= 100):
-            raise ValueError(f'--percentiles {say(self.percentiles)}: give two numbers from 0 to 100, the lower first, such as 2,98, or none')
-        if self.tile is not None and self.tile != 0 and self.tile < 32: raise ValueError(f'--tile {self.tile}: a tile has 32 pixels a side or more; 0 cuts nothing')
-        if self.overlap is not None and self.tile == 0: raise ValueError('--overlap belongs to tiles, and --tile 0 cuts nothing')
-        if self.overlap is not None and not 0 <= self.overlap < (self.tile or TILE): raise ValueError(f'--overlap {self.overlap}: it must be 0 or more and below the {self.tile or TILE} pixels of a tile')
-        if not 0 <= self.valid <= 1: raise ValueError(f'--valid {self.valid:g}: give a share between 0 and 1')
-        if self.method is not None: known_methods([self.method])
+        if self.percentiles is not None and not (
+            len(self.percentiles) == 2 and 0 <= self.percentiles[0] < self.percentiles[1] <= 100
+        ):
+            raise ValueError(
+                f"--percentiles {say(self.percentiles)}: give two numbers from 0 to 100, the lower first, such as 2,98, or none"
+            )
+        if self.tile is not None and self.tile != 0 and self.tile < 32:
+            raise ValueError(f"--tile {self.tile}: a tile has 32 pixels a side or more; 0 cuts nothing")
+        if self.overlap is not None and self.tile == 0:
+            raise ValueError("--overlap belongs to tiles, and --tile 0 cuts nothing")
+        if self.overlap is not None and not 0 <= self.overlap < (self.tile or TILE):
+            raise ValueError(
+                f"--overlap {self.overlap}: it must be 0 or more and below the {self.tile or TILE} pixels of a tile"
+            )
+        if not 0 <= self.valid <= 1:
+            raise ValueError(f"--valid {self.valid:g}: give a share between 0 and 1")
+        if self.method is not None:
+            known_methods([self.method])
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-008
 def _header(place):
     "An image's header, by Pillow; None where it has none that can be read."
-    try: return Image.open(io.BytesIO(member_bytes(place)) if place.member else place.path)
-    except Exception: return None # reading it will say what is wrong
+    try:
+        return Image.open(io.BytesIO(member_bytes(place)) if place.member else place.path)
+    except Exception:
+        return None  # reading it will say what is wrong
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-009
 def _start(place):
     "The first four bytes of a file; none where it cannot be read."
     try:
-        if place.member: return member_bytes(place)[:4]
-        with open(place.path, 'rb') as file: return file.read(4)
-    except (OSError, ValueError): return b''
+        if place.member:
+            return member_bytes(place)[:4]
+        with open(place.path, "rb") as file:
+            return file.read(4)
+    except (OSError, ValueError):
+        return b""
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-010
 def _without_rasterio(name, place):
     "Raises `RuntimeError` for a TIFF that Pillow cannot show."
-    with (_header(place) or Image.new('1', (1, 1))) as image:
-        tiff = _start(place) in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
-        if tiff and (getattr(image, 'format', None) != 'TIFF' or any(';16' in str(t[3]) for t in image.tile) and image.mode[0] not in 'IF'): raise RuntimeError(f'{name}: {NEEDED}')
-        if tiff and 34735 in image.tag_v2: announce('rasterio', f"it is not installed, so the captions of GeoTIFFs get no footprint, and their values are shown as they are: pip install 'rsstudy[geo]' ({name})")
+    with _header(place) or Image.new("1", (1, 1)) as image:
+        tiff = _start(place) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        if tiff and (
+            getattr(image, "format", None) != "TIFF"
+            or (any(";16" in str(t[3]) for t in image.tile) and image.mode[0] not in "IF")
+        ):
+            raise RuntimeError(f"{name}: {NEEDED}")
+        if tiff and 34735 in image.tag_v2:
+            announce(
+                "rasterio",
+                f"it is not installed, so the captions of GeoTIFFs get no footprint, and their values are shown as they are: pip install 'rsstudy[geo]' ({name})",
+            )
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-011
 def views(
-    name:str, # What the image is called in messages
-    place:Place, # Where it lies
-    wanted:Wanted, # Bands, percentiles and tiles are read
-) -> list[tuple[bool, tuple|None]]: # For each of its captions: is it read by rasterio? Which window?
+    name: str,  # What the image is called in messages
+    place: Place,  # Where it lies
+    wanted: Wanted,  # Bands, percentiles and tiles are read
+) -> list[tuple[bool, tuple | None]]:  # For each of its captions: is it read by rasterio? Which window?
     "How an image is read. Raises `ValueError` for a band that a raster has not and for deep pixels without percentiles, `RuntimeError` where rasterio is needed and missing."
     side, size, raster = wanted.tile or 0, None, False
     if place.suffix in TIFF:
-        if not has_rasterio(): _without_rasterio(name, place)
+        if not has_rasterio():
+            _without_rasterio(name, place)
         else:
-            try: facts = raster_facts(place)
-            except ValueError: return [(False, None)] # reading it will say what is wrong
-            raster, size = bool(wanted.bands) or not (facts.photo and facts.bands in (1, 3, 4)), (facts.width, facts.height)
-            if wanted.bands: chosen_bands(facts, name, wanted.bands)
-            if raster and wanted.percentiles is None and facts.kind != 'uint8': raise ValueError(f'--percentiles none: {name} has pixels of kind {facts.kind}, which need percentiles to be shown with 8 bits')
-            if wanted.tile is None and facts.located and max(size) > LARGE: side = TILE
-    if not side: return [(raster, None)]
+            try:
+                facts = raster_facts(place)
+            except ValueError:
+                return [(False, None)]  # reading it will say what is wrong
+            raster, size = (
+                bool(wanted.bands) or not (facts.photo and facts.bands in (1, 3, 4)),
+                (facts.width, facts.height),
+            )
+            if wanted.bands:
+                chosen_bands(facts, name, wanted.bands)
+            if raster and wanted.percentiles is None and facts.kind != "uint8":
+                raise ValueError(
+                    f"--percentiles none: {name} has pixels of kind {facts.kind}, which need percentiles to be shown with 8 bits"
+                )
+            if wanted.tile is None and facts.located and max(size) > LARGE:
+                side = TILE
+    if not side:
+        return [(raster, None)]
     if not size and (image := _header(place)):
-        with image: size = image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1] # as `read_pixels` turns it
-    if not size or max(size) <= side: return [(raster, None)]
+        with image:
+            size = image.size if image.getexif().get(0x0112, 1) < 5 else image.size[::-1]  # as `read_pixels` turns it
+    if not size or max(size) <= side:
+        return [(raster, None)]
     return [(raster, window) for window in tiles(*size, side, side // 8 if wanted.overlap is None else wanted.overlap)]
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-013
 @dataclasses.dataclass
 class SeenImage:
     "An image that was read, or what was wrong with it."
-    job:Job # Which
-    seen:np.ndarray|None=None # At the model's size, (S, S, 3) uint8
-    size:tuple[int,int]=(0, 0) # Width and height before, pixels
-    outline:dict|None=None # GeoJSON geometry
-    problem:dict|None=None # Key of `COUNTS` -> reason
+
+    job: Job  # Which
+    seen: np.ndarray | None = None  # At the model's size, (S, S, 3) uint8
+    size: tuple[int, int] = (0, 0)  # Width and height before, pixels
+    outline: dict | None = None  # GeoJSON geometry
+    problem: dict | None = None  # Key of `COUNTS` -> reason
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-014
-_cutting, _large = threading.Lock(), {} # the last photograph that tiles were cut from
+_cutting, _large = threading.Lock(), {}  # the last photograph that tiles were cut from
+
+
 def _photo(place, percentiles):
-    return read_pixels(member_bytes(place) if place.member else place.path, 'it', percentiles)
+    return read_pixels(member_bytes(place) if place.member else place.path, "it", percentiles)
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-015
 def _cut(place, percentiles, window):
@@ -120,33 +175,49 @@ def _cut(place, percentiles, window):
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-016
 def read_item(
-    job:Job, # What to read
-    wanted:Wanted, # Bands, percentiles, least share of valid pixels
-    resize:Callable, # PIL image -> (S, S, 3) uint8, see `resizer`
+    job: Job,  # What to read
+    wanted: Wanted,  # Bands, percentiles, least share of valid pixels
+    resize: Callable,  # PIL image -> (S, S, 3) uint8, see `resizer`
 ) -> SeenImage:
     "Reads an image. What is wrong with the file is in `problem`."
     try:
         raster = job.raster
         try:
-            if not raster: image = _cut(job.place, wanted.percentiles, job.window) if job.window else _photo(job.place, wanted.percentiles)
+            if not raster:
+                image = (
+                    _cut(job.place, wanted.percentiles, job.window)
+                    if job.window
+                    else _photo(job.place, wanted.percentiles)
+                )
         except DeepColour:
-            if job.place.suffix not in (*TIFF, '.png') or not has_rasterio(): raise
+            if job.place.suffix not in (*TIFF, ".png") or not has_rasterio():
+                raise
             raster = True
-        if not raster: return SeenImage(job, resize(image), image.size)
-        view = read_raster(job.place, chosen_bands(raster_facts(job.place), 'it', wanted.bands), wanted.percentiles, job.window)
-        if view.valid < max(wanted.valid, 1e-9): return SeenImage(job, problem=dict(left_out=f'{view.valid:.1%} of its pixels are valid, {wanted.valid:.0%} are needed'))
+        if not raster:
+            return SeenImage(job, resize(image), image.size)
+        view = read_raster(
+            job.place, chosen_bands(raster_facts(job.place), "it", wanted.bands), wanted.percentiles, job.window
+        )
+        if view.valid < max(wanted.valid, 1e-9):
+            return SeenImage(
+                job, problem=dict(left_out=f"{view.valid:.1%} of its pixels are valid, {wanted.valid:.0%} are needed")
+            )
         image = Image.fromarray(view.pixels)
         return SeenImage(job, resize(image), image.size, view.outline)
-    except ValueError as error: return SeenImage(job, problem=dict(unreadable=str(error)))
-    except OSError as error: return SeenImage(job, problem=dict(unreadable=f'it cannot be read: {error.strerror or error}'))
+    except ValueError as error:
+        return SeenImage(job, problem=dict(unreadable=str(error)))
+    except OSError as error:
+        return SeenImage(job, problem=dict(unreadable=f"it cannot be read: {error.strerror or error}"))
 
 # %% ../../nbs/lib/15_imagery/03_views.ipynb #cell-017
 def resizer(
-    processor, # PaliGemma's
-) -> Callable: # PIL image -> (S, S, 3) uint8
+    processor,  # PaliGemma's
+) -> Callable:  # PIL image -> (S, S, 3) uint8
     "The processor's own resizing, and nothing else of it: what the model will see, in bytes."
     ready = processor.image_processor
+
     def resize(image):
-        values = ready(images=[image], return_tensors='pt', do_rescale=False, do_normalize=False)['pixel_values'][0]
+        values = ready(images=[image], return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"][0]
         return values.permute(1, 2, 0).contiguous().numpy().astype(np.uint8)
+
     return resize

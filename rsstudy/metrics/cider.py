@@ -7,15 +7,16 @@ __all__ = ['ciders', 'cider', 'cider_plain']
 
 # %% ../../nbs/lib/05_metrics/04_cider.ipynb #cell-002
 import numpy as np
+
 from .bleu import ngram_table
 from .tokens import tokenize
 
 # %% ../../nbs/lib/05_metrics/04_cider.ipynb #cell-005
 def ciders(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one; document frequencies come from them
-    sigma:float=6., # Width of CIDEr-D's length penalty, in tokens; the toolkit's 6
-) -> tuple[np.ndarray, np.ndarray]: # CIDEr-D (n,) in 0..10 and plain CIDEr (n,) in 0..1, float64
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one; document frequencies come from them
+    sigma: float = 6.0,  # Width of CIDEr-D's length penalty, in tokens; the toolkit's 6
+) -> tuple[np.ndarray, np.ndarray]:  # CIDEr-D (n,) in 0..10 and plain CIDEr (n,) in 0..1, float64
     """Both variants of each image from one counting; a corpus value is their mean. An empty caption scores 0, and so does every caption of a one-image set.
 
     Source: Vedantam et al. 2015, eq. 1 to 3 (CIDEr, unstemmed here), and eq. 4 and sec. 6 (CIDEr-D), as in pycocoevalcap's `Cider`.
@@ -23,42 +24,50 @@ def ciders(
     n = len(predictions)
     sentences = [tokenize(p) for p in predictions] + [tokenize(r) for rs in references for r in rs]
     per_image = np.array([len(rs) for rs in references])
-    image = np.concatenate([np.arange(n), np.repeat(np.arange(n), per_image)])   # of each sentence, captions first
-    pairs = np.maximum(0, np.array([len(s) for s in sentences]) - 1)             # the toolkit's "length"
-    penalty = np.exp(-(pairs[n:] - pairs[image[n:]])**2 / (2*sigma**2))          # (references,)
+    image = np.concatenate([np.arange(n), np.repeat(np.arange(n), per_image)])  # of each sentence, captions first
+    pairs = np.maximum(0, np.array([len(s) for s in sentences]) - 1)  # the toolkit's "length"
+    penalty = np.exp(-((pairs[n:] - pairs[image[n:]]) ** 2) / (2 * sigma**2))  # (references,)
     clipped, plain = np.zeros(n), np.zeros(n)
     for s, gram, count in ngram_table(sentences):
         width = int(gram.max()) + 1 if len(gram) else 1
-        key = image[s]*width + gram                                              # one number per (image, n-gram)
+        key = image[s] * width + gram  # one number per (image, n-gram)
         own = s < n
-        frequency = np.bincount(np.unique(key[~own]) % width, minlength=width)   # images that have the n-gram in a reference
-        weight = count*(np.log(n) - np.log(np.maximum(1, frequency)))[gram]
+        frequency = np.bincount(
+            np.unique(key[~own]) % width, minlength=width
+        )  # images that have the n-gram in a reference
+        weight = count * (np.log(n) - np.log(np.maximum(1, frequency)))[gram]
         norm = np.sqrt(np.bincount(s, weight**2, minlength=len(sentences)))
-        wanted, known, theirs = key[~own], key[own], weight[~own]                # `known` is sorted: captions come first, image by image
+        wanted, known, theirs = (
+            key[~own],
+            key[own],
+            weight[~own],
+        )  # `known` is sorted: captions come first, image by image
         at = np.searchsorted(known, wanted)
         found = at < len(known)
         found[found] = known[at[found]] == wanted[found]
         ours, theirs, of = weight[own][at[found]], theirs[found], s[~own][found] - n
-        scale = norm[image[n:]]*norm[n:]
-        for score, shared, factor in ((clipped, np.minimum(ours, theirs), penalty), (plain, ours, 1.)):
-            dot = np.bincount(of, shared*theirs, minlength=len(sentences) - n).astype(float) # integers where nothing is found
+        scale = norm[image[n:]] * norm[n:]
+        for score, shared, factor in ((clipped, np.minimum(ours, theirs), penalty), (plain, ours, 1.0)):
+            dot = np.bincount(of, shared * theirs, minlength=len(sentences) - n).astype(
+                float
+            )  # integers where nothing is found
             cosine = np.divide(dot, scale, out=np.zeros_like(dot), where=scale > 0)
-            score += np.bincount(image[n:], cosine*factor, minlength=n)
-    return 10*clipped / (4*per_image), plain / (4*per_image)
+            score += np.bincount(image[n:], cosine * factor, minlength=n)
+    return 10 * clipped / (4 * per_image), plain / (4 * per_image)
 
 # %% ../../nbs/lib/05_metrics/04_cider.ipynb #cell-006
 def cider(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one; document frequencies come from them
-    sigma:float=6., # Width of the length penalty, in tokens; the toolkit's 6
-) -> np.ndarray: # (n,) float64 >= 0; 10 for a caption identical to all its references if it has four or more tokens, each order with some rare n-gram
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one; document frequencies come from them
+    sigma: float = 6.0,  # Width of the length penalty, in tokens; the toolkit's 6
+) -> np.ndarray:  # (n,) float64 >= 0; 10 for a caption identical to all its references if it has four or more tokens, each order with some rare n-gram
     "CIDEr-D of each image, what the field reports as CIDEr; see `ciders`."
     return ciders(predictions, references, sigma)[0]
 
 # %% ../../nbs/lib/05_metrics/04_cider.ipynb #cell-007
 def cider_plain(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one; document frequencies come from them
-) -> np.ndarray: # (n,) float64 in 0..1
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one; document frequencies come from them
+) -> np.ndarray:  # (n,) float64 in 0..1
     "Plain CIDEr of each image, words not stemmed; see `ciders`."
     return ciders(predictions, references)[1]

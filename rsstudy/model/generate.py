@@ -7,10 +7,12 @@ __all__ = ['STATIC_IMAGES', 'COMPACT', 'Captioner', 'FinishedShare', 'decode_bat
            'generate_captions', 'decode']
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-002
-import torch
 from dataclasses import dataclass
+
+import torch
 from transformers import StoppingCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
 from .forward import pixel_tensor
 from .pack import encode_prompt
 from .parts import core
@@ -19,146 +21,198 @@ from .parts import core
 @dataclass
 class Captioner:
     "A model that captions, under any tuning method."
-    model:torch.nn.Module # PaliGemma, bare or wrapped by peft
-    processor:object # PaliGemma's
-    prompt:str='caption en' # Text before the caption
-    method:str='none' # The tuning method's name
+
+    model: torch.nn.Module  # PaliGemma, bare or wrapped by peft
+    processor: object  # PaliGemma's
+    prompt: str = "caption en"  # Text before the caption
+    method: str = "none"  # The tuning method's name
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-007
 class FinishedShare(StoppingCriteria):
     "Stops a batch as soon as a share of its captions has ended."
-    def __init__(self,
-        start:int, # Where the captions begin
-        eos:int, # Id of <eos>
-        share:float, # Of the rows, above 0 and at most 1
+
+    def __init__(
+        self,
+        start: int,  # Where the captions begin
+        eos: int,  # Id of <eos>
+        share: float,  # Of the rows, above 0 and at most 1
     ):
         self.start, self.eos, self.share = start, eos, share
 
     def __call__(self, input_ids, scores, **kwargs):
-        ended = (input_ids[:, self.start:] == self.eos).any(1)
+        ended = (input_ids[:, self.start :] == self.eos).any(1)
         return torch.full_like(ended, bool(ended.float().mean() >= self.share))
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-008
 def decode_batch(
-    model, # PaliGemma, bare
-    prefix:torch.Tensor, # (B, L) ids on the model's device, all of one length: no padding
-    pictures:dict, # `pixel_values` (B, 3, 224, 224) or `features` (B, N, d)
-    eos:int, # Id of <eos>
-    pad:int=0, # Id of <pad>
-    max_new_tokens:int=30, # Longest caption
-    num_beams:int=1, # 1 is greedy
-    top_p:float|None=None, # Nucleus sampling: draw among the likeliest tokens that together have this probability, above 0 and at most 1; None draws nothing
-    compact:float=0., # Share of finished rows at which the others go on alone; 0: never. Not with beams
-    static:bool=False, # A cache of fixed size, with which `transformers` compiles the step on a GPU
-) -> list[list[int]]: # Ids of each caption, up to and without <eos>
+    model,  # PaliGemma, bare
+    prefix: torch.Tensor,  # (B, L) ids on the model's device, all of one length: no padding
+    pictures: dict,  # `pixel_values` (B, 3, 224, 224) or `features` (B, N, d)
+    eos: int,  # Id of <eos>
+    pad: int = 0,  # Id of <pad>
+    max_new_tokens: int = 30,  # Longest caption
+    num_beams: int = 1,  # 1 is greedy
+    top_p: float
+    | None = None,  # Nucleus sampling: draw among the likeliest tokens that together have this probability, above 0 and at most 1; None draws nothing
+    compact: float = 0.0,  # Share of finished rows at which the others go on alone; 0: never. Not with beams
+    static: bool = False,  # A cache of fixed size, with which `transformers` compiles the step on a GPU
+) -> list[list[int]]:  # Ids of each caption, up to and without <eos>
     "`model.generate` on one batch."
     length, waiting, found = prefix.shape[1], list(range(len(prefix))), [None] * len(prefix)
-    if 'features' in pictures: given = dict(mm_encoder_outputs=dict(image=BaseModelOutputWithPooling(pooler_output=pictures['features'].to(model.device))))
-    else: given = dict(pixel_values=pictures['pixel_values'].to(model.device, model.model.vision_tower.dtype))
-    if static: given['cache_implementation'] = 'static'
-    compact = 0. if static or num_beams > 1 else compact
-    if top_p is not None: given |= dict(top_p=top_p, top_k=0)
-    if compact: given['stopping_criteria'] = [FinishedShare(length, eos, compact)]
+    if "features" in pictures:
+        given = dict(
+            mm_encoder_outputs=dict(
+                image=BaseModelOutputWithPooling(pooler_output=pictures["features"].to(model.device))
+            )
+        )
+    else:
+        given = dict(pixel_values=pictures["pixel_values"].to(model.device, model.model.vision_tower.dtype))
+    if static:
+        given["cache_implementation"] = "static"
+    compact = 0.0 if static or num_beams > 1 else compact
+    if top_p is not None:
+        given |= dict(top_p=top_p, top_k=0)
+    if compact:
+        given["stopping_criteria"] = [FinishedShare(length, eos, compact)]
     ids = prefix
     while waiting:
         types = (torch.arange(ids.shape[1], device=ids.device) >= length).long().expand(ids.shape)
-        out = model.generate(input_ids=ids, token_type_ids=types, attention_mask=torch.ones_like(ids), max_new_tokens=length + max_new_tokens - ids.shape[1],
-            num_beams=num_beams, do_sample=top_p is not None, eos_token_id=eos, pad_token_id=pad, return_dict_in_generate=bool(compact), **given)
+        out = model.generate(
+            input_ids=ids,
+            token_type_ids=types,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=length + max_new_tokens - ids.shape[1],
+            num_beams=num_beams,
+            do_sample=top_p is not None,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            return_dict_in_generate=bool(compact),
+            **given,
+        )
         ids = out.sequences if compact else out
         written = ids[:, length:].tolist()
         ended = [eos in row or len(row) == max_new_tokens or not compact for row in written]
         for i, row, done in zip(waiting, written, ended):
-            if done: found[i] = row[:row.index(eos)] if eos in row else row
+            if done:
+                found[i] = row[: row.index(eos)] if eos in row else row
         left = [k for k, done in enumerate(ended) if not done]
         waiting = [waiting[k] for k in left]
         if left:
             left = torch.tensor(left, device=ids.device)
             out.past_key_values.batch_select_indices(left)
-            ids, given = ids[left], {k: v for k, v in given.items() if k not in ('pixel_values', 'mm_encoder_outputs')} | dict(past_key_values=out.past_key_values)
+            ids, given = (
+                ids[left],
+                {k: v for k, v in given.items() if k not in ("pixel_values", "mm_encoder_outputs")}
+                | dict(past_key_values=out.past_key_values),
+            )
     return found
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-010
-STATIC_IMAGES = 1024 # On a GPU, from so many images on, decoding steps are compiled
-COMPACT = .5 # Share of finished rows at which the others go on alone
+STATIC_IMAGES = 1024  # On a GPU, from so many images on, decoding steps are compiled
+COMPACT = 0.5  # Share of finished rows at which the others go on alone
 
 
 @torch.no_grad()
 def decode_rows(
-    model, # PaliGemma, bare or wrapped by peft
-    prefixes:list[list[int]], # Ids before each caption
-    pictures, # Function of a list of row numbers -> dict for `decode_batch`
-    eos:int, # Id of <eos>
-    pad:int=0, # Id of <pad>
-    batch_size:int=64, # Rows decoded together
-    static:bool|None=None, # As for `decode_batch`; None: on a GPU with `STATIC_IMAGES` rows or more
-    compact:float=COMPACT, # As for `decode_batch`
-    progress:bool=False, # A bar with the remaining time?
-    **options, # For `decode_batch`: max_new_tokens, num_beams, top_p
-) -> list[list[int]]: # Ids of each caption, up to and without <eos>
+    model,  # PaliGemma, bare or wrapped by peft
+    prefixes: list[list[int]],  # Ids before each caption
+    pictures,  # Function of a list of row numbers -> dict for `decode_batch`
+    eos: int,  # Id of <eos>
+    pad: int = 0,  # Id of <pad>
+    batch_size: int = 64,  # Rows decoded together
+    static: bool | None = None,  # As for `decode_batch`; None: on a GPU with `STATIC_IMAGES` rows or more
+    compact: float = COMPACT,  # As for `decode_batch`
+    progress: bool = False,  # A bar with the remaining time?
+    **options,  # For `decode_batch`: max_new_tokens, num_beams, top_p
+) -> list[list[int]]:  # Ids of each caption, up to and without <eos>
     "Captions of many rows, each what the row would get alone."
     from tqdm import tqdm
+
     model = core(model)
-    static = model.device.type == 'cuda' and len(prefixes) >= STATIC_IMAGES if static is None else static
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i])) # stable: one prompt keeps the rows' order
+    static = model.device.type == "cuda" and len(prefixes) >= STATIC_IMAGES if static is None else static
+    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))  # stable: one prompt keeps the rows' order
     training, found = model.training, [None] * len(prefixes)
     model.eval()
-    with tqdm(total=len(prefixes), desc='captions', unit='image', disable=not progress, mininterval=1) as bar:
+    with tqdm(total=len(prefixes), desc="captions", unit="image", disable=not progress, mininterval=1) as bar:
         while order:
             rows = [i for i in order[:batch_size] if len(prefixes[i]) == len(prefixes[order[0]])]
-            order = order[len(rows):]
+            order = order[len(rows) :]
             filled = rows + rows[-1:] * (batch_size - len(rows)) if static and len(prefixes) > batch_size else rows
             ids = torch.tensor([prefixes[i] for i in filled], device=model.device)
             written = decode_batch(model, ids, pictures(filled), eos, pad, static=static, compact=compact, **options)
-            for i, row in zip(rows, written): found[i] = row
+            for i, row in zip(rows, written):
+                found[i] = row
             bar.update(len(rows))
     model.train(training)
     return found
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-012
 def generate_ids(
-    captioner:Captioner, # Whose captions
-    images, # Sequence of PIL images or uint8 arrays (H, W, 3), decoded a batch at a time; with features it may be None
-    prompts:str|list[str]|None=None, # Text before the captions: one for all, one for each, or the captioner's own
-    max_new_tokens:int=30, # Longest caption
-    num_beams:int=1, # 1 is greedy
-    top_p:float|None=None, # Nucleus sampling from this much probability; None draws nothing
-    seed:int=0, # Of what is drawn
-    batch_size:int=64, # Images decoded together; prompts of unlike lengths go in batches of their own
-    progress:bool=False, # A bar with the remaining time?
-    features:torch.Tensor|None=None, # (images, N, d) from `rsstudy.model.features.cache_features`; then no pixels are read
-    static:bool|None=None, # Compiled steps? None: on a GPU with many images
-    compact:float=COMPACT, # Share of finished rows at which the others go on alone; 0: never
-) -> list[list[int]]: # Token ids of each caption, up to and without <eos>
+    captioner: Captioner,  # Whose captions
+    images,  # Sequence of PIL images or uint8 arrays (H, W, 3), decoded a batch at a time; with features it may be None
+    prompts: str
+    | list[str]
+    | None = None,  # Text before the captions: one for all, one for each, or the captioner's own
+    max_new_tokens: int = 30,  # Longest caption
+    num_beams: int = 1,  # 1 is greedy
+    top_p: float | None = None,  # Nucleus sampling from this much probability; None draws nothing
+    seed: int = 0,  # Of what is drawn
+    batch_size: int = 64,  # Images decoded together; prompts of unlike lengths go in batches of their own
+    progress: bool = False,  # A bar with the remaining time?
+    features: torch.Tensor
+    | None = None,  # (images, N, d) from `rsstudy.model.features.cache_features`; then no pixels are read
+    static: bool | None = None,  # Compiled steps? None: on a GPU with many images
+    compact: float = COMPACT,  # Share of finished rows at which the others go on alone; 0: never
+) -> list[list[int]]:  # Token ids of each caption, up to and without <eos>
     "Raises `ValueError` where the number of prompts, or of features, is not that of the images."
     processor, count = captioner.processor, len(features if images is None else images)
-    if features is not None and len(features) != count: raise ValueError(f'{count} images need as many features, got {len(features)}')
+    if features is not None and len(features) != count:
+        raise ValueError(f"{count} images need as many features, got {len(features)}")
     prompts = captioner.prompt if prompts is None else prompts
     prompts = [prompts] * count if isinstance(prompts, str) else prompts
-    if len(prompts) != count: raise ValueError(f'{count} images need as many prompts, got {len(prompts)}')
+    if len(prompts) != count:
+        raise ValueError(f"{count} images need as many prompts, got {len(prompts)}")
     prefix = {prompt: encode_prompt(processor, prompt) for prompt in set(prompts)}
+
     def pictures(rows):
-        if features is None: return dict(pixel_values=pixel_tensor(processor, [images[i] for i in rows]))
+        if features is None:
+            return dict(pixel_values=pixel_tensor(processor, [images[i] for i in rows]))
         return dict(features=features[rows])
+
     with torch.random.fork_rng(enabled=top_p is not None):
-        if top_p is not None: torch.manual_seed(seed)
-        return decode_rows(captioner.model, [prefix[prompt] for prompt in prompts], pictures, processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id,
-            batch_size, static, compact, progress, max_new_tokens=max_new_tokens, num_beams=num_beams, top_p=top_p)
+        if top_p is not None:
+            torch.manual_seed(seed)
+        return decode_rows(
+            captioner.model,
+            [prefix[prompt] for prompt in prompts],
+            pictures,
+            processor.tokenizer.eos_token_id,
+            processor.tokenizer.pad_token_id,
+            batch_size,
+            static,
+            compact,
+            progress,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            top_p=top_p,
+        )
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-013
 def generate_captions(
-    captioner:Captioner, # Whose captions
-    images, # As for `generate_ids`
-    **kwargs, # As for `generate_ids`
-) -> list[str]: # One caption an image, without special tokens and outer spaces
+    captioner: Captioner,  # Whose captions
+    images,  # As for `generate_ids`
+    **kwargs,  # As for `generate_ids`
+) -> list[str]:  # One caption an image, without special tokens and outer spaces
     "Captions as text."
     return decode(captioner.processor, generate_ids(captioner, images, **kwargs))
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-014
 def decode(
-    processor, # PaliGemma's
-    ids:list[list[int]], # Token ids
-    max_new_tokens:int|None=None, # Only so many of each: what decoding without beams would have given with that limit
-) -> list[str]: # Text without special tokens and outer spaces
+    processor,  # PaliGemma's
+    ids: list[list[int]],  # Token ids
+    max_new_tokens: int
+    | None = None,  # Only so many of each: what decoding without beams would have given with that limit
+) -> list[str]:  # Text without special tokens and outer spaces
     "Token ids as text."
     rows = [row if max_new_tokens is None else row[:max_new_tokens] for row in ids]
     return [text.strip() for text in processor.tokenizer.batch_decode(rows, skip_special_tokens=True)]

@@ -6,63 +6,130 @@
 __all__ = ['UNUSED', 'NANO', 'PATCH', 'build_tokenizer', 'nano_config', 'build_processor', 'nano_processor', 'nano_model']
 
 # %% ../../nbs/lib/04_model/02_nano.ipynb #cell-002
-import torch
 from pathlib import Path
+
+import torch
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
 
 # %% ../../nbs/lib/04_model/02_nano.ipynb #cell-005
-UNUSED = [f'<unused{i}>' for i in range(64)] # reserved tokens, as in Gemma's vocabulary
+UNUSED = [f"<unused{i}>" for i in range(64)]  # reserved tokens, as in Gemma's vocabulary
+
+
 def build_tokenizer(
-    sentences, # Iterable of text to learn the pieces from
-    vocab_size:int=2048, # Pieces, special tokens and bytes together; `<loc....>` and `<seg...>` come on top
+    sentences,  # Iterable of text to learn the pieces from
+    vocab_size: int = 2048,  # Pieces, special tokens and bytes together; `<loc....>` and `<seg...>` come on top
 ):
     "A byte-pair tokenizer with Gemma's special tokens, spaces as `▁` and byte fallback, as a `PreTrainedTokenizerFast`."
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
-    tokenizer = Tokenizer(models.BPE(unk_token='<unk>', byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split('\n', 'isolated'), pre_tokenizers.Split(Regex('▁'), 'merged_with_next')])
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
-    special = ['<pad>', '<eos>', '<bos>', '<unk>', '<image>', *UNUSED, *(f'<0x{byte:02X}>' for byte in range(256))]
-    alphabet = [chr(code) for code in range(33, 127)] + ['\n', '▁']
-    tokenizer.train_from_iterator(sentences, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False))
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(Regex("▁"), "merged_with_next")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<image>", *UNUSED, *(f"<0x{byte:02X}>" for byte in range(256))]
+    alphabet = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
+    tokenizer.train_from_iterator(
+        sentences,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
+            show_progress=False,
+        ),
+    )
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in EXTRA_TOKENS])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token='<bos>', eos_token='<eos>', pad_token='<pad>', unk_token='<unk>',
-        additional_special_tokens=['<image>'], padding_side='left', clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
 
 # %% ../../nbs/lib/04_model/02_nano.ipynb #cell-009
-NANO = Path(__file__).parents[1]/'paligemma_nano' if '__file__' in globals() else Path('../../../rsstudy/paligemma_nano').resolve()
-PATCH = 28 # pixels; 224 / 28 = 8 patches a side
+NANO = (
+    Path(__file__).parents[1] / "paligemma_nano"
+    if "__file__" in globals()
+    else Path("../../../rsstudy/paligemma_nano").resolve()
+)
+PATCH = 28  # pixels; 224 / 28 = 8 patches a side
 
 
 def nano_config(
-    vocab_size:int, # Rows of the embedding
-    gemma:int=1, # 1: PaliGemma's decoder; 2: PaliGemma 2's, its window and caps so small that random weights and short rows feel them
+    vocab_size: int,  # Rows of the embedding
+    gemma: int = 1,  # 1: PaliGemma's decoder; 2: PaliGemma 2's, its window and caps so small that random weights and short rows feel them
 ) -> PaliGemmaConfig:
     "PaliGemma's configuration with 3.3 million parameters at a vocabulary of 3,200. Raises `ValueError` where `gemma` is neither 1 nor 2."
-    if gemma not in (1, 2): raise ValueError(f'gemma must be 1 (PaliGemma) or 2 (PaliGemma 2), got {gemma!r}')
+    if gemma not in (1, 2):
+        raise ValueError(f"gemma must be 1 (PaliGemma) or 2 (PaliGemma 2), got {gemma!r}")
     tokens, width = (224 // PATCH) ** 2, 128
-    decoder = dict(model_type='gemma', num_key_value_heads=1) if gemma == 1 else dict(
-        model_type='gemma2', num_key_value_heads=2, sliding_window=24, attn_logit_softcapping=1., final_logit_softcapping=2., query_pre_attn_scalar=32)
+    decoder = (
+        dict(model_type="gemma", num_key_value_heads=1)
+        if gemma == 1
+        else dict(
+            model_type="gemma2",
+            num_key_value_heads=2,
+            sliding_window=24,
+            attn_logit_softcapping=1.0,
+            final_logit_softcapping=2.0,
+            query_pre_attn_scalar=32,
+        )
+    )
     return PaliGemmaConfig(
-        vision_config=dict(model_type='siglip_vision_model', hidden_size=192, intermediate_size=576, num_hidden_layers=4, num_attention_heads=4,
-            image_size=224, patch_size=PATCH, projection_dim=width, num_image_tokens=tokens, vision_use_head=False),
-        text_config=dict(**decoder, hidden_size=width, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-            head_dim=32, vocab_size=vocab_size, num_image_tokens=tokens, max_position_embeddings=512,
-            pad_token_id=0, eos_token_id=1, bos_token_id=2, hidden_activation='gelu_pytorch_tanh'),
-        image_token_index=4, projection_dim=width, hidden_size=width, pad_token_id=0, eos_token_id=1, bos_token_id=2, tie_word_embeddings=True)
+        vision_config=dict(
+            model_type="siglip_vision_model",
+            hidden_size=192,
+            intermediate_size=576,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=224,
+            patch_size=PATCH,
+            projection_dim=width,
+            num_image_tokens=tokens,
+            vision_use_head=False,
+        ),
+        text_config=dict(
+            **decoder,
+            hidden_size=width,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            head_dim=32,
+            vocab_size=vocab_size,
+            num_image_tokens=tokens,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+            hidden_activation="gelu_pytorch_tanh",
+        ),
+        image_token_index=4,
+        projection_dim=width,
+        hidden_size=width,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        tie_word_embeddings=True,
+    )
 
 # %% ../../nbs/lib/04_model/02_nano.ipynb #cell-010
 def build_processor(
-    tokenizer, # From `build_tokenizer`
+    tokenizer,  # From `build_tokenizer`
 ) -> PaliGemmaProcessor:
     "PaliGemma's processor at the nano patch size: images resized to 224 x 224 and scaled to [-1, 1], text with its image tokens."
     from transformers import SiglipImageProcessor
-    image_processor = SiglipImageProcessor(size=dict(height=224, width=224), image_mean=[.5] * 3, image_std=[.5] * 3)
+
+    image_processor = SiglipImageProcessor(size=dict(height=224, width=224), image_mean=[0.5] * 3, image_std=[0.5] * 3)
     image_processor.image_seq_length = (224 // PATCH) ** 2
     return PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer)
 
@@ -73,9 +140,9 @@ def nano_processor() -> PaliGemmaProcessor:
 
 # %% ../../nbs/lib/04_model/02_nano.ipynb #cell-015
 def nano_model(
-    seed:int=0, # Seed of the random weights
-    vocab_size:int|None=None, # Rows of the embedding; the shipped tokenizer's by default
-    gemma:int=1, # As for `nano_config`
+    seed: int = 0,  # Seed of the random weights
+    vocab_size: int | None = None,  # Rows of the embedding; the shipped tokenizer's by default
+    gemma: int = 1,  # As for `nano_config`
 ) -> PaliGemmaForConditionalGeneration:
     "The nano architecture with random weights, in float32 and evaluation mode."
     with torch.random.fork_rng(devices=[]):

@@ -6,53 +6,57 @@
 __all__ = ['Example', 'encode_prompt', 'encode_example', 'block_mask', 'attention_masks', 'pack', 'token_counts']
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-002
-import torch
 from collections import Counter
 from dataclasses import dataclass
+
+import torch
+
 from .parts import core
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-005
 @dataclass(frozen=True)
 class Example:
     "An image's prompt and its captions as token ids."
-    prefix:list[int] # <image> x N, <bos>, prompt, newline
-    captions:list[list[int]] # Different captions, without <eos>
-    counts:list[int] # How often the image carries each of them
+
+    prefix: list[int]  # <image> x N, <bos>, prompt, newline
+    captions: list[list[int]]  # Different captions, without <eos>
+    counts: list[int]  # How often the image carries each of them
 
     @property
-    def length(self) -> int: # Tokens that the decoder reads of the image
+    def length(self) -> int:  # Tokens that the decoder reads of the image
         return len(self.prefix) + sum(map(len, self.captions))
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-006
 def encode_prompt(
-    processor, # PaliGemma's
-    prompt:str, # Such as "caption en"
-) -> list[int]: # Token ids
+    processor,  # PaliGemma's
+    prompt: str,  # Such as "caption en"
+) -> list[int]:  # Token ids
     "The prefix as PaliGemma's processor writes it."
     tokenizer = processor.tokenizer
-    text = processor.image_token * processor.image_seq_length + tokenizer.bos_token + prompt + '\n'
+    text = processor.image_token * processor.image_seq_length + tokenizer.bos_token + prompt + "\n"
     return tokenizer(text, add_special_tokens=False).input_ids
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-007
 def encode_example(
-    processor, # PaliGemma's
-    prompt:str, # Text before the captions
-    captions:list[str], # At least one; equal ones are merged and counted
-    max_tokens:int=64, # A longer caption is cut here
+    processor,  # PaliGemma's
+    prompt: str,  # Text before the captions
+    captions: list[str],  # At least one; equal ones are merged and counted
+    max_tokens: int = 64,  # A longer caption is cut here
 ) -> Example:
     "Tokenises an image's captions. Raises `ValueError` when there is none or one is empty."
-    if not captions or not all(caption.strip() for caption in captions): raise ValueError(f'an image needs captions that are not empty, got {captions!r}')
+    if not captions or not all(caption.strip() for caption in captions):
+        raise ValueError(f"an image needs captions that are not empty, got {captions!r}")
     counted = Counter(captions)
     ids = processor.tokenizer(list(counted), add_special_tokens=False).input_ids
     return Example(encode_prompt(processor, prompt), [row[:max_tokens] for row in ids], list(counted.values()))
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-011
 def block_mask(
-    blocks:torch.Tensor, # (B, L) int: 0 prefix, 1.. captions, -1 padding
-    dtype:torch.dtype=torch.float32, # Of the model
-    position_ids:torch.Tensor|None=None, # (B, L) places in the sequences written out; needed with a window
-    window:int|None=None, # Tokens that a caption's token sees, itself included; None: no limit
-) -> torch.Tensor: # (B, 1, L, L): 0 where the row's token sees the column's, the dtype's minimum elsewhere
+    blocks: torch.Tensor,  # (B, L) int: 0 prefix, 1.. captions, -1 padding
+    dtype: torch.dtype = torch.float32,  # Of the model
+    position_ids: torch.Tensor | None = None,  # (B, L) places in the sequences written out; needed with a window
+    window: int | None = None,  # Tokens that a caption's token sees, itself included; None: no limit
+) -> torch.Tensor:  # (B, 1, L, L): 0 where the row's token sees the column's, the dtype's minimum elsewhere
     "Who sees whom in a packed row: prefix bidirectional, each caption causal and blind to the others."
     position = torch.arange(blocks.shape[1], device=blocks.device)
     own = (blocks[:, :, None] == blocks[:, None, :]) & (position[:, None] >= position[None, :])
@@ -60,26 +64,31 @@ def block_mask(
     if window is not None:
         near = position_ids[:, :, None] - position_ids[:, None, :] < window
         sees &= near | (blocks[:, :, None] == 0)
-    return torch.zeros(sees.shape, dtype=dtype, device=blocks.device).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(sees.shape, dtype=dtype, device=blocks.device).masked_fill_(~sees, torch.finfo(dtype).min)[
+        :, None
+    ]
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-012
 def attention_masks(
-    model, # PaliGemma, bare or wrapped by peft
-    batch:dict, # From `pack`
-) -> torch.Tensor|dict[str,torch.Tensor]: # One mask, or one for each kind of layer
+    model,  # PaliGemma, bare or wrapped by peft
+    batch: dict,  # From `pack`
+) -> torch.Tensor | dict[str, torch.Tensor]:  # One mask, or one for each kind of layer
     "The masks that the model's decoder takes for a packed batch."
     decoder = core(model).model.language_model
-    full, window = block_mask(batch['blocks'], decoder.dtype), getattr(decoder.config, 'sliding_window', None)
-    if window is None: return full
-    return dict(full_attention=full, sliding_attention=block_mask(batch['blocks'], decoder.dtype, batch['position_ids'], window))
+    full, window = block_mask(batch["blocks"], decoder.dtype), getattr(decoder.config, "sliding_window", None)
+    if window is None:
+        return full
+    return dict(
+        full_attention=full, sliding_attention=block_mask(batch["blocks"], decoder.dtype, batch["position_ids"], window)
+    )
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-013
 def pack(
-    examples:list[Example], # One a row
-    eos:int, # Id of <eos>
-    pad:int=0, # Id of <pad>
-    multiple:int=1, # L is rounded up to a multiple of this: fewer shapes for compiled layers, aligned ones for a GPU
-) -> dict[str,torch.Tensor]: # See below
+    examples: list[Example],  # One a row
+    eos: int,  # Id of <eos>
+    pad: int = 0,  # Id of <pad>
+    multiple: int = 1,  # L is rounded up to a multiple of this: fewer shapes for compiled layers, aligned ones for a GPU
+) -> dict[str, torch.Tensor]:  # See below
     """Packs examples into rows of one length L.
 
     `input_ids`, `blocks`, `position_ids`: (B, L), positions from 1 as PaliGemma counts. `rows`: (T,) where in the flattened B x L hidden states each of the
@@ -99,15 +108,25 @@ def pack(
             row_blocks += [block] * len(caption)
             row_positions += range(start + 1, start + 1 + len(caption))
         padding = length - len(row_ids)
-        ids.append(row_ids + [pad] * padding); blocks.append(row_blocks + [-1] * padding); positions.append(row_positions + [1] * padding)
-    return dict(input_ids=torch.tensor(ids), blocks=torch.tensor(blocks), position_ids=torch.tensor(positions), rows=torch.tensor(where),
-        targets=torch.tensor(targets), weights=torch.tensor(weights, dtype=torch.float32))
+        ids.append(row_ids + [pad] * padding)
+        blocks.append(row_blocks + [-1] * padding)
+        positions.append(row_positions + [1] * padding)
+    return dict(
+        input_ids=torch.tensor(ids),
+        blocks=torch.tensor(blocks),
+        position_ids=torch.tensor(positions),
+        rows=torch.tensor(where),
+        targets=torch.tensor(targets),
+        weights=torch.tensor(weights, dtype=torch.float32),
+    )
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-018
 def token_counts(
-    examples:list[Example],
-) -> dict[str,int]: # shared, separate
+    examples: list[Example],
+) -> dict[str, int]:  # shared, separate
     "Tokens that the decoder reads with a shared prefix, and a sequence for each caption."
     shared = sum(e.length for e in examples)
-    separate = sum(count * (len(e.prefix) + len(caption) + 1) for e in examples for caption, count in zip(e.captions, e.counts))
+    separate = sum(
+        count * (len(e.prefix) + len(caption) + 1) for e in examples for caption, count in zip(e.captions, e.counts)
+    )
     return dict(shared=shared, separate=separate)

@@ -10,49 +10,61 @@ import torch
 from transformers import PaliGemmaForConditionalGeneration
 
 # %% ../../nbs/lib/04_model/04_parts.ipynb #cell-005
-PROJECTIONS = 'q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj' # the seeds' seven, of Gemma's layers
-DECODER = rf'.*language_model\.layers\.\d+\.(self_attn|mlp)\.({PROJECTIONS})'
-VISION = r'.*vision_tower\..*encoder\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))'
-PROJECTOR = r'.*multi_modal_projector\.linear'
+PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"  # the seeds' seven, of Gemma's layers
+DECODER = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({PROJECTIONS})"
+VISION = r".*vision_tower\..*encoder\.layers\.\d+\.(self_attn\.(q_proj|k_proj|v_proj|out_proj)|mlp\.(fc1|fc2))"
+PROJECTOR = r".*multi_modal_projector\.linear"
 
 
 def linear_layers(
-    model:torch.nn.Module, # PaliGemma, bare
-    pattern:str, # One of the above, or several joined by |
-) -> list[str]: # Names of modules, in the model's order
+    model: torch.nn.Module,  # PaliGemma, bare
+    pattern: str,  # One of the above, or several joined by |
+) -> list[str]:  # Names of modules, in the model's order
     "The linear layers whose whole name the pattern matches. Raises `ValueError` when it matches none."
     import re
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and re.fullmatch(pattern, name)]
-    if not names: raise ValueError(f'no linear layer of the model matches {pattern!r}')
+
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.fullmatch(pattern, name)
+    ]
+    if not names:
+        raise ValueError(f"no linear layer of the model matches {pattern!r}")
     return names
 
 # %% ../../nbs/lib/04_model/04_parts.ipynb #cell-009
 def core(
-    model, # PaliGemma, bare or wrapped by peft
+    model,  # PaliGemma, bare or wrapped by peft
 ) -> PaliGemmaForConditionalGeneration:
     "The PaliGemma inside a peft wrapper; peft changes its layers in place, so nothing is lost by calling it."
-    return model.get_base_model() if hasattr(model, 'get_base_model') else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../../nbs/lib/04_model/04_parts.ipynb #cell-010
 def enable_checkpointing(
-    model, # PaliGemma, bare or wrapped by peft; changed in place
+    model,  # PaliGemma, bare or wrapped by peft; changed in place
 ):
     "Gradient checkpointing of every layer of tower and decoder; in effect in training mode only. Source: Chen et al. 2016, sec. 3."
     model = core(model)
-    enable = getattr(model, 'activation_checkpointing_enable', model.gradient_checkpointing_enable) # the newer name, where transformers has it
+    enable = getattr(
+        model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
+    )  # the newer name, where transformers has it
     enable(dict(use_reentrant=False))
 
 # %% ../../nbs/lib/04_model/04_parts.ipynb #cell-011
 def compile_layers(
-    model, # PaliGemma, bare or wrapped by peft, its method attached; changed in place
-    backend:str='inductor', # Of `torch.compile`; inductor needs a C++ compiler on a CPU
+    model,  # PaliGemma, bare or wrapped by peft, its method attached; changed in place
+    backend: str = "inductor",  # Of `torch.compile`; inductor needs a C++ compiler on a CPU
 ):
     "Compiles the decoder's layers, for batches of any shape. Parameters keep their names; what is compiled already stays as it is."
     for layer in core(model).model.language_model.layers:
-        if 'forward' not in vars(layer): layer.forward = _compiled_without_cache(layer.forward, backend)
+        if "forward" not in vars(layer):
+            layer.forward = _compiled_without_cache(layer.forward, backend)
 
 # %% ../../nbs/lib/04_model/04_parts.ipynb #cell-012
 def _compiled_without_cache(plain, backend):
     compiled = torch.compile(plain, backend=backend, dynamic=True)
-    def forward(*args, **kwargs): return (compiled if kwargs.get('past_key_values') is None else plain)(*args, **kwargs)
+
+    def forward(*args, **kwargs):
+        return (compiled if kwargs.get("past_key_values") is None else plain)(*args, **kwargs)
+
     return forward

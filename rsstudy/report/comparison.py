@@ -14,192 +14,357 @@ from .tidy import FAILURES, METHODS, QUALITY
 from ..stats.rows import metric_named, turned
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-007
-FAITHFULNESS = dict(deletion_gain='deletion', insertion_gain='insertion', pointing_game='pointing') # higher is better
-SUBSETS = {'subset:clean': 'test images without a duplicate in training', 'subset:caption_unseen': 'test images none of whose captions stands in training'}
+FAITHFULNESS = dict(deletion_gain="deletion", insertion_gain="insertion", pointing_game="pointing")  # higher is better
+SUBSETS = {
+    "subset:clean": "test images without a duplicate in training",
+    "subset:caption_unseen": "test images none of whose captions stands in training",
+}
 
 
 def short_number(
-    value:float|None, # Any number
-    unit:str='', # Written after the magnitude
-) -> str: # Three significant digits, with k, M or G
+    value: float | None,  # Any number
+    unit: str = "",  # Written after the magnitude
+) -> str:  # Three significant digits, with k, M or G
     "A number for a reader: 12,345 becomes 12.3 k."
-    if value is None: return '-'
-    for size, letter in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-        if abs(value) >= size: return f'{value/size:.3g} {letter}{unit}'
-    return f'{value:.3g} {unit}'.strip()
+    if value is None:
+        return "-"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}{unit}"
+    return f"{value:.3g} {unit}".strip()
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-008
 def whole_scores(
-    rows:list[dict], # Rows of `scores`
-    stem:str, # What the metric measures, such as "cider"
-    source:str='all', # A source, or "subset:..."
-    kind:str='method', # Or "floor"
-) -> dict[str, dict]: # Method -> its row for all seeds together
+    rows: list[dict],  # Rows of `scores`
+    stem: str,  # What the metric measures, such as "cider"
+    source: str = "all",  # A source, or "subset:..."
+    kind: str = "method",  # Or "floor"
+) -> dict[str, dict]:  # Method -> its row for all seeds together
     "The rows of one metric that stand for all seeds."
-    name = metric_named(stem, {r['metric']: 0 for r in rows})
-    return {r['method']: r for r in rows if r['metric'] == name and r['source'] == source and r['seed'] is None and r['kind'] == kind}
+    name = metric_named(stem, {r["metric"]: 0 for r in rows})
+    return {
+        r["method"]: r
+        for r in rows
+        if r["metric"] == name and r["source"] == source and r["seed"] is None and r["kind"] == kind
+    }
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-009
-def measures(row:dict, stem:str) -> bool: # is a row of `faithfulness` about this measure, in any version?
-    return row['metric'].rpartition('.v')[0].split('-')[0] == stem and row['value'] is not None
+def measures(row: dict, stem: str) -> bool:  # is a row of `faithfulness` about this measure, in any version?
+    return row["metric"].rpartition(".v")[0].split("-")[0] == stem and row["value"] is not None
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-010
 def mean_faithfulness(
-    rows:list[dict], # Rows of `faithfulness`
-    method:str, # Whose explanations
-    stem:str, # A key of FAITHFULNESS
-) -> float|None: # Mean over attribution methods, controls left out; None when there is none
+    rows: list[dict],  # Rows of `faithfulness`
+    method: str,  # Whose explanations
+    stem: str,  # A key of FAITHFULNESS
+) -> float | None:  # Mean over attribution methods, controls left out; None when there is none
     "How faithful a method's explanations are on average."
-    found = [r['value'] for r in rows if r['method'] == method and measures(r, stem) and r['attribution'] not in CONTROLS]
-    return sum(found)/len(found) if found else None
+    found = [
+        r["value"] for r in rows if r["method"] == method and measures(r, stem) and r["attribution"] not in CONTROLS
+    ]
+    return sum(found) / len(found) if found else None
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-012
 def main_table(
-    result:dict, # 07_comparison.json
-    variants:bool=False, # The variants' lines too?
-): # pandas DataFrame, one line a method, cells as text
+    result: dict,  # 07_comparison.json
+    variants: bool = False,  # The variants' lines too?
+):  # pandas DataFrame, one line a method, cells as text
     "The study's table: quality x cost x faithfulness."
     import pandas as pd
-    rows, costs = list(result['scores']), list(result['cost'])
-    if variants: rows, costs = rows + result['variants']['scores'], costs + result['variants']['cost']
-    quality, cost = {stem: whole_scores(rows, stem) for stem in QUALITY}, {r['method']: r for r in costs}
-    say = lambda value, digits=3: '-' if value is None else f'{value:.{digits}f}'
+
+    rows, costs = list(result["scores"]), list(result["cost"])
+    if variants:
+        rows, costs = rows + result["variants"]["scores"], costs + result["variants"]["cost"]
+    quality, cost = {stem: whole_scores(rows, stem) for stem in QUALITY}, {r["method"]: r for r in costs}
+
+    def say(value, digits=3):
+        return "-" if value is None else f"{value:.{digits}f}"
+
     lines = {}
     for name in cost:
-        line = dict(trained=short_number(cost[name]['trainable_parameters']), seconds=short_number(cost[name]['seconds']),
-            memory=short_number(cost[name]['peak_memory_bytes'], 'B'), file=short_number(cost[name]['adapter_bytes'], 'B'))
+        line = dict(
+            trained=short_number(cost[name]["trainable_parameters"]),
+            seconds=short_number(cost[name]["seconds"]),
+            memory=short_number(cost[name]["peak_memory_bytes"], "B"),
+            file=short_number(cost[name]["adapter_bytes"], "B"),
+        )
         for stem, title in QUALITY.items():
-            if name not in quality[stem]: continue
+            if name not in quality[stem]:
+                continue
             score = quality[stem][name]
-            line[title] = say(score['value']) + (f' [{say(score["low"], 2)}, {say(score["high"], 2)}]' if stem == 'cider' and score['low'] is not None else '')
-        line |= {title: say(mean_faithfulness(result['faithfulness'], name, stem), 2) for stem, title in FAITHFULNESS.items()}
-        lines[result['labels'].get(name, METHODS.get(name, name))] = line
-    return pd.DataFrame.from_dict(lines, orient='index').fillna('-')
+            line[title] = say(score["value"]) + (
+                f" [{say(score['low'], 2)}, {say(score['high'], 2)}]"
+                if stem == "cider" and score["low"] is not None
+                else ""
+            )
+        line |= {
+            title: say(mean_faithfulness(result["faithfulness"], name, stem), 2) for stem, title in FAITHFULNESS.items()
+        }
+        lines[result["labels"].get(name, METHODS.get(name, name))] = line
+    return pd.DataFrame.from_dict(lines, orient="index").fillna("-")
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-015
-def _difference(result, method, against, metric, source='all'):
+def _difference(result, method, against, metric, source="all"):
     "The row that compares two methods, turned round where the other order is in the file."
-    for r in result['differences']:
-        if r['metric'] != metric or r['source'] != source: continue
-        if (r['method'], r['against']) == (method, against): return r
-        if (r['method'], r['against']) == (against, method): return turned(r)
+    for r in result["differences"]:
+        if r["metric"] != metric or r["source"] != source:
+            continue
+        if (r["method"], r["against"]) == (method, against):
+            return r
+        if (r["method"], r["against"]) == (against, method):
+            return turned(r)
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-016
 def quality_findings(
-    result:dict, # 07_comparison.json
-) -> list[str]: # Sentences in Markdown
+    result: dict,  # 07_comparison.json
+) -> list[str]:  # Sentences in Markdown
     "Who beats the untuned base, who is best, and who cannot be told from the best; by CIDEr."
-    scores, label = whole_scores(result['scores'], 'cider'), lambda name: result['labels'].get(name, METHODS.get(name, name))
-    tuned = [name for name in scores if name != 'none']
-    if not tuned: return ['No tuned method has been run.']
-    metric, said = scores['none']['metric'], []
-    span = lambda r: f'{r["value"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}]'
-    for kind, words in (('better', 'Better than the untuned base'), ('tie', 'Tied with the untuned base'), ('worse', 'Worse than the untuned base')):
-        rows = [r for name in tuned if (r := _difference(result, name, 'none', metric)) and r['verdict'] == kind]
-        if rows: said.append(f'**{words}** ({metric}, all test images): ' + '; '.join(f'{label(r["method"])} {span(r)}' for r in rows) + '.')
-    best = max(tuned, key=lambda name: scores[name]['value'])
+    scores, label = (
+        whole_scores(result["scores"], "cider"),
+        lambda name: result["labels"].get(name, METHODS.get(name, name)),
+    )
+    tuned = [name for name in scores if name != "none"]
+    if not tuned:
+        return ["No tuned method has been run."]
+    metric, said = scores["none"]["metric"], []
+
+    def span(r):
+        return f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
+
+    for kind, words in (
+        ("better", "Better than the untuned base"),
+        ("tie", "Tied with the untuned base"),
+        ("worse", "Worse than the untuned base"),
+    ):
+        rows = [r for name in tuned if (r := _difference(result, name, "none", metric)) and r["verdict"] == kind]
+        if rows:
+            said.append(
+                f"**{words}** ({metric}, all test images): "
+                + "; ".join(f"{label(r['method'])} {span(r)}" for r in rows)
+                + "."
+            )
+    best = max(tuned, key=lambda name: scores[name]["value"])
     rows = [r for name in tuned if name != best and (r := _difference(result, name, best, metric))]
-    tied = [r['method'] for r in rows if r['verdict'] == 'tie']
-    said.append(f'**Best**: {label(best)} with {scores[best]["value"]:.3f}' + (', a tie with ' + ', '.join(map(label, tied)) if tied else
-        ', ahead of all others by more than the interval' if rows else '') + '.')
-    rows = [r for r in result['differences'] if r['method'] not in METHODS and r['metric'] == metric and r['source'] == 'all']
-    if rows: said.append('Variants against their method: ' + '; '.join(f'{label(r["method"])} {span(r)} ({r["verdict"]})' for r in rows) + '.')
-    for source in sorted({r['source'] for r in result['differences']} - {'all'}):
-        rows = [r for name in tuned if (r := _difference(result, name, 'none', metric, source))]
-        where = source if source not in SUBSETS else f'{SUBSETS[source]} ({rows[0]["n"]} images)' if rows else ''
-        if rows: said.append(f'On {where} against the untuned base: ' + '; '.join(f'{label(r["method"])} {span(r)} ({r["verdict"]})' for r in rows) + '.')
+    tied = [r["method"] for r in rows if r["verdict"] == "tie"]
+    said.append(
+        f"**Best**: {label(best)} with {scores[best]['value']:.3f}"
+        + (
+            ", a tie with " + ", ".join(map(label, tied))
+            if tied
+            else ", ahead of all others by more than the interval"
+            if rows
+            else ""
+        )
+        + "."
+    )
+    rows = [
+        r
+        for r in result["differences"]
+        if r["method"] not in METHODS and r["metric"] == metric and r["source"] == "all"
+    ]
+    if rows:
+        said.append(
+            "Variants against their method: "
+            + "; ".join(f"{label(r['method'])} {span(r)} ({r['verdict']})" for r in rows)
+            + "."
+        )
+    for source in sorted({r["source"] for r in result["differences"]} - {"all"}):
+        rows = [r for name in tuned if (r := _difference(result, name, "none", metric, source))]
+        where = source if source not in SUBSETS else f"{SUBSETS[source]} ({rows[0]['n']} images)" if rows else ""
+        if rows:
+            said.append(
+                f"On {where} against the untuned base: "
+                + "; ".join(f"{label(r['method'])} {span(r)} ({r['verdict']})" for r in rows)
+                + "."
+            )
     return said
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-017
 def cost_findings(
-    result:dict, # 07_comparison.json
-) -> list[str]: # Sentences in Markdown
+    result: dict,  # 07_comparison.json
+) -> list[str]:  # Sentences in Markdown
     "What the best quality costs at least, and which methods nothing beats in both quality and trained parameters."
-    scores, label = whole_scores(result['scores'], 'cider'), lambda name: result['labels'].get(name, METHODS.get(name, name))
-    cost = {r['method']: r for r in result['cost']}
-    tuned = [name for name in scores if name != 'none' and cost.get(name, {}).get('trainable_parameters')]
-    if not tuned: return []
-    metric, best = scores[tuned[0]]['metric'], max(tuned, key=lambda name: scores[name]['value'])
-    as_good = [best] + [name for name in tuned if name != best and (r := _difference(result, name, best, metric)) and r['verdict'] == 'tie']
+    scores, label = (
+        whole_scores(result["scores"], "cider"),
+        lambda name: result["labels"].get(name, METHODS.get(name, name)),
+    )
+    cost = {r["method"]: r for r in result["cost"]}
+    tuned = [name for name in scores if name != "none" and cost.get(name, {}).get("trainable_parameters")]
+    if not tuned:
+        return []
+    metric, best = scores[tuned[0]]["metric"], max(tuned, key=lambda name: scores[name]["value"])
+    as_good = [best] + [
+        name
+        for name in tuned
+        if name != best and (r := _difference(result, name, best, metric)) and r["verdict"] == "tie"
+    ]
     said = []
-    for key, words in (('trainable_parameters', 'trained parameters'), ('seconds', 'seconds')):
+    for key, words in (("trainable_parameters", "trained parameters"), ("seconds", "seconds")):
         known = [name for name in as_good if cost[name].get(key) is not None]
-        if not known: continue
+        if not known:
+            continue
         least, most = min(known, key=lambda n: cost[n][key]), max(tuned, key=lambda n: cost[n].get(key) or 0)
-        said.append(f'The best quality for the fewest {words}: {label(least)} with {short_number(cost[least][key])}'
-            + (f', where {label(most)} takes {short_number(cost[most][key])}' if most != least else '') + '.')
-    front = [a for a in tuned if not any(scores[b]['value'] >= scores[a]['value'] and cost[b]['trainable_parameters'] < cost[a]['trainable_parameters'] for b in tuned)]
-    said.append('No method has both a higher score and fewer trained parameters than: ' + ', '.join(map(label, front)) + '.')
+        said.append(
+            f"The best quality for the fewest {words}: {label(least)} with {short_number(cost[least][key])}"
+            + (f", where {label(most)} takes {short_number(cost[most][key])}" if most != least else "")
+            + "."
+        )
+    front = [
+        a
+        for a in tuned
+        if not any(
+            scores[b]["value"] >= scores[a]["value"]
+            and cost[b]["trainable_parameters"] < cost[a]["trainable_parameters"]
+            for b in tuned
+        )
+    ]
+    said.append(
+        "No method has both a higher score and fewer trained parameters than: " + ", ".join(map(label, front)) + "."
+    )
     return said
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-018
 def faithfulness_findings(
-    result:dict, # 07_comparison.json
-) -> list[str]: # Sentences in Markdown
+    result: dict,  # 07_comparison.json
+) -> list[str]:  # Sentences in Markdown
     "Whether explanations beat a random map, and whether tuning changed that."
-    label, said = lambda name: result['labels'].get(name, METHODS.get(name, name)), []
+    label, said = lambda name: result["labels"].get(name, METHODS.get(name, name)), []
     for stem, title in FAITHFULNESS.items():
-        here = [r for r in result['faithfulness'] if measures(r, stem) and r['attribution'] not in CONTROLS and r['low'] is not None]
-        beat = {m: [r['low'] > 0 for r in here if r['method'] == m] for m in METHODS if any(r['method'] == m for r in here)}
-        if stem.endswith('gain') and beat: said.append(f'**{title.capitalize()}**: explanations that beat a random map (interval above zero): ' + '; '.join(f'{label(m)} {sum(v)} of {len(v)}' for m, v in beat.items()) + '.')
-        rows = [r for r in result['explanations'] if r['metric'].rpartition('.v')[0] == stem]
-        clear = [f'{label(r["method"])} {r["value"]:+.2f} [{r["low"]:+.2f}, {r["high"]:+.2f}]' for r in rows if r['verdict'] != 'tie']
-        if rows: said.append(f'Against the untuned base, {title} averaged over the attribution methods changes beyond the noise for ' + (', '.join(clear) + ('; the rest are ties.' if len(clear) < len(rows) else '.') if clear else 'none: all are ties.'))
+        here = [
+            r
+            for r in result["faithfulness"]
+            if measures(r, stem) and r["attribution"] not in CONTROLS and r["low"] is not None
+        ]
+        beat = {
+            m: [r["low"] > 0 for r in here if r["method"] == m] for m in METHODS if any(r["method"] == m for r in here)
+        }
+        if stem.endswith("gain") and beat:
+            said.append(
+                f"**{title.capitalize()}**: explanations that beat a random map (interval above zero): "
+                + "; ".join(f"{label(m)} {sum(v)} of {len(v)}" for m, v in beat.items())
+                + "."
+            )
+        rows = [r for r in result["explanations"] if r["metric"].rpartition(".v")[0] == stem]
+        clear = [
+            f"{label(r['method'])} {r['value']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"
+            for r in rows
+            if r["verdict"] != "tie"
+        ]
+        if rows:
+            said.append(
+                f"Against the untuned base, {title} averaged over the attribution methods changes beyond the noise for "
+                + (
+                    ", ".join(clear) + ("; the rest are ties." if len(clear) < len(rows) else ".")
+                    if clear
+                    else "none: all are ties."
+                )
+            )
     return said
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-019
 def forgetting_findings(
-    result:dict, # 07_comparison.json
-) -> list[str]: # Sentences in Markdown
+    result: dict,  # 07_comparison.json
+) -> list[str]:  # Sentences in Markdown
     "What each method has forgotten of the base's own tasks."
-    label, said = lambda name: result['labels'].get(name, METHODS.get(name, name)), []
-    for task in dict.fromkeys(r['task'] for r in result['forgetting']):
-        rows = [r for r in result['forgetting'] if r['task'] == task]
-        said.append(f'**{task.replace("_", " ")}** ({rows[0]["metric"]}; base {rows[0]["before"]:.3f}): ' + '; '.join(
-            f'{label(r["method"])} {r["after"]:.3f} ({r["value"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}], {r["verdict"]})' for r in rows) + '.')
+    label, said = lambda name: result["labels"].get(name, METHODS.get(name, name)), []
+    for task in dict.fromkeys(r["task"] for r in result["forgetting"]):
+        rows = [r for r in result["forgetting"] if r["task"] == task]
+        said.append(
+            f"**{task.replace('_', ' ')}** ({rows[0]['metric']}; base {rows[0]['before']:.3f}): "
+            + "; ".join(
+                f"{label(r['method'])} {r['after']:.3f} ({r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}], {r['verdict']})"
+                for r in rows
+            )
+            + "."
+        )
     return said
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-020
 def findings(
-    result:dict, # 07_comparison.json
-) -> list[str]: # Sentences in Markdown
+    result: dict,  # 07_comparison.json
+) -> list[str]:  # Sentences in Markdown
     "What the comparison shows."
-    differ = [f'**Careful**: the chapters ran with different settings: ' + '; '.join(f'{key} ({", ".join(f"{n} {v}" for n, v in values.items())})'
-        for key, values in result['settings_that_differ'].items()) + '.'] if result['settings_that_differ'] else []
-    return differ + quality_findings(result) + cost_findings(result) + forgetting_findings(result) + faithfulness_findings(result)
+    differ = (
+        [
+            "**Careful**: the chapters ran with different settings: "
+            + "; ".join(
+                f"{key} ({', '.join(f'{n} {v}' for n, v in values.items())})"
+                for key, values in result["settings_that_differ"].items()
+            )
+            + "."
+        ]
+        if result["settings_that_differ"]
+        else []
+    )
+    return (
+        differ
+        + quality_findings(result)
+        + cost_findings(result)
+        + forgetting_findings(result)
+        + faithfulness_findings(result)
+    )
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-022
 def table_text(
-    result:dict, # 07_comparison.json
+    result: dict,  # 07_comparison.json
 ) -> str:
     "The table and what it shows, for a terminal."
-    first = next(iter(whole_scores(result['scores'], 'cider').values()), dict(n=0))
-    seeds = len({r['seed'] for r in result['scores']} - {None})
-    head = f'Quality, cost and faithfulness: {first["n"]} test images, {seeds} seed{"s" if seeds != 1 else ""}, 95 % intervals'
-    return '\n'.join([head, '', main_table(result).to_string(), '', *('- ' + line.replace('**', '') for line in findings(result))])
+    first = next(iter(whole_scores(result["scores"], "cider").values()), dict(n=0))
+    seeds = len({r["seed"] for r in result["scores"]} - {None})
+    head = f"Quality, cost and faithfulness: {first['n']} test images, {seeds} seed{'s' if seeds != 1 else ''}, 95 % intervals"
+    return "\n".join(
+        [head, "", main_table(result).to_string(), "", *("- " + line.replace("**", "") for line in findings(result))]
+    )
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-024
 def floor_table(
-    result:dict, # 07_comparison.json
-): # pandas DataFrame: floors, ceiling and methods by rising CIDEr
+    result: dict,  # 07_comparison.json
+):  # pandas DataFrame: floors, ceiling and methods by rising CIDEr
     "Where the methods stand between captions that need no look at the image, and people."
     import pandas as pd
-    found = {kind: {stem: whole_scores(result['scores'], stem, kind=kind) for stem in QUALITY} for kind in ('floor', 'method')}
-    span = lambda r: '-' if r is None or r['value'] is None else f'{r["value"]:.3f}' + ('' if r['low'] is None else f' [{r["low"]:.2f}, {r["high"]:.2f}]')
-    rows = [(kind, name) for kind in found for name in found[kind]['cider']]
-    rows.sort(key=lambda at: found[at[0]]['cider'][at[1]]['value'])
-    return pd.DataFrame.from_dict({result['labels'].get(name, METHODS.get(name, name)): {title: span(found[kind][stem].get(name)) for stem, title in QUALITY.items()} for kind, name in rows}, orient='index')
+
+    found = {
+        kind: {stem: whole_scores(result["scores"], stem, kind=kind) for stem in QUALITY}
+        for kind in ("floor", "method")
+    }
+
+    def span(r):
+        return (
+            "-"
+            if r is None or r["value"] is None
+            else f"{r['value']:.3f}" + ("" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]")
+        )
+
+    rows = [(kind, name) for kind in found for name in found[kind]["cider"]]
+    rows.sort(key=lambda at: found[at[0]]["cider"][at[1]]["value"])
+    return pd.DataFrame.from_dict(
+        {
+            result["labels"].get(name, METHODS.get(name, name)): {
+                title: span(found[kind][stem].get(name)) for stem, title in QUALITY.items()
+            }
+            for kind, name in rows
+        },
+        orient="index",
+    )
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-025
 def wrong_claims_table(
-    result:dict, # 07_comparison.json
-): # pandas DataFrame, a row a method and variant; empty where nothing was counted
+    result: dict,  # 07_comparison.json
+):  # pandas DataFrame, a row a method and variant; empty where nothing was counted
     "Share of claims that are wrong, lower is better, with intervals; a star where it differs from the base."
     import pandas as pd
-    base = {(r['method'], r['metric']): r['verdict'] for r in result['differences'] if r['against'] == 'none' and r['source'] == 'all'}
+
+    base = {
+        (r["method"], r["metric"]): r["verdict"]
+        for r in result["differences"]
+        if r["against"] == "none" and r["source"] == "all"
+    }
     rows = {}
-    for r in result['scores']:
-        if family(r['metric']) not in FAILURES or r['source'] != 'all' or r['seed'] is not None or r['low'] is None: continue
-        star = ' *' if base.get((r['method'], r['metric']), 'tie') != 'tie' else ''
-        rows.setdefault(result['labels'].get(r['method'], r['method']), {})[r['metric'].split('.')[0].replace('_', ' ')] = f'{r["value"]:.2f} [{r["low"]:.2f}, {r["high"]:.2f}]{star}'
-    return pd.DataFrame.from_dict(rows, orient='index').fillna('-')
+    for r in result["scores"]:
+        if family(r["metric"]) not in FAILURES or r["source"] != "all" or r["seed"] is not None or r["low"] is None:
+            continue
+        star = " *" if base.get((r["method"], r["metric"]), "tie") != "tie" else ""
+        rows.setdefault(result["labels"].get(r["method"], r["method"]), {})[
+            r["metric"].split(".")[0].replace("_", " ")
+        ] = f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]{star}"
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("-")

@@ -13,95 +13,167 @@ from ..training.captions import CHOICES
 
 # %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #cell-005
 def forgetting_figure(
-    result:dict, # 07_comparison.json
-): # matplotlib Figure; None where no task was asked
+    result: dict,  # 07_comparison.json
+):  # matplotlib Figure; None where no task was asked
     "The base's own tasks after tuning, with the interval of the change; the dashed line is the base."
     import matplotlib.pyplot as plt
-    tasks = list(dict.fromkeys(r['task'] for r in result['forgetting']))
-    if not tasks: return None
-    fig, axes = plt.subplots(1, len(tasks), figsize=(4.6*len(tasks), 3.2), sharey=True, layout='constrained', squeeze=False)
+
+    tasks = list(dict.fromkeys(r["task"] for r in result["forgetting"]))
+    if not tasks:
+        return None
+    fig, axes = plt.subplots(
+        1, len(tasks), figsize=(4.6 * len(tasks), 3.2), sharey=True, layout="constrained", squeeze=False
+    )
     for ax, task in zip(axes[0], tasks):
-        rows = [r for r in result['forgetting'] if r['task'] == task]
-        ax.axvline(rows[0]['before'], color='0.4', ls='--', lw=1)
+        rows = [r for r in result["forgetting"] if r["task"] == task]
+        ax.axvline(rows[0]["before"], color="0.4", ls="--", lw=1)
         for y, r in enumerate(rows):
-            ax.errorbar(r['after'], y, xerr=[[r['value'] - r['low']], [r['high'] - r['value']]], fmt='o', mfc='white' if r['verdict'] == 'tie' else 'C0', color='C0', capsize=3)
-        ax.set(title=task.replace('_', ' '), xlabel=rows[0]['metric'], yticks=range(len(rows)), yticklabels=[result['labels'].get(r['method'], METHODS.get(r['method'])) for r in rows])
-        ax.grid(axis='x', alpha=.3)
+            ax.errorbar(
+                r["after"],
+                y,
+                xerr=[[r["value"] - r["low"]], [r["high"] - r["value"]]],
+                fmt="o",
+                mfc="white" if r["verdict"] == "tie" else "C0",
+                color="C0",
+                capsize=3,
+            )
+        ax.set(
+            title=task.replace("_", " "),
+            xlabel=rows[0]["metric"],
+            yticks=range(len(rows)),
+            yticklabels=[result["labels"].get(r["method"], METHODS.get(r["method"])) for r in rows],
+        )
+        ax.grid(axis="x", alpha=0.3)
     axes[0][0].invert_yaxis()
     return fig
 
 # %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #cell-006
-MARKS = dict(zip([m for m in METHODS if m != 'none'], 'osD^P'))
+MARKS = dict(zip([m for m in METHODS if m != "none"], "osD^P"))
+
+
 def cost_figure(
-    result:dict, # 07_comparison.json
-): # matplotlib Figure
+    result: dict,  # 07_comparison.json
+):  # matplotlib Figure
     "CIDEr with its interval against trained parameters and against seconds."
-    import matplotlib.pyplot as plt, seaborn as sns
+    import matplotlib.pyplot as plt
+    import seaborn as sns
     from matplotlib.ticker import LogLocator, NullFormatter
-    rows, costs = result['scores'] + result['variants']['scores'], {r['method']: r for r in result['cost'] + result['variants']['cost']}
-    scores, colors = whole_scores(rows, 'cider'), dict(zip(MARKS, sns.color_palette('colorblind')))
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout='constrained')
-    for ax, key, title in zip(axes, ('trainable_parameters', 'seconds'), ('trained parameters', 'training time, seconds')):
-        if base := scores.get('none'):
-            ax.axhline(base['value'], color='0.4', lw=1, ls='--')
-            ax.axhspan(base['low'], base['high'], color='0.85', label=result['labels'].get('none', METHODS['none']))
+
+    rows, costs = (
+        result["scores"] + result["variants"]["scores"],
+        {r["method"]: r for r in result["cost"] + result["variants"]["cost"]},
+    )
+    scores, colors = whole_scores(rows, "cider"), dict(zip(MARKS, sns.color_palette("colorblind")))
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    for ax, key, title in zip(
+        axes, ("trainable_parameters", "seconds"), ("trained parameters", "training time, seconds")
+    ):
+        if base := scores.get("none"):
+            ax.axhline(base["value"], color="0.4", lw=1, ls="--")
+            ax.axhspan(base["low"], base["high"], color="0.85", label=result["labels"].get("none", METHODS["none"]))
         for name, score in scores.items():
             x = costs.get(name, {}).get(key)
-            if name == 'none' or not x or name.rsplit('_', 1)[-1] in CHOICES: continue # a choice of captions costs what its method does
-            kin = next((m for m in MARKS if name == m or name.startswith(m + '_')), 'full') # a variant looks like its method, but hollow
-            ax.errorbar(x, score['value'], [[score['value'] - score['low']], [score['high'] - score['value']]], fmt=MARKS[kin], ms=8, capsize=3,
-                color=colors[kin], mfc=colors[kin] if name in METHODS else 'white', label=result['labels'].get(name, name))
-        ax.set(xscale='log', xlabel=title)
-        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if key == 'trainable_parameters' else (1, 2, 5)))
+            if name == "none" or not x or name.rsplit("_", 1)[-1] in CHOICES:
+                continue  # a choice of captions costs what its method does
+            kin = next(
+                (m for m in MARKS if name == m or name.startswith(m + "_")), "full"
+            )  # a variant looks like its method, but hollow
+            ax.errorbar(
+                x,
+                score["value"],
+                [[score["value"] - score["low"]], [score["high"] - score["value"]]],
+                fmt=MARKS[kin],
+                ms=8,
+                capsize=3,
+                color=colors[kin],
+                mfc=colors[kin] if name in METHODS else "white",
+                label=result["labels"].get(name, name),
+            )
+        ax.set(xscale="log", xlabel=title)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1,) if key == "trainable_parameters" else (1, 2, 5)))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(lambda x, _: short_number(x))
-        ax.grid(alpha=.3)
-    axes[0].set_ylabel(next(iter(scores.values()))['metric'] if scores else 'CIDEr')
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel(next(iter(scores.values()))["metric"] if scores else "CIDEr")
     handles, labels = axes[0].get_legend_handles_labels()
-    if handles: fig.legend(handles, labels, loc='outside right center', frameon=False)
+    if handles:
+        fig.legend(handles, labels, loc="outside right center", frameon=False)
     return fig
 
 # %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #cell-007
 def faithfulness_figure(
-    result:dict, # 07_comparison.json
-): # matplotlib Figure; None when there is nothing to draw
+    result: dict,  # 07_comparison.json
+):  # matplotlib Figure; None when there is nothing to draw
     "The mean faithfulness of each method's explanations (dots), that of each kind of explanation (ticks), and that of maps that know nothing (open)."
     import matplotlib.pyplot as plt
-    drawn = [(stem, rows) for stem in FAITHFULNESS if (rows := [r for r in result['faithfulness'] if measures(r, stem)])]
-    if not drawn: return None
-    methods = [m for m in METHODS if any(r['method'] == m for _, rows in drawn for r in rows)]
-    fig, axes = plt.subplots(1, len(drawn), figsize=(3.4*len(drawn) + 1.5, .45*len(methods) + 1.8), sharey=True, layout='constrained', squeeze=False)
+
+    drawn = [
+        (stem, rows) for stem in FAITHFULNESS if (rows := [r for r in result["faithfulness"] if measures(r, stem)])
+    ]
+    if not drawn:
+        return None
+    methods = [m for m in METHODS if any(r["method"] == m for _, rows in drawn for r in rows)]
+    fig, axes = plt.subplots(
+        1,
+        len(drawn),
+        figsize=(3.4 * len(drawn) + 1.5, 0.45 * len(methods) + 1.8),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
     for ax, (stem, rows) in zip(axes[0], drawn):
         for y, m in enumerate(methods):
-            own, blind = ([r['value'] for r in rows if r['method'] == m and (r['attribution'] in CONTROLS) == c] for c in (False, True))
-            ax.plot(own, [y]*len(own), '|', color='#0072b2', ms=12, alpha=.6, label='one attribution method')
-            if own: ax.plot(sum(own)/len(own), y, 'o', color='#0072b2', ms=7, label='mean of the methods')
-            if blind: ax.plot(sum(blind)/len(blind), y, 'D', color='0.35', mfc='white', ms=6, label='mean of the controls')
-        if stem.endswith('gain'): ax.axvline(0, color='0.4', lw=1)
-        ax.set(xlabel=rows[0]['metric'] + (', nats over a random map' if stem.endswith('gain') else ''), yticks=range(len(methods)), yticklabels=[result['labels'].get(m, METHODS[m]) for m in methods])
-        ax.grid(axis='x', alpha=.3)
+            own, blind = (
+                [r["value"] for r in rows if r["method"] == m and (r["attribution"] in CONTROLS) == c]
+                for c in (False, True)
+            )
+            ax.plot(own, [y] * len(own), "|", color="#0072b2", ms=12, alpha=0.6, label="one attribution method")
+            if own:
+                ax.plot(sum(own) / len(own), y, "o", color="#0072b2", ms=7, label="mean of the methods")
+            if blind:
+                ax.plot(sum(blind) / len(blind), y, "D", color="0.35", mfc="white", ms=6, label="mean of the controls")
+        if stem.endswith("gain"):
+            ax.axvline(0, color="0.4", lw=1)
+        ax.set(
+            xlabel=rows[0]["metric"] + (", nats over a random map" if stem.endswith("gain") else ""),
+            yticks=range(len(methods)),
+            yticklabels=[result["labels"].get(m, METHODS[m]) for m in methods],
+        )
+        ax.grid(axis="x", alpha=0.3)
     axes[0][0].invert_yaxis()
     found = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found.keys(), loc='outside lower center', ncols=3, frameon=False)
+    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False)
     return fig
 
 # %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #cell-008
 def source_figure(
-    result:dict, # 07_comparison.json
-): # matplotlib Figure; None where the data names one source or none
+    result: dict,  # 07_comparison.json
+):  # matplotlib Figure; None where the data names one source or none
     "CIDEr of each method on each source of the data, with intervals."
-    import matplotlib.pyplot as plt, seaborn as sns
-    sources = [s for s in dict.fromkeys(r['source'] for r in result['scores']) if s != 'all' and s not in SUBSETS]
-    if not sources: return None
-    methods = list(whole_scores(result['scores'], 'cider'))
-    fig, ax = plt.subplots(figsize=(8, 3.6), layout='constrained')
-    for i, (source, color) in enumerate(zip(sources, sns.color_palette('colorblind', len(sources)))):
-        rows = whole_scores(result['scores'], 'cider', source)
-        at = [methods.index(m) + (i - (len(sources) - 1)/2)*.6/len(sources) for m in rows]
-        values = [r['value'] for r in rows.values()]
-        ax.errorbar(at, values, [[r['value'] - r['low'] for r in rows.values()], [r['high'] - r['value'] for r in rows.values()]], fmt='os^Dv'[i % 5],
-            color=color, capsize=3, label=f'{source} ({next(iter(rows.values()))["n"]} images)')
-    ax.set(xticks=range(len(methods)), xticklabels=[result['labels'].get(m, METHODS[m]) for m in methods], ylabel='CIDEr')
-    ax.grid(axis='y', alpha=.3)
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sources = [s for s in dict.fromkeys(r["source"] for r in result["scores"]) if s != "all" and s not in SUBSETS]
+    if not sources:
+        return None
+    methods = list(whole_scores(result["scores"], "cider"))
+    fig, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for i, (source, color) in enumerate(zip(sources, sns.color_palette("colorblind", len(sources)))):
+        rows = whole_scores(result["scores"], "cider", source)
+        at = [methods.index(m) + (i - (len(sources) - 1) / 2) * 0.6 / len(sources) for m in rows]
+        values = [r["value"] for r in rows.values()]
+        ax.errorbar(
+            at,
+            values,
+            [[r["value"] - r["low"] for r in rows.values()], [r["high"] - r["value"] for r in rows.values()]],
+            fmt="os^Dv"[i % 5],
+            color=color,
+            capsize=3,
+            label=f"{source} ({next(iter(rows.values()))['n']} images)",
+        )
+    ax.set(
+        xticks=range(len(methods)), xticklabels=[result["labels"].get(m, METHODS[m]) for m in methods], ylabel="CIDEr"
+    )
+    ax.grid(axis="y", alpha=0.3)
     ax.legend(frameon=False)
     return fig

@@ -7,83 +7,125 @@ __all__ = ['draw_lengths', 'draw_bars', 'draw_pairs', 'draw_samples']
 
 # %% ../../nbs/lib/12_report/01_eda_figures.ipynb #cell-002
 import numpy as np
+
 from ..data.duplicates import turn
 from ..data.load import CaptionData
 
 # %% ../../nbs/lib/12_report/01_eda_figures.ipynb #cell-003
-def _axes(width=8., height=3.6):
+def _axes(width=8.0, height=3.6):
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(width, height), layout='constrained')
-    axes.spines[['top', 'right']].set_visible(False)
+
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 # %% ../../nbs/lib/12_report/01_eda_figures.ipynb #cell-004
 def draw_lengths(
-    result:dict, # 01_eda.json
-): # matplotlib Figure
+    result: dict,  # 01_eda.json
+):  # matplotlib Figure
     "Histogram of the average caption length of an image, words."
     figure, axes = _axes()
-    found, paper = result['lengths'], result['lengths']['paper']
-    here = found['by_source']['all']
-    axes.hist(found['values'], bins=np.arange(np.floor(here['min']) - .5, here['max'] + 1.5), weights=found['images'], color='#0173b2', edgecolor='white')
-    axes.axvline(here['mean'], color='black', label=f"mean here: {here['mean']:.2f} (std {here['std']:.2f}, {here['min']:g} to {here['max']:g})")
-    axes.axvline(paper['mean'], color='#de8f05', ls='--', label=f"mean in the paper: {paper['mean']} (std {paper['std']}, {paper['min']} to {paper['max']:g})")
-    axes.set(xlabel='average caption length of an image (words)', ylabel='images')
-    axes.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1))
+    found, paper = result["lengths"], result["lengths"]["paper"]
+    here = found["by_source"]["all"]
+    axes.hist(
+        found["values"],
+        bins=np.arange(np.floor(here["min"]) - 0.5, here["max"] + 1.5),
+        weights=found["images"],
+        color="#0173b2",
+        edgecolor="white",
+    )
+    axes.axvline(
+        here["mean"],
+        color="black",
+        label=f"mean here: {here['mean']:.2f} (std {here['std']:.2f}, {here['min']:g} to {here['max']:g})",
+    )
+    axes.axvline(
+        paper["mean"],
+        color="#de8f05",
+        ls="--",
+        label=f"mean in the paper: {paper['mean']} (std {paper['std']}, {paper['min']} to {paper['max']:g})",
+    )
+    axes.set(xlabel="average caption length of an image (words)", ylabel="images")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 # %% ../../nbs/lib/12_report/01_eda_figures.ipynb #cell-005
 def draw_bars(
-    counts:dict, # Label -> number, or label -> list of numbers, one a part of the bar
-    xlabel:str, # What is counted
-    parts:list[str]|None=None, # Names of the parts, if bars have parts
-): # matplotlib Figure
+    counts: dict,  # Label -> number, or label -> list of numbers, one a part of the bar
+    xlabel: str,  # What is counted
+    parts: list[str] | None = None,  # Names of the parts, if bars have parts
+):  # matplotlib Figure
     "Horizontal bars in the order given, the first on top."
     import matplotlib
-    figure, axes = _axes(8, .9 + .21*max(len(counts), 4))
+
+    figure, axes = _axes(8, 0.9 + 0.21 * max(len(counts), 4))
     numbers, left = np.array([np.atleast_1d(v) for v in counts.values()], float), np.zeros(len(counts))
-    colours = matplotlib.colormaps['cividis'](np.linspace(0, .95, numbers.shape[1])) if parts else ['#0173b2']
+    colours = matplotlib.colormaps["cividis"](np.linspace(0, 0.95, numbers.shape[1])) if parts else ["#0173b2"]
     for i, colour in enumerate(colours):
         axes.barh(list(counts), numbers[:, i], left=left, color=colour, label=parts and parts[i])
         left += numbers[:, i]
-    axes.set(xlabel=xlabel, ylim=(len(counts) - .4, -.6))
-    axes.xaxis.set_major_formatter('{x:,.12g}')
-    axes.margins(x=.02)
-    if parts: axes.legend(frameon=False, ncols=len(parts), loc='lower center', bbox_to_anchor=(.5, 1))
+    axes.set(xlabel=xlabel, ylim=(len(counts) - 0.4, -0.6))
+    axes.xaxis.set_major_formatter("{x:,.12g}")
+    axes.margins(x=0.02)
+    if parts:
+        axes.legend(frameon=False, ncols=len(parts), loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 # %% ../../nbs/lib/12_report/01_eda_figures.ipynb #cell-006
 def draw_pairs(
-    result:dict, # 01_eda.json
-    data:CaptionData, # The data it was made from: its images are opened
-): # matplotlib Figure, at most 6 pairs of thumbnails of 96 x 96 pixels
+    result: dict,  # 01_eda.json
+    data: CaptionData,  # The data it was made from: its images are opened
+):  # matplotlib Figure, at most 6 pairs of thumbnails of 96 x 96 pixels
     "The closest pairs across splits, the second image laid as the first."
     import matplotlib.pyplot as plt
-    row = {name: i for i, name in enumerate(data.dataset['image_id'][:])}
-    shown = result['leakage']['listed'][:6]
-    lines = -(-len(shown)//3)
-    figure, axes = plt.subplots(lines, 6, figsize=(9, 2.1*lines), layout='constrained', squeeze=False)
-    for ax in axes.flat: ax.axis('off')
+
+    row = {name: i for i, name in enumerate(data.dataset["image_id"][:])}
+    shown = result["leakage"]["listed"][:6]
+    lines = -(-len(shown) // 3)
+    figure, axes = plt.subplots(lines, 6, figsize=(9, 2.1 * lines), layout="constrained", squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
     for i, pair in enumerate(shown):
-        for ax, name, split, way in zip(axes.flat[2*i:2*i + 2], (pair['a'], pair['b']), pair['splits'].split('-'), (0, pair['way'])):
-            ax.imshow(turn(np.asarray(data.dataset[row[name]]['image'].resize((96, 96)))[None], way)[0])
-            ax.set_title(f'{name}\n{split}', fontsize=7)
-        measure = f"{pair['bits']} bits" if pair['bits'] is not None else f"cosine {pair['cosine']:.2f}"
-        axes.flat[2*i].text(0, -.06, f"{pair['kind']}: {measure}, correlation {pair['correlation']:.2f}", transform=axes.flat[2*i].transAxes, va='top', fontsize=7)
+        for ax, name, split, way in zip(
+            axes.flat[2 * i : 2 * i + 2], (pair["a"], pair["b"]), pair["splits"].split("-"), (0, pair["way"])
+        ):
+            ax.imshow(turn(np.asarray(data.dataset[row[name]]["image"].resize((96, 96)))[None], way)[0])
+            ax.set_title(f"{name}\n{split}", fontsize=7)
+        measure = f"{pair['bits']} bits" if pair["bits"] is not None else f"cosine {pair['cosine']:.2f}"
+        axes.flat[2 * i].text(
+            0,
+            -0.06,
+            f"{pair['kind']}: {measure}, correlation {pair['correlation']:.2f}",
+            transform=axes.flat[2 * i].transAxes,
+            va="top",
+            fontsize=7,
+        )
     return figure
 
 # %% ../../nbs/lib/12_report/01_eda_figures.ipynb #cell-007
 def draw_samples(
-    result:dict, # 01_eda.json
-    data:CaptionData, # The data it was made from: its images are opened
-): # matplotlib Figure, thumbnails of 96 x 96 pixels
+    result: dict,  # 01_eda.json
+    data: CaptionData,  # The data it was made from: its images are opened
+):  # matplotlib Figure, thumbnails of 96 x 96 pixels
     "A strip of at most 12 thumbnails, named by their first caption."
-    import matplotlib.pyplot as plt, textwrap
-    row = {name: i for i, name in enumerate(data.dataset['image_id'][:])}
-    figure, axes = plt.subplots(2, 6, figsize=(9, 4.6), layout='constrained')
-    for ax in axes.flat: ax.axis('off')
-    for ax, sample in zip(axes.flat, result['samples']):
-        ax.imshow(data.dataset[row[sample['image_id']]]['image'].resize((96, 96)))
+    import textwrap
+
+    import matplotlib.pyplot as plt
+
+    row = {name: i for i, name in enumerate(data.dataset["image_id"][:])}
+    figure, axes = plt.subplots(2, 6, figsize=(9, 4.6), layout="constrained")
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, sample in zip(axes.flat, result["samples"]):
+        ax.imshow(data.dataset[row[sample["image_id"]]]["image"].resize((96, 96)))
         ax.set_title(f"{sample['source']} ({sample['split']})", fontsize=8)
-        ax.text(.5, -.04, textwrap.fill(sample['captions'][0], 26), transform=ax.transAxes, ha='center', va='top', fontsize=7)
+        ax.text(
+            0.5,
+            -0.04,
+            textwrap.fill(sample["captions"][0], 26),
+            transform=ax.transAxes,
+            ha="center",
+            va="top",
+            fontsize=7,
+        )
     return figure

@@ -6,78 +6,118 @@
 __all__ = ['best_and_worst', 'nearest_reference', 'failure_page', 'failure_pages']
 
 # %% ../../nbs/lib/12_report/04_failure_pages.ipynb #cell-002
-import numpy as np
 from collections import Counter
+
+import numpy as np
+
 from ..evaluation.claims import check_references, check_scene
 from ..metrics.scores import find_metric
 from ..metrics.tokens import tokenize
 
 # %% ../../nbs/lib/12_report/04_failure_pages.ipynb #cell-005
 def best_and_worst(
-    per_image:np.ndarray, # (n,) higher is better
-    k:int=20, # Images on each side; half of all at most
-) -> tuple[np.ndarray, np.ndarray]: # Places of the best, best first, and of the worst, worst first; ties in their order
+    per_image: np.ndarray,  # (n,) higher is better
+    k: int = 20,  # Images on each side; half of all at most
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # Places of the best, best first, and of the worst, worst first; ties in their order
     "The two ends of a test split."
     values = np.asarray(per_image, float)
-    k = min(k, len(values)//2)
-    return np.argsort(-values, kind='stable')[:k], np.argsort(values, kind='stable')[:k]
+    k = min(k, len(values) // 2)
+    return np.argsort(-values, kind="stable")[:k], np.argsort(values, kind="stable")[:k]
 
 # %% ../../nbs/lib/12_report/04_failure_pages.ipynb #cell-006
 def nearest_reference(
-    prediction:str, # A caption
-    references:list[str], # Of its image
-) -> str: # One of them, the first among equals
+    prediction: str,  # A caption
+    references: list[str],  # Of its image
+) -> str:  # One of them, the first among equals
     "The reference that shares most words with a caption (F1 over tokens)."
     words = Counter(tokenize(prediction))
-    f1 = lambda r: 2*(words & r).total()/(words.total() + r.total() or 1)
+
+    def f1(r):
+        return 2 * (words & r).total() / (words.total() + r.total() or 1)
+
     return max(references, key=lambda r: f1(Counter(tokenize(r))))
 
 # %% ../../nbs/lib/12_report/04_failure_pages.ipynb #cell-009
 def failure_page(
-    images:list, # PIL images
-    ids:list[str], # Their names
-    rows:dict[str,list[str]], # Who wrote it -> a caption for each image, e.g. "said", "reference"
-    scores:list[float], # Of each image
-    notes:list[list]|None=None, # Claims of each image (`rsstudy.evaluation.claims.Claim`): the wrong ones are listed
-    title:str='', # Above the page
-    drawn:bool=False, # Are the images of the built-in world? Then there may be more than 12
-    columns:int=4, # Images side by side
-    width:int=40, # Characters a line
-): # A matplotlib figure
+    images: list,  # PIL images
+    ids: list[str],  # Their names
+    rows: dict[str, list[str]],  # Who wrote it -> a caption for each image, e.g. "said", "reference"
+    scores: list[float],  # Of each image
+    notes: list[list]
+    | None = None,  # Claims of each image (`rsstudy.evaluation.claims.Claim`): the wrong ones are listed
+    title: str = "",  # Above the page
+    drawn: bool = False,  # Are the images of the built-in world? Then there may be more than 12
+    columns: int = 4,  # Images side by side
+    width: int = 40,  # Characters a line
+):  # A matplotlib figure
     "Images with captions and scores. Raises `ValueError` above 12 images of a data set."
-    import matplotlib.pyplot as plt, textwrap
-    if len(images) > 12 and not drawn: raise ValueError(f'a figure shows at most 12 images of a data set, got {len(images)}')
-    says = [{who: captions[i].rstrip(' .') or '(empty)' for who, captions in rows.items()} for i in range(len(images))]
+    import textwrap
+
+    import matplotlib.pyplot as plt
+
+    if len(images) > 12 and not drawn:
+        raise ValueError(f"a figure shows at most 12 images of a data set, got {len(images)}")
+    says = [{who: captions[i].rstrip(" .") or "(empty)" for who, captions in rows.items()} for i in range(len(images))]
     for i, claims in enumerate(notes or []):
-        if wrong := [f"{c.kind.replace('_', ' ')}: {c.says}" for c in claims if c.wrong]: says[i]['WRONG'] = '; '.join(dict.fromkeys(wrong))
-    texts = ['\n'.join(textwrap.fill(f'{who}: {text}', width, subsequent_indent='  ') for who, text in row.items()) for row in says]
-    lines, side, top = -(-len(images)//columns), 2.7, .55
-    below = [.14*max(t.count('\n') + 1 for t in texts[r*columns:(r + 1)*columns]) + .1 for r in range(lines)] # inches of text under a row
-    figure, y = plt.figure(figsize=((side + .2)*columns, top + lines*(side + .25) + sum(below))), top
+        if wrong := [f"{c.kind.replace('_', ' ')}: {c.says}" for c in claims if c.wrong]:
+            says[i]["WRONG"] = "; ".join(dict.fromkeys(wrong))
+    texts = [
+        "\n".join(textwrap.fill(f"{who}: {text}", width, subsequent_indent="  ") for who, text in row.items())
+        for row in says
+    ]
+    lines, side, top = -(-len(images) // columns), 2.7, 0.55
+    below = [
+        0.14 * max(t.count("\n") + 1 for t in texts[r * columns : (r + 1) * columns]) + 0.1 for r in range(lines)
+    ]  # inches of text under a row
+    figure, y = plt.figure(figsize=((side + 0.2) * columns, top + lines * (side + 0.25) + sum(below))), top
     full_width, full_height = figure.get_size_inches()
-    figure.text(.5, 1 - .2/full_height, title, ha='center', va='center', fontsize=12)
+    figure.text(0.5, 1 - 0.2 / full_height, title, ha="center", va="center", fontsize=12)
     for i, image in enumerate(images):
-        if i and i % columns == 0: y += side + .25 + below[i//columns - 1]
-        ax = figure.add_axes([(.1 + (i % columns)*(side + .2))/full_width, 1 - (y + side)/full_height, side/full_width, side/full_height])
-        ax.imshow(np.asarray(image.resize((112, 112)))); ax.axis('off')
-        ax.set_title(f'{ids[i]}   {scores[i]:.2f}', fontsize=9, loc='left', pad=3)
-        ax.text(0, -.03, texts[i], transform=ax.transAxes, va='top', fontsize=8, family='monospace')
+        if i and i % columns == 0:
+            y += side + 0.25 + below[i // columns - 1]
+        ax = figure.add_axes(
+            [
+                (0.1 + (i % columns) * (side + 0.2)) / full_width,
+                1 - (y + side) / full_height,
+                side / full_width,
+                side / full_height,
+            ]
+        )
+        ax.imshow(np.asarray(image.resize((112, 112))))
+        ax.axis("off")
+        ax.set_title(f"{ids[i]}   {scores[i]:.2f}", fontsize=9, loc="left", pad=3)
+        ax.text(0, -0.03, texts[i], transform=ax.transAxes, va="top", fontsize=8, family="monospace")
     return figure
 
 # %% ../../nbs/lib/12_report/04_failure_pages.ipynb #cell-010
 def failure_pages(
-    run:dict, # Of a result: predictions, scores, per_image
-    dataset, # The test images with their captions, as they were scored
-    facts:list[dict]|None=None, # What is true of them (`rsstudy.scenes.world.scene_facts`): they are scenes
-    k:int|None=None, # Images a page; by default 20 scenes, or 6 images of a data set
-) -> dict: # "best" and "worst" -> matplotlib figure
+    run: dict,  # Of a result: predictions, scores, per_image
+    dataset,  # The test images with their captions, as they were scored
+    facts: list[dict] | None = None,  # What is true of them (`rsstudy.scenes.world.scene_facts`): they are scenes
+    k: int | None = None,  # Images a page; by default 20 scenes, or 6 images of a data set
+) -> dict:  # "best" and "worst" -> matplotlib figure
     "The two ends of a test split by CIDEr, with what the captions claim wrongly."
-    values = np.array(run['per_image'][find_metric(run['per_image'], 'cider')])
+    values = np.array(run["per_image"][find_metric(run["per_image"], "cider")])
+
     def page(name, places):
-        said = [run['predictions'][i] for i in places]
-        claims = [check_scene(c, facts[i]) if facts else check_references(c, dataset[i]['captions']) for i, c in zip(places, said)]
-        nearest = [nearest_reference(c, dataset[i]['captions']) for i, c in zip(places, said)]
-        return failure_page([dataset[i]['image'] for i in places], [dataset[i]['image_id'] for i in places], {'said': said, 'nearest reference': nearest}, values[places], claims,
-            f'the {len(places)} {name} by CIDEr', drawn=facts is not None, columns=4 if len(places) > 6 else 3)
+        said = [run["predictions"][i] for i in places]
+        claims = [
+            check_scene(c, facts[i]) if facts else check_references(c, dataset[i]["captions"])
+            for i, c in zip(places, said)
+        ]
+        nearest = [nearest_reference(c, dataset[i]["captions"]) for i, c in zip(places, said)]
+        return failure_page(
+            [dataset[i]["image"] for i in places],
+            [dataset[i]["image_id"] for i in places],
+            {"said": said, "nearest reference": nearest},
+            values[places],
+            claims,
+            f"the {len(places)} {name} by CIDEr",
+            drawn=facts is not None,
+            columns=4 if len(places) > 6 else 3,
+        )
+
     sides = best_and_worst(values, k or (20 if facts is not None else 6))
-    return {name: page(name, [int(i) for i in places]) for name, places in zip(('best', 'worst'), sides)}
+    return {name: page(name, [int(i) for i in places]) for name, places in zip(("best", "worst"), sides)}

@@ -8,6 +8,7 @@ __all__ = ['SHOWN', 'CHANGES', 'draw_curves', 'draw_scores', 'draw_checks', 'dra
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-002
 import numpy as np
+
 from ..attribution.attributions import ATTRIBUTIONS, CONTROLS, label
 from ..attribution.draw import MODELS
 from ..faithfulness.summary import AGAINST_CONTROLS, MEASURES, TUNED
@@ -15,94 +16,189 @@ from ..faithfulness.summary import AGAINST_CONTROLS, MEASURES, TUNED
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-007
 def _colours(n):
     import seaborn as sns
+
     return sns.color_palette("colorblind", n)
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-008
-def _models(rows): return [m for m in MODELS if any(r["method"] == m for r in rows)]
+def _models(rows):
+    return [m for m in MODELS if any(r["method"] == m for r in rows)]
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-009
-def _attributions(rows): return [a for a in ATTRIBUTIONS if any(r["attribution"] == a for r in rows)]
+def _attributions(rows):
+    return [a for a in ATTRIBUTIONS if any(r["attribution"] == a for r in rows)]
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-010
-SHOWN = "integrated_gradients", "grad_cam", "gradient_attention", "occlusion", "shap", "pixelshap", "rise", "random", "blob"
+SHOWN = (
+    "integrated_gradients",
+    "grad_cam",
+    "gradient_attention",
+    "occlusion",
+    "shap",
+    "pixelshap",
+    "rise",
+    "random",
+    "blob",
+)
+
+
 def draw_curves(
-    result:dict, # Of 06_xai: `curves` counts
-    shown:tuple[str, ...]=SHOWN, # Attribution methods that get a line
-): # matplotlib Figure
+    result: dict,  # Of 06_xai: `curves` counts
+    shown: tuple[str, ...] = SHOWN,  # Attribution methods that get a line
+):  # matplotlib Figure
     "Mean removal curves: a column a model, deletion above insertion, a line an attribution method."
     import matplotlib.pyplot as plt
+
     models, names = _models(result["curves"]), [a for a in _attributions(result["curves"]) if a in shown]
     style = dict(zip([a for a in names if a not in CONTROLS], _colours(len(names))))
-    fig, axes = plt.subplots(2, len(models), figsize=(1.9 * len(models) + 1.2, 5), sharex=True, sharey="row", squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        2,
+        len(models),
+        figsize=(1.9 * len(models) + 1.2, 5),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
     for c in result["curves"]:
-        if c["attribution"] not in names: continue
+        if c["attribution"] not in names:
+            continue
         control = c["attribution"] in CONTROLS
-        axes[int(c["curve"] == "insertion"), models.index(c["method"])].plot(c["fractions"], c["mean"], color="0.4" if control else style[c["attribution"]], lw=2 if control else 1.2,
-            ls={"random": "--", "blob": ":"}.get(c["attribution"], "-"), label=label(c["attribution"]))
-    for ax, m in zip(axes[0], models): ax.set_title(MODELS[m], fontsize=10)
-    for ax, kind in zip(axes[:, 0], ("deletion", "insertion")): ax.set_ylabel(f"{kind} (nats)")
-    for ax in axes[1]: ax.set_xlabel("share shown")
-    for ax in axes[0]: ax.set_xlabel("share removed")
-    for ax in axes.flat: ax.tick_params(labelbottom=True, labelsize=8)
-    fig.suptitle("log-probability of the word, against the whole image; a faithful map falls fast above and rises fast below", fontsize=10)
+        axes[int(c["curve"] == "insertion"), models.index(c["method"])].plot(
+            c["fractions"],
+            c["mean"],
+            color="0.4" if control else style[c["attribution"]],
+            lw=2 if control else 1.2,
+            ls={"random": "--", "blob": ":"}.get(c["attribution"], "-"),
+            label=label(c["attribution"]),
+        )
+    for ax, m in zip(axes[0], models):
+        ax.set_title(MODELS[m], fontsize=10)
+    for ax, kind in zip(axes[:, 0], ("deletion", "insertion")):
+        ax.set_ylabel(f"{kind} (nats)")
+    for ax in axes[1]:
+        ax.set_xlabel("share shown")
+    for ax in axes[0]:
+        ax.set_xlabel("share removed")
+    for ax in axes.flat:
+        ax.tick_params(labelbottom=True, labelsize=8)
+    fig.suptitle(
+        "log-probability of the word, against the whole image; a faithful map falls fast above and rises fast below",
+        fontsize=10,
+    )
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=min(9, len(labels)), frameon=False, fontsize=8)
     return fig
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-012
-def _panels(result, metrics, models, title): # a panel a metric, a row an attribution method, a marker a model; controls shaded
+def _panels(
+    result, metrics, models, title
+):  # a panel a metric, a row an attribution method, a marker a model; controls shaded
     import matplotlib.pyplot as plt
-    rows = [r for r in result["faithfulness"] if r["metric"] in metrics and r["method"] in models and r["attribution"] in ATTRIBUTIONS]
+
+    rows = [
+        r
+        for r in result["faithfulness"]
+        if r["metric"] in metrics and r["method"] in models and r["attribution"] in ATTRIBUTIONS
+    ]
     metrics, names = [m for m in metrics if any(r["metric"] == m for r in rows)], _attributions(rows)
     models = [m for m in models if any(r["method"] == m for r in rows)]
     columns = min(4, len(metrics))
     lines = -(-len(metrics) // columns)
-    fig, axes = plt.subplots(lines, columns, figsize=(2.5 * columns + 1.4, lines * (.24 * len(names) + 1.1) + .6), sharey=True, squeeze=False, layout="constrained")
-    for ax in axes.flat[len(metrics):]: ax.set_axis_off()
+    fig, axes = plt.subplots(
+        lines,
+        columns,
+        figsize=(2.5 * columns + 1.4, lines * (0.24 * len(names) + 1.1) + 0.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[len(metrics) :]:
+        ax.set_axis_off()
     for ax, metric in zip(axes.flat, metrics):
-        if any(a in CONTROLS for a in names): ax.axhspan(min(names.index(a) for a in CONTROLS if a in names) - .5, len(names) - .5, color="0.92", lw=0)
+        if any(a in CONTROLS for a in names):
+            ax.axhspan(min(names.index(a) for a in CONTROLS if a in names) - 0.5, len(names) - 0.5, color="0.92", lw=0)
         for k, (m, colour, marker) in enumerate(zip(models, _colours(len(models)), "osD^vPX")):
             mine = [r for r in rows if r["metric"] == metric and r["method"] == m]
-            y = np.array([names.index(r["attribution"]) for r in mine]) + (k - (len(models) - 1) / 2) * .3
+            y = np.array([names.index(r["attribution"]) for r in mine]) + (k - (len(models) - 1) / 2) * 0.3
             value, low, high = (np.array([r[c] for r in mine], dtype=float) for c in ("value", "low", "high"))
-            ax.errorbar(value, y, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt=marker, color=colour, ms=4, lw=1, label=MODELS[m])
+            ax.errorbar(
+                value,
+                y,
+                xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)],
+                fmt=marker,
+                color=colour,
+                ms=4,
+                lw=1,
+                label=MODELS[m],
+            )
         text, way = MEASURES[metric]
         ax.set_xlabel(text + {1: "\nhigher is better \u2192", -1: "\n\u2190 lower is better", 0: ""}[way], fontsize=8)
         ax.tick_params(labelsize=8)
-        if "gain" in metric: ax.axvline(0, color="0.5", lw=.8)
+        if "gain" in metric:
+            ax.axvline(0, color="0.5", lw=0.8)
     axes[0, 0].set_yticks(range(len(names)), [label(a) for a in names])
-    axes[0, 0].set_ylim(len(names) - .5, -.5)
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     fig.suptitle(title, fontsize=10)
-    if len(models) > 1: fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(models), frameon=False, fontsize=9)
+    if len(models) > 1:
+        fig.legend(
+            *axes[0, 0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=len(models),
+            frameon=False,
+            fontsize=9,
+        )
     return fig
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-013
 def draw_scores(
-    result:dict, # Of 06_xai: `faithfulness` counts
-    models:tuple[str, ...]=("none", "lora"), # Models that get a marker
-): # matplotlib Figure
+    result: dict,  # Of 06_xai: `faithfulness` counts
+    models: tuple[str, ...] = ("none", "lora"),  # Models that get a marker
+):  # matplotlib Figure
     "Faithfulness with intervals: a panel a measure, a row an attribution method, the controls shaded."
-    return _panels(result, ["deletion_gain.v1", "insertion_gain.v1", "road_gain.v1", "infidelity_share.v1", "pointing_game.v1", "energy_in_mask.v1", "iou_at_area.v1", "counterfactual.v1"], models,
-        "How faithful are the maps? 95 % intervals over images; grey: controls that never look at the model")
+    return _panels(
+        result,
+        [
+            "deletion_gain.v1",
+            "insertion_gain.v1",
+            "road_gain.v1",
+            "infidelity_share.v1",
+            "pointing_game.v1",
+            "energy_in_mask.v1",
+            "iou_at_area.v1",
+            "counterfactual.v1",
+        ],
+        models,
+        "How faithful are the maps? 95 % intervals over images; grey: controls that never look at the model",
+    )
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-014
 def draw_checks(
-    result:dict, # Of 06_xai
-): # matplotlib Figure
+    result: dict,  # Of 06_xai
+):  # matplotlib Figure
     "What maps do when parameters are shuffled, noise is added, or the seed changes, for the untuned model."
-    return _panels(result, ["randomised_spearman.v1", "randomised_ssim.v1", "max_sensitivity.v1", "seed_spearman.v1"], ("none",),
-        "Do maps depend on the model, on noise, on chance? Untuned model, 95 % intervals over images; grey: controls")
+    return _panels(
+        result,
+        ["randomised_spearman.v1", "randomised_ssim.v1", "max_sensitivity.v1", "seed_spearman.v1"],
+        ("none",),
+        "Do maps depend on the model, on noise, on chance? Untuned model, 95 % intervals over images; grey: controls",
+    )
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-017
 def draw_agreement(
-    result:dict, # Of 06_xai: `agreement` counts
-    models:tuple[str, ...]=("none", "lora"), # Models, a panel each
-): # matplotlib Figure
+    result: dict,  # Of 06_xai: `agreement` counts
+    models: tuple[str, ...] = ("none", "lora"),  # Models, a panel each
+):  # matplotlib Figure
     "Mean rank correlation of every two methods' maps of the same image and word."
     import matplotlib.pyplot as plt
+
     rows = [r for r in result["agreement"] if r["metric"] == "agreement_spearman.v1"]
-    names, models = [a for a in ATTRIBUTIONS if any(a in (r["attribution"], r["other"]) for r in rows)], [m for m in models if any(r["method"] == m for r in rows)]
-    fig, axes = plt.subplots(1, len(models), figsize=(5.4 * len(models) + 1, 5.6), squeeze=False, sharey=True, layout="constrained")
+    names, models = (
+        [a for a in ATTRIBUTIONS if any(a in (r["attribution"], r["other"]) for r in rows)],
+        [m for m in models if any(r["method"] == m for r in rows)],
+    )
+    fig, axes = plt.subplots(
+        1, len(models), figsize=(5.4 * len(models) + 1, 5.6), squeeze=False, sharey=True, layout="constrained"
+    )
     for ax, m in zip(axes[0], models):
         table = np.eye(len(names))
         for r in rows:
@@ -112,111 +208,220 @@ def draw_agreement(
         shown = ax.imshow(np.where(np.eye(len(names)), np.nan, table), cmap="RdBu_r", vmin=-1, vmax=1)
         for i in range(len(names)):
             for j in range(len(names)):
-                if i != j: ax.text(j, i, f"{table[i, j]:.1f}".replace("-0.0", "0.0").replace("0.", "."), ha="center", va="center", fontsize=7, color="white" if abs(table[i, j]) > .6 else "black")
+                if i != j:
+                    ax.text(
+                        j,
+                        i,
+                        f"{table[i, j]:.1f}".replace("-0.0", "0.0").replace("0.", "."),
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if abs(table[i, j]) > 0.6 else "black",
+                    )
         ax.set_xticks(range(len(names)), [label(a) for a in names], rotation=60, ha="right", fontsize=8)
         ax.set_yticks(range(len(names)), [label(a) for a in names], fontsize=8)
         ax.set_title(MODELS[m], fontsize=10)
-    fig.colorbar(shown, ax=axes, shrink=.7, label="rank correlation of two maps")
+    fig.colorbar(shown, ax=axes, shrink=0.7, label="rank correlation of two maps")
     return fig
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-020
-CHANGES = "map_correlation.v1", "object_loss.v1", "insertion_gain.v1", "beats_random.v1", "infidelity_share.v1", "energy_in_mask.v1"
+CHANGES = (
+    "map_correlation.v1",
+    "object_loss.v1",
+    "insertion_gain.v1",
+    "beats_random.v1",
+    "infidelity_share.v1",
+    "energy_in_mask.v1",
+)
+
+
 def draw_tuning(
-    result:dict, # Of 06_xai: `tuning` and the `map_correlation.v1` of `faithfulness` count
-): # matplotlib Figure
+    result: dict,  # Of 06_xai: `tuning` and the `map_correlation.v1` of `faithfulness` count
+):  # matplotlib Figure
     "What tuning does to the maps: a row a model, a panel a measure; differences from the untuned model, filled where they are beyond the noise."
     import matplotlib.pyplot as plt
+
     moved = {}
     for r in result["faithfulness"]:
-        if r["metric"] == "map_correlation.v1": moved.setdefault(r["method"], []).append((r["attribution"], r["value"]))
+        if r["metric"] == "map_correlation.v1":
+            moved.setdefault(r["method"], []).append((r["attribution"], r["value"]))
     metrics = [m for m in CHANGES if m == "map_correlation.v1" or any(r["metric"] == m for r in result["tuning"])]
     models = [m for m in MODELS if m in moved]
-    fig, axes = plt.subplots(1, len(metrics), figsize=(2.1 * len(metrics) + 1.3, .42 * len(models) + 2), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1,
+        len(metrics),
+        figsize=(2.1 * len(metrics) + 1.3, 0.42 * len(models) + 2),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for ax, metric in zip(axes[0], metrics):
         for y, (m, colour) in enumerate(zip(models, _colours(len(models)))):
             if metric == "map_correlation.v1":
                 values = [v for _, v in moved[m]]
-                ax.plot(values, [y] * len(values), "|", color=colour, ms=11, alpha=.6)
+                ax.plot(values, [y] * len(values), "|", color=colour, ms=11, alpha=0.6)
                 ax.plot(np.mean(values), y, "o", color=colour, ms=6)
             for r in result["tuning"]:
                 if (r["method"], r["metric"]) == (m, metric):
                     filled = r["verdict"] != "tie"
-                    ax.errorbar(r["value"], y, xerr=[[max(0, r["value"] - r["low"])], [max(0, r["high"] - r["value"])]], fmt="o", color=colour, ms=6, lw=1.2, mfc=colour if filled else "white")
+                    ax.errorbar(
+                        r["value"],
+                        y,
+                        xerr=[[max(0, r["value"] - r["low"])], [max(0, r["high"] - r["value"])]],
+                        fmt="o",
+                        color=colour,
+                        ms=6,
+                        lw=1.2,
+                        mfc=colour if filled else "white",
+                    )
         text, way = MEASURES[metric]
         if metric == "map_correlation.v1":
-            ax.set_xlim(-.15, 1.05)
-            ax.axvline(1, color="0.5", lw=.8)
+            ax.set_xlim(-0.15, 1.05)
+            ax.axvline(1, color="0.5", lw=0.8)
             ax.set_xlabel(text + "\n(1: nothing moved)", fontsize=8)
         else:
-            ax.axvline(0, color="0.5", lw=.8)
-            ax.set_xlabel("change of " + text + {1: "\nmore faithful \u2192", -1: "\n\u2190 more faithful", 0: "\nmore depends on it \u2192"}[way], fontsize=8)
+            ax.axvline(0, color="0.5", lw=0.8)
+            ax.set_xlabel(
+                "change of "
+                + text
+                + {1: "\nmore faithful \u2192", -1: "\n\u2190 more faithful", 0: "\nmore depends on it \u2192"}[way],
+                fontsize=8,
+            )
         ax.tick_params(labelsize=8)
     axes[0, 0].set_yticks(range(len(models)), [MODELS[m] for m in models])
-    axes[0, 0].set_ylim(len(models) - .5, -.5)
+    axes[0, 0].set_ylim(len(models) - 0.5, -0.5)
     n = max((r["n"] for r in result["tuning"]), default=0)
-    fig.suptitle(f"Does tuning change where the model looks, and how faithful its maps are? Against the untuned model, means over the attribution methods,\n"
-                 f"95 % intervals over {n} images; filled: beyond the noise, open: a tie. Left: dot, the mean; bars, single attribution methods", fontsize=9)
+    fig.suptitle(
+        f"Does tuning change where the model looks, and how faithful its maps are? Against the untuned model, means over the attribution methods,\n"
+        f"95 % intervals over {n} images; filled: beyond the noise, open: a tie. Left: dot, the mean; bars, single attribution methods",
+        fontsize=9,
+    )
     return fig
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-023
-def _names(models): return ", ".join(MODELS[m] for m in MODELS if m in models)
+def _names(models):
+    return ", ".join(MODELS[m] for m in MODELS if m in models)
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-024
 def answer(
-    result:dict, # Of 06_xai
-) -> str: # Markdown
+    result: dict,  # Of 06_xai
+) -> str:  # Markdown
     "Does tuning change where the model looks, and are its explanations more or less faithful?"
     moved, own = {}, {}
     for r in result["faithfulness"]:
-        if r["metric"] == "map_correlation.v1": moved.setdefault(r["method"], []).append(r["value"])
-        if r["metric"] == "seed_spearman.v1" and r["method"] == "none" and r["attribution"] not in CONTROLS: own[r["attribution"]] = r["value"]
-    if not moved: return "No tuned model was there to be explained."
+        if r["metric"] == "map_correlation.v1":
+            moved.setdefault(r["method"], []).append(r["value"])
+        if r["metric"] == "seed_spearman.v1" and r["method"] == "none" and r["attribution"] not in CONTROLS:
+            own[r["attribution"]] = r["value"]
+    if not moved:
+        return "No tuned model was there to be explained."
     mean = {m: float(np.mean(v)) for m, v in moved.items()}
     most, least = min(mean, key=mean.get), max(mean, key=mean.get)
-    parts = [f"**Where it looks.** Over the attribution methods, the maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({MODELS[most]}) to {mean[least]:.2f} ({MODELS[least]}) in rank, on the same "
-             f"images and words; the untuned model's sampled maps repeat under another seed with {min(own.values()):.2f} to {max(own.values()):.2f}." if own else
-             f"**Where it looks.** The maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({MODELS[most]}) to {mean[least]:.2f} ({MODELS[least]}) in rank."]
+    parts = [
+        f"**Where it looks.** Over the attribution methods, the maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({MODELS[most]}) to {mean[least]:.2f} ({MODELS[least]}) in rank, on the same "
+        f"images and words; the untuned model's sampled maps repeat under another seed with {min(own.values()):.2f} to {max(own.values()):.2f}."
+        if own
+        else f"**Where it looks.** The maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({MODELS[most]}) to {mean[least]:.2f} ({MODELS[least]}) in rank."
+    ]
     for metric in TUNED:
         rows = [r for r in result["tuning"] if r["metric"] == metric]
-        if not rows: continue
+        if not rows:
+            continue
         text, way = MEASURES[metric]
         up, down = ([r["method"] for r in rows if r["verdict"] == v] for v in ("higher", "lower"))
         tie, name, base = [r["method"] for r in rows if r["verdict"] == "tie"], text.replace("\n", " "), rows[0]["base"]
-        more, less = {1: (" (more faithful)", " (less faithful)"), -1: (" (less faithful)", " (more faithful)"), 0: ("", "")}[way]
-        said = [f"{word}{note} for {_names(found)}" for word, note, found in (("higher", more, up), ("lower", less, down), ("no difference beyond the noise", "", tie)) if found]
+        more, less = {
+            1: (" (more faithful)", " (less faithful)"),
+            -1: (" (less faithful)", " (more faithful)"),
+            0: ("", ""),
+        }[way]
+        said = [
+            f"{word}{note} for {_names(found)}"
+            for word, note, found in (
+                ("higher", more, up),
+                ("lower", less, down),
+                ("no difference beyond the noise", "", tie),
+            )
+            if found
+        ]
         parts.append(f"- *{name}*, untuned {base:.2f}: {'; '.join(said)}.")
     single = sorted({r["method"] for r in result["tuning"] if len(r["by_seed"]) == 1})
-    if single: parts.append(f"\nOne training run only: {_names(single)}; their differences may be that run's.")
+    if single:
+        parts.append(f"\nOne training run only: {_names(single)}; their differences may be that run's.")
     return "\n".join(parts)
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-027
 def faithfulness_table(
-    result:dict, # Of 06_xai
-    what:str, # `controls`, `prompt`, `own_error`, `cost`, or a metric with its version
-) -> str: # Markdown
+    result: dict,  # Of 06_xai
+    what: str,  # `controls`, `prompt`, `own_error`, `cost`, or a metric with its version
+) -> str:  # Markdown
     "A table for the notebook. Raises `ValueError` for one that does not exist."
     import pandas as pd
-    say = lambda r: f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+
+    def say(r):
+        return f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+
     if what == "controls":
         wins = {}
         for r in result["against_controls"]:
             good = r["verdict"] == ("higher" if MEASURES[r["metric"]][1] > 0 else "lower")
             wins.setdefault((r["attribution"], r["method"], r["metric"]), []).append(good)
         cells = {}
-        for (a, m, _), beaten in wins.items(): cells.setdefault((a, m), []).append(all(beaten))
-        rows = [dict(attribution=label(a), model=MODELS[m], cell=f"{sum(v)} of {len(v)}") for (a, m), v in cells.items()]
-        table, title = pd.DataFrame(rows), f"Measures, of {', '.join(MEASURES[m][0].split(chr(10))[0] for m in AGAINST_CONTROLS if any(r['metric'] == m for r in result['against_controls']))}, on which a method beats every control"
+        for (a, m, _), beaten in wins.items():
+            cells.setdefault((a, m), []).append(all(beaten))
+        rows = [
+            dict(attribution=label(a), model=MODELS[m], cell=f"{sum(v)} of {len(v)}") for (a, m), v in cells.items()
+        ]
+        table, title = (
+            pd.DataFrame(rows),
+            f"Measures, of {', '.join(MEASURES[m][0].split(chr(10))[0] for m in AGAINST_CONTROLS if any(r['metric'] == m for r in result['against_controls']))}, on which a method beats every control",
+        )
     elif what == "prompt":
-        table, title = pd.DataFrame([dict(attribution=r["part"], model=MODELS[r["method"]], cell=say(r)) for r in result["prompt"]]), "Nats of the word's log-probability"
+        table, title = (
+            pd.DataFrame(
+                [dict(attribution=r["part"], model=MODELS[r["method"]], cell=say(r)) for r in result["prompt"]]
+            ),
+            "Nats of the word's log-probability",
+        )
     elif what == "own_error":
-        table, title = pd.DataFrame([dict(attribution=label(r["attribution"]), model=MODELS[r["method"]], cell=f"{r['median']:.1%} ({r['share_under_1_percent']:.0%})") for r in result["own_error"]]), "Median of a method's own error (share of images where it is at most 1 %)"
+        table, title = (
+            pd.DataFrame(
+                [
+                    dict(
+                        attribution=label(r["attribution"]),
+                        model=MODELS[r["method"]],
+                        cell=f"{r['median']:.1%} ({r['share_under_1_percent']:.0%})",
+                    )
+                    for r in result["own_error"]
+                ]
+            ),
+            "Median of a method's own error (share of images where it is at most 1 %)",
+        )
     elif what == "cost":
-        return pd.DataFrame([dict(method=label(r["attribution"]), seconds=f"{r['seconds']:.2f}", images=f"{r['evaluations']:.0f}") for r in result["attribution_cost"]]).to_markdown(index=False)
+        return pd.DataFrame(
+            [
+                dict(method=label(r["attribution"]), seconds=f"{r['seconds']:.2f}", images=f"{r['evaluations']:.0f}")
+                for r in result["attribution_cost"]
+            ]
+        ).to_markdown(index=False)
     else:
         rows = [r for r in result["faithfulness"] if r["metric"] == what]
-        if not rows: raise ValueError(f"metric {what!r} is not in the results; there are: {', '.join(dict.fromkeys(r['metric'] for r in result['faithfulness']))}.")
-        table, title = pd.DataFrame([dict(attribution=label(r["attribution"]), model=MODELS[r["method"]], cell=say(r)) for r in rows]), MEASURES[what][0].replace("\n", " ")
-    if table.empty: return f"{title}: nothing, as too few images were explained."
+        if not rows:
+            raise ValueError(
+                f"metric {what!r} is not in the results; there are: {', '.join(dict.fromkeys(r['metric'] for r in result['faithfulness']))}."
+            )
+        table, title = (
+            pd.DataFrame(
+                [dict(attribution=label(r["attribution"]), model=MODELS[r["method"]], cell=say(r)) for r in rows]
+            ),
+            MEASURES[what][0].replace("\n", " "),
+        )
+    if table.empty:
+        return f"{title}: nothing, as too few images were explained."
     order = list(dict.fromkeys(table["attribution"]))
-    wide = table.pivot(index="attribution", columns="model", values="cell").reindex(index=order, columns=[m for m in MODELS.values() if m in set(table["model"])]).fillna("")
+    wide = (
+        table.pivot(index="attribution", columns="model", values="cell")
+        .reindex(index=order, columns=[m for m in MODELS.values() if m in set(table["model"])])
+        .fillna("")
+    )
     return f"{title}:\n\n{wide.to_markdown()}"

@@ -7,93 +7,191 @@ __all__ = ['STYLES', 'paper_table']
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-002
 import re
+
 from ..metrics.scores import Scores, family, find_metric, metric_label
 from .tuning import COLUMNS
 from ..stats.rows import system_differences, system_rows
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-005
-_FACTS = ('empty', 'repeated', 'distinct', 'distinct1', 'distinct2', 'length', 'copied', 'self_bleu') # no value of these is the best
-_LATEX = {c: '\\' + c for c in '&%$#_{}'} | {'~': r'\textasciitilde{}', '^': r'\textasciicircum{}', '\\': r'\textbackslash{}', '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}', '"': r"''", '−': '$-$', '±': r'$\pm$'}
+_FACTS = (
+    "empty",
+    "repeated",
+    "distinct",
+    "distinct1",
+    "distinct2",
+    "length",
+    "copied",
+    "self_bleu",
+)  # no value of these is the best
+_LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"''",
+    "−": "$-$",
+    "±": r"$\pm$",
+}
 
 
-def _latex(text): return ''.join(_LATEX.get(c, c) for c in ' '.join(str(text).split()))
+def _latex(text):
+    return "".join(_LATEX.get(c, c) for c in " ".join(str(text).split()))
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-006
-def _markdown(text): return re.sub(r'[\\|*`<\[]|(?<!\w)_|_(?!\w)', r'\\\g<0>', ' '.join(str(text).split())) # an underscore inside a word is only that
+def _markdown(text):
+    return re.sub(
+        r"[\\|*`<\[]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split())
+    )  # an underscore inside a word is only that
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-007
 def _columns(rows, metrics):
     "Full names of the metrics shown."
-    found = list(dict.fromkeys(r['metric'] for r in rows))
-    if metrics is None: return [find_metric(found, stem) for stem in COLUMNS if any(family(m) == stem for m in found)]
+    found = list(dict.fromkeys(r["metric"] for r in rows))
+    if metrics is None:
+        return [find_metric(found, stem) for stem in COLUMNS if any(family(m) == stem for m in found)]
     return [m if m in found else find_metric(found, m) for m in ((metrics,) if isinstance(metrics, str) else metrics)]
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-008
 def _marks(cells, metric, names, differences, source):
     "System -> `best` or `tie`, for the systems that compete."
-    values = {n: cells[n, metric]['value'] for n in names if (n, metric) in cells and cells[n, metric]['value'] is not None}
-    if not values or family(metric) in _FACTS: return {}
+    values = {
+        n: cells[n, metric]["value"] for n in names if (n, metric) in cells and cells[n, metric]["value"] is not None
+    }
+    if not values or family(metric) in _FACTS:
+        return {}
     best = max(values, key=values.get)
-    spans = {frozenset((d['method'], d['against'])): d for d in differences if d['metric'] == metric and d['source'] == source}
-    tied = [n for n in values if (d := spans.get(frozenset((n, best)))) and d['verdict'] == 'tie']
-    return dict.fromkeys(tied, 'tie') | {n: 'best' for n, v in values.items() if v == values[best]}
+    spans = {
+        frozenset((d["method"], d["against"])): d
+        for d in differences
+        if d["metric"] == metric and d["source"] == source
+    }
+    tied = [n for n in values if (d := spans.get(frozenset((n, best)))) and d["verdict"] == "tie"]
+    return dict.fromkeys(tied, "tie") | {n: "best" for n, v in values.items() if v == values[best]}
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-009
 def _markdown_table(head, groups, caption, note):
-    mark = dict(best='**{}**', tie='_{}_').get
-    line = lambda words: '| ' + ' | '.join(words) + ' |'
-    out = [_markdown(caption), '', line(['', *map(_markdown, head)]), line(['---'] + ['---:']*len(head))]
+    mark = dict(best="**{}**", tie="_{}_").get
+
+    def line(words):
+        return "| " + " | ".join(words) + " |"
+
+    out = [_markdown(caption), "", line(["", *map(_markdown, head)]), line(["---"] + ["---:"] * len(head))]
     for i, group in enumerate(groups):
-        if i: out.append(line(['_floors and ceilings_'] + ['']*len(head)))
-        out += [line([_markdown(label), *((mark(m) or '{}').format(value) + (f' {span}' if span else '') for value, span, m in cells)]) for label, cells in group]
-    return '\n'.join([*out, '', _markdown(note)])
+        if i:
+            out.append(line(["_floors and ceilings_"] + [""] * len(head)))
+        out += [
+            line(
+                [
+                    _markdown(label),
+                    *((mark(m) or "{}").format(value) + (f" {span}" if span else "") for value, span, m in cells),
+                ]
+            )
+            for label, cells in group
+        ]
+    return "\n".join([*out, "", _markdown(note)])
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-010
 def _latex_table(head, groups, caption, note):
-    mark = dict(best=r'\textbf{%s}', tie=r'\underline{%s}').get
-    line = lambda words: ' & '.join(words) + r' \\'
-    out = [r'\begin{table}[t]', r'\centering', rf'\caption{{{_latex(caption)}}}', rf'\begin{{tabular}}{{l{"r"*len(head)}}}', r'\toprule', line(['', *map(_latex, head)])]
+    mark = dict(best=r"\textbf{%s}", tie=r"\underline{%s}").get
+
+    def line(words):
+        return " & ".join(words) + r" \\"
+
+    out = [
+        r"\begin{table}[t]",
+        r"\centering",
+        rf"\caption{{{_latex(caption)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(head)}}}",
+        r"\toprule",
+        line(["", *map(_latex, head)]),
+    ]
     for group in groups:
-        out.append(r'\midrule')
+        out.append(r"\midrule")
         for label, cells in group:
-            out.append(line([_latex(label), *((mark(m) or '%s') % value for value, _, m in cells)]))
-            if any(span for _, span, _ in cells): out.append(line(['', *(rf'{{\scriptsize {span}}}' if span else '' for _, span, _ in cells)]))
-    return '\n'.join([*out, r'\bottomrule', r'\end{tabular}', rf'\par\smallskip{{\footnotesize {_latex(note)}}}', r'\end{table}'])
+            out.append(line([_latex(label), *((mark(m) or "%s") % value for value, _, m in cells)]))
+            if any(span for _, span, _ in cells):
+                out.append(line(["", *(rf"{{\scriptsize {span}}}" if span else "" for _, span, _ in cells)]))
+    return "\n".join(
+        [*out, r"\bottomrule", r"\end{tabular}", rf"\par\smallskip{{\footnotesize {_latex(note)}}}", r"\end{table}"]
+    )
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-011
-STYLES = dict(markdown=_markdown_table, latex=_latex_table) # LaTeX needs the package booktabs
+STYLES = dict(markdown=_markdown_table, latex=_latex_table)  # LaTeX needs the package booktabs
+
+
 def paper_table(
-    systems:dict[str,Scores]|list[dict], # System -> scores on the same images, or rows of `system_rows` or of the comparison's `scores`
-    style:str='markdown', # `markdown` or `latex` (with the package booktabs)
-    metrics:tuple[str,...]|None=None, # Families (`cider`) or full names; by default those of `COLUMNS` that are there
-    intervals:bool=True, # Intervals beside (LaTeX: below) the values?
-    differences:list[dict]|None=None, # Paired differences that tell ties, as in the comparison; computed where `systems` are scores
-    below:tuple[str,...]=(), # Systems that stand below a rule, beside rows of kind `floor`
-    labels:dict[str,str]|None=None, # System -> its name in the table
-    source:str='all', # Rows of this source
-    title:str|None=None, # First sentence of the caption
-    resamples:int=1000, # Bootstrap resamples, where `systems` are scores
-) -> str: # The table, for a file of a paper
+    systems: dict[str, Scores]
+    | list[dict],  # System -> scores on the same images, or rows of `system_rows` or of the comparison's `scores`
+    style: str = "markdown",  # `markdown` or `latex` (with the package booktabs)
+    metrics: tuple[str, ...]
+    | None = None,  # Families (`cider`) or full names; by default those of `COLUMNS` that are there
+    intervals: bool = True,  # Intervals beside (LaTeX: below) the values?
+    differences: list[dict]
+    | None = None,  # Paired differences that tell ties, as in the comparison; computed where `systems` are scores
+    below: tuple[str, ...] = (),  # Systems that stand below a rule, beside rows of kind `floor`
+    labels: dict[str, str] | None = None,  # System -> its name in the table
+    source: str = "all",  # Rows of this source
+    title: str | None = None,  # First sentence of the caption
+    resamples: int = 1000,  # Bootstrap resamples, where `systems` are scores
+) -> str:  # The table, for a file of a paper
     "Best value bold, those that tie with it underlined, in Markdown italic. Raises `ValueError` on an unknown style or metric, and rows that do not belong together."
-    if style not in STYLES: raise ValueError(f'style {style!r}: allowed are {", ".join(STYLES)}')
+    if style not in STYLES:
+        raise ValueError(f"style {style!r}: allowed are {', '.join(STYLES)}")
     rows = system_rows(systems, resamples=resamples) if isinstance(systems, dict) else list(systems)
-    whole = [r for r in rows if r['seed'] is None and r['source'] == source]
-    if not whole: raise ValueError(f'no rows for all seeds together of source {source!r}: the sources are {", ".join(sorted({r["source"] for r in rows})) or "none"}')
-    columns, names = _columns(whole, metrics), list(dict.fromkeys(r['method'] for r in whole))
-    if not columns: raise ValueError(f'none of the metrics {", ".join(COLUMNS)} is there: name some of {", ".join(dict.fromkeys(r["metric"] for r in whole))}')
-    below = {*below, *(r['method'] for r in whole if r.get('kind') == 'floor')}
-    if unknown := [n for n in below if n not in names]: raise ValueError(f'no system {unknown[0]!r}: the rows have {", ".join(names)}')
-    if len(sizes := {r['n'] for r in whole if r['metric'] in columns}) > 1: raise ValueError(f'rows of one table must be about the same images: they are about {", ".join(map(str, sorted(sizes)))}')
-    if differences is None: differences = system_differences(systems, columns, resamples) if isinstance(systems, dict) else []
-    cells, above = {(r['method'], r['metric']): r for r in whole}, [n for n in names if n not in below]
+    whole = [r for r in rows if r["seed"] is None and r["source"] == source]
+    if not whole:
+        raise ValueError(
+            f"no rows for all seeds together of source {source!r}: the sources are {', '.join(sorted({r['source'] for r in rows})) or 'none'}"
+        )
+    columns, names = _columns(whole, metrics), list(dict.fromkeys(r["method"] for r in whole))
+    if not columns:
+        raise ValueError(
+            f"none of the metrics {', '.join(COLUMNS)} is there: name some of {', '.join(dict.fromkeys(r['metric'] for r in whole))}"
+        )
+    below = {*below, *(r["method"] for r in whole if r.get("kind") == "floor")}
+    if unknown := [n for n in below if n not in names]:
+        raise ValueError(f"no system {unknown[0]!r}: the rows have {', '.join(names)}")
+    if len(sizes := {r["n"] for r in whole if r["metric"] in columns}) > 1:
+        raise ValueError(
+            f"rows of one table must be about the same images: they are about {', '.join(map(str, sorted(sizes)))}"
+        )
+    if differences is None:
+        differences = system_differences(systems, columns, resamples) if isinstance(systems, dict) else []
+    cells, above = {(r["method"], r["metric"]): r for r in whole}, [n for n in names if n not in below]
     marks = {metric: _marks(cells, metric, above, differences, source) for metric in columns}
+
     def cell(name, metric):
         r = cells.get((name, metric), dict(value=None, low=None))
-        if r['value'] is None: return '--', '', None
-        return f'{r["value"]:.3f}', f'[{r["low"]:.3f}, {r["high"]:.3f}]' if intervals and r['low'] is not None else '', marks[metric].get(name)
-    groups = [[((labels or {}).get(n, n), [cell(n, metric) for metric in columns]) for n in group] for group in (above, [n for n in names if n in below]) if group]
-    seeds = sorted({len({r['seed'] for r in rows if r['method'] == n} - {None}) for n in above} - {0})
-    caption = (title or 'Quality of captions') + f': {min(sizes):,} test images' + ('' if source == 'all' else f' of {source}') + (f', {seeds[0]} to {seeds[-1]} seeds' if len(seeds) > 1 else
-        f', {seeds[0]} seed{"s"*(seeds[0] > 1)}' if seeds else '') + (', 95 % intervals' if intervals else '') + '. Bold: the best' + (
-        f'; {"underlined" if style == "latex" else "italic"}: a tie with it' if differences else '') + '.'
-    return STYLES[style]([metric_label(m) for m in columns], groups, caption, 'Metrics: ' + ', '.join(columns) + '.')
+        if r["value"] is None:
+            return "--", "", None
+        return (
+            f"{r['value']:.3f}",
+            f"[{r['low']:.3f}, {r['high']:.3f}]" if intervals and r["low"] is not None else "",
+            marks[metric].get(name),
+        )
+
+    groups = [
+        [((labels or {}).get(n, n), [cell(n, metric) for metric in columns]) for n in group]
+        for group in (above, [n for n in names if n in below])
+        if group
+    ]
+    seeds = sorted({len({r["seed"] for r in rows if r["method"] == n} - {None}) for n in above} - {0})
+    caption = (
+        (title or "Quality of captions")
+        + f": {min(sizes):,} test images"
+        + ("" if source == "all" else f" of {source}")
+        + (
+            f", {seeds[0]} to {seeds[-1]} seeds"
+            if len(seeds) > 1
+            else f", {seeds[0]} seed{'s' * (seeds[0] > 1)}"
+            if seeds
+            else ""
+        )
+        + (", 95 % intervals" if intervals else "")
+        + ". Bold: the best"
+        + (f"; {'underlined' if style == 'latex' else 'italic'}: a tie with it" if differences else "")
+        + "."
+    )
+    return STYLES[style]([metric_label(m) for m in columns], groups, caption, "Metrics: " + ", ".join(columns) + ".")

@@ -8,157 +8,265 @@ __all__ = ['METHODS', 'QUALITY', 'FAILURES', 'EXPLAINING', 'gather', 'row_groups
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-002
 import itertools
+
 import numpy as np
+
 from ..metrics.scores import family
 from ..stats.rows import _cells, behind, metrics_of, score_rows
 from ..stats.tests import compare_systems
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-005
-METHODS = dict(none='untuned base', lora='LoRA', qlora='QLoRA', prompt='prompt tuning', adapter='adapters', full='full fine-tuning')
-QUALITY = dict(bleu4='BLEU-4', meteor='METEOR', rouge_l='ROUGE-L', cider='CIDEr', bertscore_f1='BERTScore F1') # higher is better
-FAILURES = ('hallucinated', 'hallucinated_any', 'count_error', 'colour_error', 'relation_error', 'missed') # lower is better, see rsstudy.evaluation.failures
+METHODS = dict(
+    none="untuned base", lora="LoRA", qlora="QLoRA", prompt="prompt tuning", adapter="adapters", full="full fine-tuning"
+)
+QUALITY = dict(
+    bleu4="BLEU-4", meteor="METEOR", rouge_l="ROUGE-L", cider="CIDEr", bertscore_f1="BERTScore F1"
+)  # higher is better
+FAILURES = (
+    "hallucinated",
+    "hallucinated_any",
+    "count_error",
+    "colour_error",
+    "relation_error",
+    "missed",
+)  # lower is better, see rsstudy.evaluation.failures
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-007
-def _with_failures(run): # what is wrong in captions is scored like all else
-    wrong = run.get('failures', dict(counts={}, corpus={}))
-    return run | dict(scores=run['scores'] | wrong['corpus'], per_image=run.get('per_image', {}) | wrong['counts'])
+def _with_failures(run):  # what is wrong in captions is scored like all else
+    wrong = run.get("failures", dict(counts={}, corpus={}))
+    return run | dict(scores=run["scores"] | wrong["corpus"], per_image=run.get("per_image", {}) | wrong["counts"])
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-008
 def gather(
-    results:dict[str, dict], # Notebook, such as "03_lora" -> its JSON; those with "methods"
-) -> tuple[dict[str, dict], list[str]]: # Method -> its entry; source of each test image, n
+    results: dict[str, dict],  # Notebook, such as "03_lora" -> its JSON; those with "methods"
+) -> tuple[dict[str, dict], list[str]]:  # Method -> its entry; source of each test image, n
     "All methods of all chapters. Raises `ValueError` naming the chapter that scored other images than the first."
     methods, first = {}, None
     for name, result in results.items():
-        if 'methods' not in result: continue
-        if first is None: first = name
-        if result['image_ids'] != results[first]['image_ids']:
-            raise ValueError(f'{name} scored other images than {first}: run both again with the same settings')
-        methods |= {method: entry | dict(runs=[_with_failures(run) for run in entry['runs']]) for method, entry in result['methods'].items()}
-    if first is None: raise ValueError('no chapter with methods to compare')
-    return methods, results[first]['sources']
+        if "methods" not in result:
+            continue
+        if first is None:
+            first = name
+        if result["image_ids"] != results[first]["image_ids"]:
+            raise ValueError(f"{name} scored other images than {first}: run both again with the same settings")
+        methods |= {
+            method: entry | dict(runs=[_with_failures(run) for run in entry["runs"]])
+            for method, entry in result["methods"].items()
+        }
+    if first is None:
+        raise ValueError("no chapter with methods to compare")
+    return methods, results[first]["sources"]
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-009
 def row_groups(
-    sources:list[str], # Source of each image, n
-    image_ids:list[str]=(), # Of each image, n; needed for subsets
-    subsets:dict[str, list[str]]|None=None, # Name -> ids of its images, `leakage` in 01_eda.json: "clean", "caption_unseen"
-) -> dict[str, np.ndarray]: # "all", each source, and "subset:<name>" -> positions of its images; none is empty
+    sources: list[str],  # Source of each image, n
+    image_ids: list[str] = (),  # Of each image, n; needed for subsets
+    subsets: dict[str, list[str]]
+    | None = None,  # Name -> ids of its images, `leakage` in 01_eda.json: "clean", "caption_unseen"
+) -> dict[str, np.ndarray]:  # "all", each source, and "subset:<name>" -> positions of its images; none is empty
     "The images by source and subset. With one source, or where the data does not tell, there is only `all` of the first."
-    names = sorted(set(sources) - {'unknown'})
+    names = sorted(set(sources) - {"unknown"})
     found = {name: np.flatnonzero(np.array(sources) == name) for name in names} if len(names) > 1 else {}
-    for name, ids in (subsets or {}).items(): found[f'subset:{name}'] = np.flatnonzero(np.isin(image_ids, list(ids)))
-    return {'all': np.arange(len(sources))} | {name: take for name, take in found.items() if len(take)}
+    for name, ids in (subsets or {}).items():
+        found[f"subset:{name}"] = np.flatnonzero(np.isin(image_ids, list(ids)))
+    return {"all": np.arange(len(sources))} | {name: take for name, take in found.items() if len(take)}
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-010
-EXPLAINING = {'xai_images', 'xai_checks', 'ig_steps', 'shap_evaluations', 'segments', 'pixelshap_samples', 'rise_masks', 'noise_samples'} # read by 06_xai alone
+EXPLAINING = {
+    "xai_images",
+    "xai_checks",
+    "ig_steps",
+    "shap_evaluations",
+    "segments",
+    "pixelshap_samples",
+    "rise_masks",
+    "noise_samples",
+}  # read by 06_xai alone
+
+
 def settings_that_differ(
-    results:dict[str, dict], # Notebook -> its JSON with a manifest
-) -> dict[str, dict]: # Setting -> notebook -> value, where not all have the same
+    results: dict[str, dict],  # Notebook -> its JSON with a manifest
+) -> dict[str, dict]:  # Setting -> notebook -> value, where not all have the same
     "The settings in which the chapters' runs differ, but for those that one chapter alone reads: none after one `make study`."
-    settings = {name: result['manifest']['settings'] for name, result in results.items() if 'settings' in result.get('manifest', {})}
+    settings = {
+        name: result["manifest"]["settings"]
+        for name, result in results.items()
+        if "settings" in result.get("manifest", {})
+    }
     keys = {key for values in settings.values() for key in values} - EXPLAINING
-    return {key: {n: v.get(key) for n, v in settings.items()} for key in sorted(keys) if len({str(v.get(key)) for v in settings.values()}) > 1}
+    return {
+        key: {n: v.get(key) for n, v in settings.items()}
+        for key in sorted(keys)
+        if len({str(v.get(key)) for v in settings.values()}) > 1
+    }
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-013
 def families(
-    names:list[str], # Methods, "none" among them
-) -> list[list[tuple[str,str]]]: # Pairs (method, against) of each family
+    names: list[str],  # Methods, "none" among them
+) -> list[list[tuple[str, str]]]:  # Pairs (method, against) of each family
     "The comparisons that are corrected together: tuned methods against the base; tuned methods with each other; each variant with the method it varies."
-    main, others = [n for n in names if n in METHODS and n != 'none'], [n for n in names if n not in METHODS]
-    found = [[(a, 'none') for a in main if 'none' in names], [(a, b) for b, a in itertools.combinations(main, 2)],
-        [(a, kin) for a in others if (kin := next((m for m in main if a.startswith(f'{m}_')), None))]]
+    main, others = [n for n in names if n in METHODS and n != "none"], [n for n in names if n not in METHODS]
+    found = [
+        [(a, "none") for a in main if "none" in names],
+        [(a, b) for b, a in itertools.combinations(main, 2)],
+        [(a, kin) for a in others if (kin := next((m for m in main if a.startswith(f"{m}_")), None))],
+    ]
     return [pairs for pairs in found if pairs]
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-014
 def difference_rows(
-    methods:dict[str, dict], # Method -> its entry
-    takes:dict[str, np.ndarray], # Source -> positions of its images, from `row_groups`
-    resamples:int=1000, # Bootstrap resamples
-    rounds:int=10_000, # Exchanges of the randomisation test
-) -> list[dict]: # method, against, source, metric, value, low, high, n, p, p_holm, effect (None: infinite), wins, verdict
+    methods: dict[str, dict],  # Method -> its entry
+    takes: dict[str, np.ndarray],  # Source -> positions of its images, from `row_groups`
+    resamples: int = 1000,  # Bootstrap resamples
+    rounds: int = 10_000,  # Exchanges of the randomisation test
+) -> list[
+    dict
+]:  # method, against, source, metric, value, low, high, n, p, p_holm, effect (None: infinite), wins, verdict
     "Paired differences in quality and failures: the pairs of `families` on all images, and those with the untuned base on parts of them; p_holm over a family, metric and source."
-    rows, metrics = [], dict.fromkeys(m for entry in methods.values() for m in metrics_of(entry) if family(m) in (*QUALITY, *FAILURES))
+    rows, metrics = (
+        [],
+        dict.fromkeys(m for entry in methods.values() for m in metrics_of(entry) if family(m) in (*QUALITY, *FAILURES)),
+    )
     for (source, take), metric in itertools.product(takes.items(), metrics):
-        known = {name: found for name, entry in methods.items() if metric in metrics_of(entry) and (found := behind(entry['runs'], metric, take))}
+        known = {
+            name: found
+            for name, entry in methods.items()
+            if metric in metrics_of(entry) and (found := behind(entry["runs"], metric, take))
+        }
         for pairs in families(list(known)):
-            if source != 'all' and pairs[0][1] != 'none': continue
+            if source != "all" and pairs[0][1] != "none":
+                continue
             systems = {name: known[name][0] for name in dict.fromkeys(itertools.chain(*pairs))}
-            _, found = compare_systems(systems, resamples, rounds, [0, len(take)], next(iter(known.values()))[1], pairs=pairs)
-            rows += [dict(method=a, against=b, source=source, metric=metric) | _cells(d, family(metric) in FAILURES) for (a, b), d in found.items()]
+            _, found = compare_systems(
+                systems, resamples, rounds, [0, len(take)], next(iter(known.values()))[1], pairs=pairs
+            )
+            rows += [
+                dict(method=a, against=b, source=source, metric=metric) | _cells(d, family(metric) in FAILURES)
+                for (a, b), d in found.items()
+            ]
     return rows
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-018
 def item_values(
-    found:dict, # One task of a run's `transfer`: metric, value, per_item; types and images where items have them
-) -> np.ndarray: # (images,), or (items,) where no images are named; their mean is the task's value
+    found: dict,  # One task of a run's `transfer`: metric, value, per_item; types and images where items have them
+) -> np.ndarray:  # (images,), or (items,) where no images are named; their mean is the task's value
     "Values whose mean is the task's. Raises `ValueError` where the value is not the mean of its items."
-    values = np.array(found['per_item'], float)
-    if 'by_type' in found['metric']:
-        kinds, which, sizes = np.unique(found['types'], return_inverse=True, return_counts=True)
-        values = values*len(values)/(len(kinds)*sizes[which])
-    if abs(values.mean() - found['value']) > 1e-4*max(1, abs(found['value'])):
+    values = np.array(found["per_item"], float)
+    if "by_type" in found["metric"]:
+        kinds, which, sizes = np.unique(found["types"], return_inverse=True, return_counts=True)
+        values = values * len(values) / (len(kinds) * sizes[which])
+    if abs(values.mean() - found["value"]) > 1e-4 * max(1, abs(found["value"])):
         raise ValueError(f"{found['metric']}: the value {found['value']} is not the mean of its items, {values.mean()}")
-    if not found.get('images'): return values
-    names, which = np.unique(found['images'], return_inverse=True)
-    return np.bincount(which, values)*len(names)/len(values)
+    if not found.get("images"):
+        return values
+    names, which = np.unique(found["images"], return_inverse=True)
+    return np.bincount(which, values) * len(names) / len(values)
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-019
 def forgetting_rows(
-    methods:dict[str, dict], # Method -> its entry, among them "none"
-    resamples:int=1000, # Bootstrap resamples of the items' images
-    rounds:int=10_000, # Exchanges of the randomisation test
-) -> list[dict]: # method, task, metric, before, after, items, and of after minus before: value, low, high, n (images), p, p_holm, effect, wins, verdict
+    methods: dict[str, dict],  # Method -> its entry, among them "none"
+    resamples: int = 1000,  # Bootstrap resamples of the items' images
+    rounds: int = 10_000,  # Exchanges of the randomisation test
+) -> list[
+    dict
+]:  # method, task, metric, before, after, items, and of after minus before: value, low, high, n (images), p, p_holm, effect, wins, verdict
     """What the base could do before tuning, and can after. A task that was not asked, or could not be had, has no rows; "worse" is what was forgotten.
 
     Raises `ValueError` as `item_values`, and naming task and method where other items were asked after than before.
     """
-    rows, asked = [], {name: [run['transfer'] for run in entry['runs'] if run.get('transfer')] for name, entry in methods.items()}
-    if not asked.get('none'): return []
-    for task, first in asked['none'][0].items():
-        runs = {name: [found[task] for found in runs if 'per_item' in found.get(task, {})] for name, runs in asked.items()}
-        if not runs['none']: continue
+    rows, asked = (
+        [],
+        {name: [run["transfer"] for run in entry["runs"] if run.get("transfer")] for name, entry in methods.items()},
+    )
+    if not asked.get("none"):
+        return []
+    for task, first in asked["none"][0].items():
+        runs = {
+            name: [found[task] for found in runs if "per_item" in found.get(task, {})] for name, runs in asked.items()
+        }
+        if not runs["none"]:
+            continue
         for name, found in runs.items():
-            if any((f['metric'], f.get('images'), len(f['per_item'])) != (first['metric'], first.get('images'), len(first['per_item'])) for f in found):
-                raise ValueError(f"task '{task}': '{name}' was asked other items than the untuned base: run both again with the same settings")
+            if any(
+                (f["metric"], f.get("images"), len(f["per_item"]))
+                != (first["metric"], first.get("images"), len(first["per_item"]))
+                for f in found
+            ):
+                raise ValueError(
+                    f"task '{task}': '{name}' was asked other items than the untuned base: run both again with the same settings"
+                )
         values = {name: np.array([item_values(f) for f in found]) for name, found in runs.items() if found}
-        scores, found = compare_systems(values, resamples, rounds, [1, values['none'].shape[1]], pairs=[(name, 'none') for name in values if name != 'none'])
-        rows += [dict(method=a, task=task, metric=first['metric'], before=scores['none'].value, after=scores[a].value, items=len(first['per_item'])) | _cells(d) for (a, _), d in found.items()]
+        scores, found = compare_systems(
+            values,
+            resamples,
+            rounds,
+            [1, values["none"].shape[1]],
+            pairs=[(name, "none") for name in values if name != "none"],
+        )
+        rows += [
+            dict(
+                method=a,
+                task=task,
+                metric=first["metric"],
+                before=scores["none"].value,
+                after=scores[a].value,
+                items=len(first["per_item"]),
+            )
+            | _cells(d)
+            for (a, _), d in found.items()
+        ]
     return rows
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-022
 def cost_rows(
-    methods:dict[str, dict], # Method -> its entry
-) -> list[dict]: # method, trainable_parameters, seconds, peak_memory_bytes, adapter_bytes
+    methods: dict[str, dict],  # Method -> its entry
+) -> list[dict]:  # method, trainable_parameters, seconds, peak_memory_bytes, adapter_bytes
     "What each method cost; None where its chapter did not say."
-    return [dict(method=name) | {k: entry.get('cost', {}).get(k) for k in ('trainable_parameters', 'seconds', 'peak_memory_bytes', 'adapter_bytes')}
-        for name, entry in methods.items()]
+    return [
+        dict(method=name)
+        | {
+            k: entry.get("cost", {}).get(k)
+            for k in ("trainable_parameters", "seconds", "peak_memory_bytes", "adapter_bytes")
+        }
+        for name, entry in methods.items()
+    ]
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-023
 def floor_entries(
-    results:dict[str, dict], # Notebook -> its JSON; 02 brings `floors`
-) -> dict[str, dict]: # Floor -> an entry as a method's, with one run and no seed
+    results: dict[str, dict],  # Notebook -> its JSON; 02 brings `floors`
+) -> dict[str, dict]:  # Floor -> an entry as a method's, with one run and no seed
     "Floors and ceilings in the form of methods: label, scores, per_image."
-    found = {name: floor for result in results.values() for name, floor in result.get('floors', {}).items()}
-    return {name: dict(label=floor['label'], runs=[dict(seed=None, scores=floor['scores'], per_image=floor['per_image'])]) for name, floor in found.items()}
+    found = {name: floor for result in results.values() for name, floor in result.get("floors", {}).items()}
+    return {
+        name: dict(label=floor["label"], runs=[dict(seed=None, scores=floor["scores"], per_image=floor["per_image"])])
+        for name, floor in found.items()
+    }
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-024
 def compare_results(
-    results:dict[str, dict], # Notebook -> its JSON; 02 to 05, 06 if it ran, and 01 for its `leakage`
-    resamples:int=1000, # Bootstrap resamples
-    rounds:int=10_000, # Exchanges of the randomisation test
-) -> dict: # scores (kind `method` and `floor`), cost, faithfulness, explanations (each method's against the base's), differences, forgetting, variants {scores, cost}, settings_that_differ: lists of rows; labels
+    results: dict[str, dict],  # Notebook -> its JSON; 02 to 05, 06 if it ran, and 01 for its `leakage`
+    resamples: int = 1000,  # Bootstrap resamples
+    rounds: int = 10_000,  # Exchanges of the randomisation test
+) -> dict:  # scores (kind `method` and `floor`), cost, faithfulness, explanations (each method's against the base's), differences, forgetting, variants {scores, cost}, settings_that_differ: lists of rows; labels
     "Everything 07 writes, from the JSON alone. Raises `ValueError` as `gather` and `forgetting_rows`, and when the untuned base is missing."
     found, sources = gather(results)
-    if 'none' not in found: raise ValueError("no scores of the untuned base ('none'): run 02_baseline first")
+    if "none" not in found:
+        raise ValueError("no scores of the untuned base ('none'): run 02_baseline first")
     methods = {name: found[name] for name in METHODS if name in found}
     variants = {name: entry for name, entry in found.items() if name not in METHODS}
     floors = floor_entries(results)
-    ids = next(result['image_ids'] for result in results.values() if 'methods' in result)
-    leakage = next((result['leakage'] for result in results.values() if 'leakage' in result), {})
-    takes = row_groups(sources, ids, {name: leakage[name] for name in ('clean', 'caption_unseen') if leakage.get(name)})
-    faithfulness = [row for result in results.values() for row in result.get('faithfulness', [])]
-    return dict(scores=score_rows(methods, takes, resamples) + score_rows(floors, takes, resamples, 'floor'), cost=cost_rows(methods), faithfulness=faithfulness, explanations=results.get('06_xai', {}).get('tuning', []),
-        differences=difference_rows(methods | variants, takes, resamples, rounds), forgetting=forgetting_rows(methods, resamples, rounds),
-        variants=dict(scores=score_rows(variants, takes, resamples), cost=cost_rows(variants)), settings_that_differ=settings_that_differ(results),
-        labels={name: entry.get('label', name) for name, entry in (found | floors).items()})
+    ids = next(result["image_ids"] for result in results.values() if "methods" in result)
+    leakage = next((result["leakage"] for result in results.values() if "leakage" in result), {})
+    takes = row_groups(sources, ids, {name: leakage[name] for name in ("clean", "caption_unseen") if leakage.get(name)})
+    faithfulness = [row for result in results.values() for row in result.get("faithfulness", [])]
+    return dict(
+        scores=score_rows(methods, takes, resamples) + score_rows(floors, takes, resamples, "floor"),
+        cost=cost_rows(methods),
+        faithfulness=faithfulness,
+        explanations=results.get("06_xai", {}).get("tuning", []),
+        differences=difference_rows(methods | variants, takes, resamples, rounds),
+        forgetting=forgetting_rows(methods, resamples, rounds),
+        variants=dict(scores=score_rows(variants, takes, resamples), cost=cost_rows(variants)),
+        settings_that_differ=settings_that_differ(results),
+        labels={name: entry.get("label", name) for name, entry in (found | floors).items()},
+    )

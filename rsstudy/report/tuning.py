@@ -7,9 +7,11 @@ __all__ = ['COLUMNS', 'score_table', 'cost_table', 'training_figure', 'samples_f
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-002
 import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
-from pathlib import Path
+
 from ..common.code import versions
 from ..common.files import write_json
 from ..common.form import SCORES_SCHEMA, captions_digest, check_form
@@ -18,124 +20,198 @@ from ..stats.intervals import bootstrap_interval
 from ..stats.rows import behind, system_rows
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-005
-COLUMNS = ('bleu4', 'meteor', 'meteor15', 'rouge_l', 'cider', 'spice', 'bertscore_f1')
+COLUMNS = ("bleu4", "meteor", "meteor15", "rouge_l", "cider", "spice", "bertscore_f1")
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-006
 def score_table(
-    methods:dict[str,dict], # name -> label, runs (a result's `methods`)
-    stems:tuple[str,...]=COLUMNS, # Metrics shown
-    resamples:int=1000, # Bootstrap resamples
-) -> pd.DataFrame: # A row a method: mean over seeds, interval over images and seeds
+    methods: dict[str, dict],  # name -> label, runs (a result's `methods`)
+    stems: tuple[str, ...] = COLUMNS,  # Metrics shown
+    resamples: int = 1000,  # Bootstrap resamples
+) -> pd.DataFrame:  # A row a method: mean over seeds, interval over images and seeds
     "Test scores of each method."
     rows = {}
     for method in methods.values():
         row = {}
         for stem in stems:
-            try: key = find_metric(method['runs'][0]['scores'], stem)
-            except ValueError: continue # a metric that could not be had here is missing from the result, and the manifest says why
-            values, statistic = behind(method['runs'], key)
+            try:
+                key = find_metric(method["runs"][0]["scores"], stem)
+            except ValueError:
+                continue  # a metric that could not be had here is missing from the result, and the manifest says why
+            values, statistic = behind(method["runs"], key)
             found = bootstrap_interval(values, resamples, statistic=statistic)
-            row[metric_label(key)] = f'{found.value:.3f} [{found.low:.2f}, {found.high:.2f}]'
-        rows[method['label']] = row | {'seeds': len(method['runs'])}
-    return pd.DataFrame(rows).T.rename_axis('method')
+            row[metric_label(key)] = f"{found.value:.3f} [{found.low:.2f}, {found.high:.2f}]"
+        rows[method["label"]] = row | {"seeds": len(method["runs"])}
+    return pd.DataFrame(rows).T.rename_axis("method")
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-007
 def cost_table(
-    methods:dict[str,dict], # name -> label, lr, cost
-) -> pd.DataFrame: # A row a method
+    methods: dict[str, dict],  # name -> label, lr, cost
+) -> pd.DataFrame:  # A row a method
     "What each method took: mean over seeds."
-    return pd.DataFrame({m['label']: {'learning rate': f"{m['lr']:g}", 'trainable parameters': f"{m['cost']['trainable_parameters']:,}",
-        'seconds a run': f"{m['cost']['seconds']:.0f}", 'peak memory, MB': f"{m['cost']['peak_memory_bytes'] / 1e6:.0f}",
-        'adapter file, kB': f"{m['cost']['adapter_bytes'] / 1e3:.0f}"} for m in methods.values()}).T.rename_axis('method')
+    return pd.DataFrame(
+        {
+            m["label"]: {
+                "learning rate": f"{m['lr']:g}",
+                "trainable parameters": f"{m['cost']['trainable_parameters']:,}",
+                "seconds a run": f"{m['cost']['seconds']:.0f}",
+                "peak memory, MB": f"{m['cost']['peak_memory_bytes'] / 1e6:.0f}",
+                "adapter file, kB": f"{m['cost']['adapter_bytes'] / 1e3:.0f}",
+            }
+            for m in methods.values()
+        }
+    ).T.rename_axis("method")
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-011
 def training_figure(
-    methods:dict[str,dict], # name -> label, sweep, runs with history
+    methods: dict[str, dict],  # name -> label, sweep, runs with history
 ):
     "CIDEr of the validation captions at each learning rate tried; training loss (thin) and validation loss (dots) of every seed; CIDEr of the validation captions, the best ringed."
-    import matplotlib.pyplot as plt, seaborn as sns
-    sns.set_theme(style='whitegrid', palette='colorblind')
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(style="whitegrid", palette="colorblind")
     figure, (left, right, scores) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=(1, 1.6, 1.2))
     for color, method in zip(sns.color_palette(), methods.values()):
-        tried = [t for t in method['sweep'] if t['val_cider'] is not None]
-        left.plot([t['lr'] for t in tried], [t['val_cider'] for t in tried], 'o-', color=color, label=method['label'])
-        for i, run in enumerate(method['runs']):
-            losses = pd.Series(run['history']['losses'], dtype=float).rolling(10, min_periods=1).mean()
-            right.plot(range(1, len(losses) + 1), losses, color=color, lw=.8, alpha=.7)
-            evaluations = run['history']['evaluations']
-            right.plot([e['step'] for e in evaluations], [e['val_loss'] for e in evaluations], 'o', ms=5, color=color, label=method['label'] if i == 0 else None)
-            scores.plot([e['step'] for e in evaluations], [e['val_cider'] for e in evaluations], 'o-', ms=4, lw=.8, color=color)
-            scores.plot([e['step'] for e in evaluations if e['step'] == run['history']['best_step']], [run['history']['best_val_cider']], 'o', ms=10, mfc='none', color=color)
-    scores.set(xlabel='optimiser step', ylabel='CIDEr of validation captions', title='Choice of the state (ringed)')
-    rates = sorted({t['lr'] for method in methods.values() for t in method['sweep']})
-    left.set(xscale='log', xlabel='learning rate', ylabel='CIDEr of validation captions', title='Choice of the learning rate')
-    left.set_xticks(rates, [f'{rate:g}' for rate in rates])
+        tried = [t for t in method["sweep"] if t["val_cider"] is not None]
+        left.plot([t["lr"] for t in tried], [t["val_cider"] for t in tried], "o-", color=color, label=method["label"])
+        for i, run in enumerate(method["runs"]):
+            losses = pd.Series(run["history"]["losses"], dtype=float).rolling(10, min_periods=1).mean()
+            right.plot(range(1, len(losses) + 1), losses, color=color, lw=0.8, alpha=0.7)
+            evaluations = run["history"]["evaluations"]
+            right.plot(
+                [e["step"] for e in evaluations],
+                [e["val_loss"] for e in evaluations],
+                "o",
+                ms=5,
+                color=color,
+                label=method["label"] if i == 0 else None,
+            )
+            scores.plot(
+                [e["step"] for e in evaluations], [e["val_cider"] for e in evaluations], "o-", ms=4, lw=0.8, color=color
+            )
+            scores.plot(
+                [e["step"] for e in evaluations if e["step"] == run["history"]["best_step"]],
+                [run["history"]["best_val_cider"]],
+                "o",
+                ms=10,
+                mfc="none",
+                color=color,
+            )
+    scores.set(xlabel="optimiser step", ylabel="CIDEr of validation captions", title="Choice of the state (ringed)")
+    rates = sorted({t["lr"] for method in methods.values() for t in method["sweep"]})
+    left.set(
+        xscale="log", xlabel="learning rate", ylabel="CIDEr of validation captions", title="Choice of the learning rate"
+    )
+    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
     left.minorticks_off()
-    right.set(xlabel='optimiser step', ylabel='loss, nats a token', title='Training: mean of 10 steps (lines), validation (dots)')
-    figure.legend(*right.get_legend_handles_labels(), loc='lower center', ncols=6, bbox_to_anchor=(.5, -.07), frameon=False)
+    right.set(
+        xlabel="optimiser step",
+        ylabel="loss, nats a token",
+        title="Training: mean of 10 steps (lines), validation (dots)",
+    )
+    figure.legend(
+        *right.get_legend_handles_labels(), loc="lower center", ncols=6, bbox_to_anchor=(0.5, -0.07), frameon=False
+    )
     figure.tight_layout()
     return figure
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-012
 def samples_figure(
-    images, # PIL images, 12 at most
-    ids:list[str], # Their names
-    rows:dict[str,list[str]], # Who wrote it -> a caption for each image
-    columns:int=4, # Images side by side
-    width:int=34, # Characters a line
+    images,  # PIL images, 12 at most
+    ids: list[str],  # Their names
+    rows: dict[str, list[str]],  # Who wrote it -> a caption for each image
+    columns: int = 4,  # Images side by side
+    width: int = 34,  # Characters a line
 ):
     "Images with the captions that were written for them. Raises `ValueError` above 12 images: results carry no more of a data set than that."
-    import matplotlib.pyplot as plt, textwrap
-    if len(images) > 12: raise ValueError(f'a figure shows at most 12 images of a data set, got {len(images)}')
-    texts = ['\n'.join(textwrap.fill(f'{who}: {captions[i] or "(empty)"}', width) for who, captions in rows.items()) for i in range(len(images))]
-    below = .135 * max(text.count('\n') + 1 for text in texts) # inches of text under an image
-    lines, side, title = -(-len(images) // columns), 2.7, .3
+    import textwrap
+
+    import matplotlib.pyplot as plt
+
+    if len(images) > 12:
+        raise ValueError(f"a figure shows at most 12 images of a data set, got {len(images)}")
+    texts = [
+        "\n".join(textwrap.fill(f"{who}: {captions[i] or '(empty)'}", width) for who, captions in rows.items())
+        for i in range(len(images))
+    ]
+    below = 0.135 * max(text.count("\n") + 1 for text in texts)  # inches of text under an image
+    lines, side, title = -(-len(images) // columns), 2.7, 0.3
     height = lines * (side + below + title)
     figure, axes = plt.subplots(lines, columns, figsize=(1.1 * side * columns, height), squeeze=False)
-    figure.subplots_adjust(left=.01, right=.99, top=1 - title / height, bottom=below / height, wspace=.1, hspace=(below + title) / side)
-    for ax in axes.flat: ax.axis('off')
+    figure.subplots_adjust(
+        left=0.01, right=0.99, top=1 - title / height, bottom=below / height, wspace=0.1, hspace=(below + title) / side
+    )
+    for ax in axes.flat:
+        ax.axis("off")
     for i, ax in zip(range(len(images)), axes.flat):
         ax.imshow(np.asarray(images[i].resize((112, 112))))
         ax.set_title(ids[i], fontsize=8)
-        ax.text(0, -.03, texts[i], transform=ax.transAxes, va='top', fontsize=7.5)
+        ax.text(0, -0.03, texts[i], transform=ax.transAxes, va="top", fontsize=7.5)
     return figure
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-015
 def write_scores(
-    path:str|Path, # Where to, such as scores.json
-    scores:Scores, # As `score_captions` gave them
-    predictions:list[str], # The captions, n
-    references:list[list[str]], # The references they were scored against, n
-    image_ids:list[str], # Names of the images, n, all different
-    sources:list[str]|None=None, # Source of each image; "unknown" by default
-    resamples:int=1000, # Bootstrap resamples of the intervals, also of `rows`
-    rows:list[dict]|None=None, # These scores' `system_rows`, where they were made already
-    **facts, # More keys for the file: files, left_out, whatever JSON can hold
-) -> dict: # What was written
+    path: str | Path,  # Where to, such as scores.json
+    scores: Scores,  # As `score_captions` gave them
+    predictions: list[str],  # The captions, n
+    references: list[list[str]],  # The references they were scored against, n
+    image_ids: list[str],  # Names of the images, n, all different
+    sources: list[str] | None = None,  # Source of each image; "unknown" by default
+    resamples: int = 1000,  # Bootstrap resamples of the intervals, also of `rows`
+    rows: list[dict] | None = None,  # These scores' `system_rows`, where they were made already
+    **facts,  # More keys for the file: files, left_out, whatever JSON can hold
+) -> dict:  # What was written
     "Writes scores in the form of `SCORES_SCHEMA`, values to 6 digits, whole or not at all. Raises `ValueError` naming file and key where something does not fit."
-    sources = list(sources or ['unknown']*len(image_ids))
-    rows = rows or system_rows({'': scores}, sources, resamples)
+    sources = list(sources or ["unknown"] * len(image_ids))
+    rows = rows or system_rows({"": scores}, sources, resamples)
+
     def part(source):
-        mine = [r for r in rows if r['source'] == source]
-        return dict(scores={r['metric']: r['value'] for r in mine}, intervals={r['metric']: None if r['low'] is None else dict(low=r['low'], high=r['high']) for r in mine})
+        mine = [r for r in rows if r["source"] == source]
+        return dict(
+            scores={r["metric"]: r["value"] for r in mine},
+            intervals={r["metric"]: None if r["low"] is None else dict(low=r["low"], high=r["high"]) for r in mine},
+        )
+
     kept = scores.to_json()
-    data = dict(schema=SCORES_SCHEMA['properties']['schema']['const'], scores=kept['corpus'], intervals=part('all')['intervals'], level=.95, resamples=resamples,
-        by_source={s: dict(images=sources.count(s)) | part(s) for s in dict.fromkeys(r['source'] for r in rows) if s != 'all'},
-        info=kept['info'], digests=dict(predictions=captions_digest(image_ids, predictions), references=captions_digest(image_ids, references)), versions=versions(), **facts,
-        image_ids=list(image_ids), sources=sources, predictions=list(predictions), per_image=kept['per_image'])
+    data = dict(
+        schema=SCORES_SCHEMA["properties"]["schema"]["const"],
+        scores=kept["corpus"],
+        intervals=part("all")["intervals"],
+        level=0.95,
+        resamples=resamples,
+        by_source={
+            s: dict(images=sources.count(s)) | part(s) for s in dict.fromkeys(r["source"] for r in rows) if s != "all"
+        },
+        info=kept["info"],
+        digests=dict(
+            predictions=captions_digest(image_ids, predictions), references=captions_digest(image_ids, references)
+        ),
+        versions=versions(),
+        **facts,
+        image_ids=list(image_ids),
+        sources=sources,
+        predictions=list(predictions),
+        per_image=kept["per_image"],
+    )
     check_form(data, SCORES_SCHEMA, str(path))
     write_json(path, data)
     return data
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-016
 def read_scores(
-    path:str|Path, # What `write_scores` wrote
-) -> tuple[Scores, dict]: # The scores to the digits kept, and everything in the file
+    path: str | Path,  # What `write_scores` wrote
+) -> tuple[Scores, dict]:  # The scores to the digits kept, and everything in the file
     "Reads a file of scores. Raises `FileNotFoundError`, and `ValueError` naming file and key where it is not in the form of `SCORES_SCHEMA`, or its captions are not those of its digest."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f'{path} is missing: `rsstudy score` writes it')
-    try: data = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error: raise ValueError(f'{path} is not JSON: {error}') from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: `rsstudy score` writes it")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     check_form(data, SCORES_SCHEMA, str(path))
-    if captions_digest(data['image_ids'], data['predictions']) != data['digests']['predictions']: raise ValueError(f'{path}: digests.predictions must be that of image_ids and predictions, and is not: the file was changed')
-    return Scores.from_json(dict(corpus=data['scores'], per_image=data['per_image'], info=data['info'])), data
+    if captions_digest(data["image_ids"], data["predictions"]) != data["digests"]["predictions"]:
+        raise ValueError(
+            f"{path}: digests.predictions must be that of image_ids and predictions, and is not: the file was changed"
+        )
+    return Scores.from_json(dict(corpus=data["scores"], per_image=data["per_image"], info=data["info"])), data

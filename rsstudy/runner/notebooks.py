@@ -12,92 +12,125 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
+
 from ..common.files import atomic_path
 from ..common.settings import package_files
 
 # %% ../../nbs/lib/13_runner/03_notebooks.ipynb #cell-005
-TAG = 'colab' # of the two cells
-def repository() -> str: # Such as https://github.com/OWNER/NAME
+TAG = "colab"  # of the two cells
+
+
+def repository() -> str:  # Such as https://github.com/OWNER/NAME
     "The address in the checkout's `pyproject.toml`. Raises `FileNotFoundError` outside a checkout, `ValueError` where Colab could not open it."
-    path = package_files()/'pyproject.toml'
-    if not path.is_file(): raise FileNotFoundError(f'no pyproject.toml in {path.parent}: the address of the repository is read in a clone')
-    address = tomllib.loads(path.read_text(encoding='utf-8'))['project'].get('urls', {}).get('Repository', '')
-    if not re.fullmatch(r'https://github\.com/[\w.-]+/[\w.-]+', address): raise ValueError(f'{path}: Repository under [project.urls] must be https://github.com/OWNER/NAME, got {address!r}')
+    path = package_files() / "pyproject.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no pyproject.toml in {path.parent}: the address of the repository is read in a clone")
+    address = tomllib.loads(path.read_text(encoding="utf-8"))["project"].get("urls", {}).get("Repository", "")
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
+        raise ValueError(
+            f"{path}: Repository under [project.urls] must be https://github.com/OWNER/NAME, got {address!r}"
+        )
     return address
 
 # %% ../../nbs/lib/13_runner/03_notebooks.ipynb #cell-006
 def colab_badge(
-    address:str, # Of the repository, as `repository` gives it
-    notebook:str, # Such as "03_lora"
-) -> str: # Markdown
+    address: str,  # Of the repository, as `repository` gives it
+    notebook: str,  # Such as "03_lora"
+) -> str:  # Markdown
     "The badge that opens a notebook in Colab."
-    path = address.removeprefix('https://github.com/')
-    return f'[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{path}/blob/main/nbs/{notebook}.ipynb)'
+    path = address.removeprefix("https://github.com/")
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{path}/blob/main/nbs/{notebook}.ipynb)"
 
 # %% ../../nbs/lib/13_runner/03_notebooks.ipynb #cell-007
 def install_cell(
-    address:str, # Of the repository, as `repository` gives it
-) -> str: # Code for IPython
+    address: str,  # Of the repository, as `repository` gives it
+) -> str:  # Code for IPython
     "The cell that installs the package where it is missing, and the dictionary of METEOR's synonyms."
-    return f'''#| eval: false
+    return f"""#| eval: false
 # only where rsstudy is missing, as in Colab: install it, and WordNet for METEOR
 import importlib.util
 if importlib.util.find_spec('rsstudy') is None:
     %pip install -q "rsstudy @ git+{address}"
     from rsstudy.metrics.wordnet import ensure_wordnet
-    ensure_wordnet()'''
+    ensure_wordnet()"""
 
 # %% ../../nbs/lib/13_runner/03_notebooks.ipynb #cell-010
 def stamp(
-    path:str|Path, # A study notebook; written only if it changes
-    address:str, # Of the repository, as `repository` gives it
-) -> bool: # Was it changed?
+    path: str | Path,  # A study notebook; written only if it changes
+    address: str,  # Of the repository, as `repository` gives it
+) -> bool:  # Was it changed?
     "Puts the badge below the title and the installing cell before the first code, or brings them up to date. Raises `ValueError` if the notebook does not start with a title."
     path = Path(path)
-    nb = json.loads(path.read_text(encoding='utf-8'))
-    cells = [cell for cell in nb['cells'] if TAG not in cell['metadata'].get('tags', [])]
-    old = [cell['id'] for cell in nb['cells'] if cell not in cells]
-    if not cells or cells[0]['cell_type'] != 'markdown' or not ''.join(cells[0]['source']).startswith('# '): raise ValueError(f'{path} does not start with a title')
-    badge, install = old if len(old) == 2 else ('colab-badge', 'colab-install')
-    lines = lambda text: text.splitlines(keepends=True)
-    cells.insert(1, dict(cell_type='markdown', id=badge, metadata=dict(tags=[TAG]), source=lines(colab_badge(address, path.stem))))
-    first = next((i for i, cell in enumerate(cells) if cell['cell_type'] == 'code'), len(cells))
-    cells.insert(first, dict(cell_type='code', execution_count=None, id=install, metadata=dict(tags=[TAG]), outputs=[], source=lines(install_cell(address))))
-    if cells == nb['cells']: return False
-    with atomic_path(path) as temporary: temporary.write_text(json.dumps(nb | dict(cells=cells), ensure_ascii=False, indent=1, sort_keys=True) + '\n', encoding='utf-8')
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    cells = [cell for cell in nb["cells"] if TAG not in cell["metadata"].get("tags", [])]
+    old = [cell["id"] for cell in nb["cells"] if cell not in cells]
+    if not cells or cells[0]["cell_type"] != "markdown" or not "".join(cells[0]["source"]).startswith("# "):
+        raise ValueError(f"{path} does not start with a title")
+    badge, install = old if len(old) == 2 else ("colab-badge", "colab-install")
+
+    def lines(text):
+        return text.splitlines(keepends=True)
+
+    cells.insert(
+        1,
+        dict(cell_type="markdown", id=badge, metadata=dict(tags=[TAG]), source=lines(colab_badge(address, path.stem))),
+    )
+    first = next((i for i, cell in enumerate(cells) if cell["cell_type"] == "code"), len(cells))
+    cells.insert(
+        first,
+        dict(
+            cell_type="code",
+            execution_count=None,
+            id=install,
+            metadata=dict(tags=[TAG]),
+            outputs=[],
+            source=lines(install_cell(address)),
+        ),
+    )
+    if cells == nb["cells"]:
+        return False
+    with atomic_path(path) as temporary:
+        temporary.write_text(
+            json.dumps(nb | dict(cells=cells), ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
     return True
 
 # %% ../../nbs/lib/13_runner/03_notebooks.ipynb #cell-012
 def is_stamp(
-    cell, # Of a notebook: dict or nbformat's NotebookNode
+    cell,  # Of a notebook: dict or nbformat's NotebookNode
 ) -> bool:
     "Whether a cell is the badge or the installing cell, and so no part of the study."
-    return TAG in cell['metadata'].get('tags', [])
+    return TAG in cell["metadata"].get("tags", [])
 
 # %% ../../nbs/lib/13_runner/03_notebooks.ipynb #cell-014
 def copy_study(
-    folder:str|Path, # Where to; made where it is missing
-) -> list[Path]: # The files, settings.ini first
+    folder: str | Path,  # Where to; made where it is missing
+) -> list[Path]:  # The files, settings.ini first
     """Copies the study's notebooks and its settings to a folder of one's own.
 
     Raises `FileExistsError` where a file is there already, `NotADirectoryError` where the folder is a file; then nothing was copied.
     """
     folder, source = Path(folder).expanduser(), package_files()
-    files = [source/'settings.ini', *sorted((source/'nbs').glob('[0-9][0-9]_*.ipynb'))]
-    targets = [folder/file.relative_to(source) for file in files]
-    for place in (folder, folder/'nbs'):
-        if place.exists() and not place.is_dir(): raise NotADirectoryError(f'{place} is a file: name a folder for the notebooks')
-    if there := next((t for t in targets if t.exists()), None): raise FileExistsError(f'{there} is there already and nothing was copied: name another folder')
+    files = [source / "settings.ini", *sorted((source / "nbs").glob("[0-9][0-9]_*.ipynb"))]
+    targets = [folder / file.relative_to(source) for file in files]
+    for place in (folder, folder / "nbs"):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"{place} is a file: name a folder for the notebooks")
+    if there := next((t for t in targets if t.exists()), None):
+        raise FileExistsError(f"{there} is there already and nothing was copied: name another folder")
     for file, target in zip(files, targets):
-        with atomic_path(target) as temporary: shutil.copyfile(file, temporary)
+        with atomic_path(target) as temporary:
+            shutil.copyfile(file, temporary)
     return targets
 
 # %% ../../nbs/lib/13_runner/03_notebooks.ipynb #cell-016
-def main() -> int: # 0
+def main() -> int:  # 0
     "Brings the badges and installing cells of the checkout's notebooks up to date."
     address = repository()
-    for path in sorted((package_files()/'nbs').glob('[0-9][0-9]_*.ipynb')): print(path.name, 'changed' if stamp(path, address) else 'is up to date')
+    for path in sorted((package_files() / "nbs").glob("[0-9][0-9]_*.ipynb")):
+        print(path.name, "changed" if stamp(path, address) else "is up to date")
     return 0
 
 # %% ../../nbs/lib/13_runner/03_notebooks.ipynb #cell-017
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # as a command, not in a notebook
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())  # as a command, not in a notebook

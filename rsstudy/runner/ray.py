@@ -15,71 +15,89 @@ import os
 import platform
 import socket
 import time
+
 from ..common.code import code_digest
 from ..common.files import write_json
 from .execute import CellFailed, KernelDied, LiveStream, clock
 from .study import Plan, terminable, waits_for
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-005
-NO_MODEL = ('01_eda', '07_comparison') # notebooks that read tables and pictures only; all others run a model
-RETRIES = 3 # times that a notebook is started again after its worker, its kernel or its machine was lost
+NO_MODEL = ("01_eda", "07_comparison")  # notebooks that read tables and pictures only; all others run a model
+RETRIES = 3  # times that a notebook is started again after its worker, its kernel or its machine was lost
 
 
 def resources(
-    name:str, # Notebook
-    cores:int=1, # Cores of each notebook
-    gpus:float|None=None, # GPUs, or the share of one, of each notebook that runs a model; None: one where the cluster has any
-    cluster_gpus:float=0, # GPUs of the cluster
-) -> dict[str, float]: # As Ray's `options` take them
+    name: str,  # Notebook
+    cores: int = 1,  # Cores of each notebook
+    gpus: float
+    | None = None,  # GPUs, or the share of one, of each notebook that runs a model; None: one where the cluster has any
+    cluster_gpus: float = 0,  # GPUs of the cluster
+) -> dict[str, float]:  # As Ray's `options` take them
     "The cores and GPUs that a notebook waits for and then has."
     wanted = min(1, cluster_gpus) if gpus is None else gpus
     return dict(num_cpus=cores, num_gpus=0 if name in NO_MODEL else wanted)
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-008
-def attempts_path(P, name): return P.work_dir/'attempts'/f'{name}.json'
+def attempts_path(P, name):
+    return P.work_dir / "attempts" / f"{name}.json"
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-009
-def log_path(P, name): return P.work_dir/'logs'/f'{name}.log'
+def log_path(P, name):
+    return P.work_dir / "logs" / f"{name}.log"
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-010
 def read_attempts(
-    P, # The resolved settings
-    name:str, # Notebook
-) -> list[dict]: # One an attempt: node, process, and `ended`, the reason, where its kernel died
+    P,  # The resolved settings
+    name: str,  # Notebook
+) -> list[dict]:  # One an attempt: node, process, and `ended`, the reason, where its kernel died
     "The attempts of this run to execute a notebook, so far."
-    try: return json.loads(attempts_path(P, name).read_text(encoding='utf-8'))['attempts']
-    except FileNotFoundError: return []
+    try:
+        return json.loads(attempts_path(P, name).read_text(encoding="utf-8"))["attempts"]
+    except FileNotFoundError:
+        return []
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-011
-class NotebookLost(CellFailed): "A notebook whose worker was lost more often than it is started again; no cell is known to have failed."
+class NotebookLost(CellFailed):
+    "A notebook whose worker was lost more often than it is started again; no cell is known to have failed."
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-012
 def attempt(
-    plan:Plan, # What is run
-    name:str, # Notebook
-    folder:str, # The driver's current folder
-    cores:int, # Threads to compute with
-    code:str, # The driver's `code_digest`
-    retries:int=RETRIES, # Times that it is started again
-) -> float: # Seconds
+    plan: Plan,  # What is run
+    name: str,  # Notebook
+    folder: str,  # The driver's current folder
+    cores: int,  # Threads to compute with
+    code: str,  # The driver's `code_digest`
+    retries: int = RETRIES,  # Times that it is started again
+) -> float:  # Seconds
     """Runs one notebook in this process, a worker.
 
     Raises as `run_notebook`, `NotebookLost` after too many attempts, and `RuntimeError` where this machine has not what the driver has.
     """
     node = platform.node()
     if not plan.notebooks[name].is_file() or not os.path.isdir(folder):
-        raise RuntimeError(f'{name}: {node} does not see {plan.notebooks[name]}: all machines of a cluster must share the project folder')
-    if code_digest() != code: raise RuntimeError(f'{name}: {node} has another version of rsstudy: install the same on all machines of a cluster')
-    os.chdir(folder) # the results folder is looked for from here
+        raise RuntimeError(
+            f"{name}: {node} does not see {plan.notebooks[name]}: all machines of a cluster must share the project folder"
+        )
+    if code_digest() != code:
+        raise RuntimeError(
+            f"{name}: {node} has another version of rsstudy: install the same on all machines of a cluster"
+        )
+    os.chdir(folder)  # the results folder is looked for from here
     earlier = read_attempts(plan.P, name)
-    if len(earlier) > retries: raise NotebookLost(name, None, f'its worker was lost {len(earlier)} times, out of memory perhaps; the log is {log_path(plan.P, name)}')
-    os.environ |= {variable: str(cores) for variable in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+    if len(earlier) > retries:
+        raise NotebookLost(
+            name,
+            None,
+            f"its worker was lost {len(earlier)} times, out of memory perhaps; the log is {log_path(plan.P, name)}",
+        )
+    os.environ |= {variable: str(cores) for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     notes = earlier + [dict(node=node, process=os.getpid())]
     write_json(attempts_path(plan.P, name), dict(attempts=notes))
     log = log_path(plan.P, name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, 'a' if len(notes) > 1 else 'w', encoding='utf-8') as out:
-        try: return plan.run(name, LiveStream(out))
+    with open(log, "a" if len(notes) > 1 else "w", encoding="utf-8") as out:
+        try:
+            return plan.run(name, LiveStream(out))
         except KernelDied as error:
             write_json(attempts_path(plan.P, name), dict(attempts=notes[:-1] + [notes[-1] | dict(ended=error.reason)]))
             raise
@@ -87,67 +105,91 @@ def attempt(
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-016
 def check_ray():
     "Raises `RuntimeError` in one sentence where Ray is not installed."
-    if not importlib.util.find_spec('ray'): raise RuntimeError("--engine ray needs the package ray: pip install 'ray>=2.50', or this project with its extra [ray]")
+    if not importlib.util.find_spec("ray"):
+        raise RuntimeError(
+            "--engine ray needs the package ray: pip install 'ray>=2.50', or this project with its extra [ray]"
+        )
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-017
 @contextlib.contextmanager
 def cluster(
-    address:str|None=None, # As `ray.init` takes it, such as "auto", "host:6379" or "ray://host:10001"; None: a cluster of this machine alone, for this block
+    address: str
+    | None = None,  # As `ray.init` takes it, such as "auto", "host:6379" or "ray://host:10001"; None: a cluster of this machine alone, for this block
 ):
     "Inside the block, Ray is connected. Yields the module `ray`. Raises `RuntimeError` in one sentence where Ray is not installed or the cluster cannot be had."
     check_ray()
     import ray
-    if ray.is_initialized(): # by the caller, who also stops it
+
+    if ray.is_initialized():  # by the caller, who also stops it
         yield ray
         return
-    logging.getLogger('ray').setLevel(logging.ERROR)
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # nothing goes through Ray's own memory, and /dev/shm can be small; its workers would run at the lowest priority, unlike the local engine's kernels
-    own = {} if address else dict(include_dashboard=False, object_store_memory=10**8, _system_config=dict(worker_niceness=0))
+    own = (
+        {}
+        if address
+        else dict(include_dashboard=False, object_store_memory=10**8, _system_config=dict(worker_niceness=0))
+    )
     try:
-        host, _, port = (address or '').removeprefix('ray://').rpartition(':')
-        if host: socket.create_connection((host.strip('[]'), int(port)), 5).close() # Ray itself would ask for minutes
-        ray.init(address or 'local', log_to_driver=False, logging_level=logging.ERROR, **own)
-    except Exception as error: # Ray's are of many kinds
+        host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+        if host:
+            socket.create_connection((host.strip("[]"), int(port)), 5).close()  # Ray itself would ask for minutes
+        ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
+    except Exception as error:  # Ray's are of many kinds
         lines = str(error).strip().splitlines()
-        raise RuntimeError(f"no Ray cluster at {address or 'this machine'}: {lines[0] if lines else type(error).__name__}") from None
-    try: yield ray
-    finally: ray.shutdown()
+        raise RuntimeError(
+            f"no Ray cluster at {address or 'this machine'}: {lines[0] if lines else type(error).__name__}"
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-020
 class Progress:
     "Says what happens to the notebooks, a line for each event, with the time since the start."
+
     def __init__(self, plan, live, retries):
         self.plan, self.live, self.retries, self.start = plan, live, retries, time.monotonic()
-        self.seen, self.since = {}, {} # notebook -> attempts told; time of the first
-        for name in plan.notebooks: attempts_path(plan.P, name).unlink(missing_ok=True) # of an earlier run
+        self.seen, self.since = {}, {}  # notebook -> attempts told; time of the first
+        for name in plan.notebooks:
+            attempts_path(plan.P, name).unlink(missing_ok=True)  # of an earlier run
 
-    def say(self, name, what): self.live.line(f'{self.plan.label(name)}: {what} (at {clock(time.monotonic() - self.start)})')
+    def say(self, name, what):
+        self.live.line(f"{self.plan.label(name)}: {what} (at {clock(time.monotonic() - self.start)})")
 
-    def look(self,
-        names:list[str], # Notebooks that were handed to Ray and have not ended
+    def look(
+        self,
+        names: list[str],  # Notebooks that were handed to Ray and have not ended
     ):
         "Tells of attempts that have begun since the last look."
         for name in names:
             notes = read_attempts(self.plan.P, name)
             for i in range(self.seen.get(name, 0), len(notes)):
-                where, last = '{node}, process {process}'.format(**notes[i]), notes[i - 1]
-                if i == 0: self.say(name, f'running on {where}')
-                else: self.say(name, f"started again on {where}, retry {i} of {self.retries}: {last.get('ended') or 'the worker before it was lost (process {process} on {node})'.format(**last)}")
+                where, last = "{node}, process {process}".format(**notes[i]), notes[i - 1]
+                if i == 0:
+                    self.say(name, f"running on {where}")
+                else:
+                    self.say(
+                        name,
+                        f"started again on {where}, retry {i} of {self.retries}: {last.get('ended') or 'the worker before it was lost (process {process} on {node})'.format(**last)}",
+                    )
             self.seen[name] = len(notes)
-            if notes: self.since.setdefault(name, time.monotonic())
-        running = [f'{name} {clock(time.monotonic() - self.since[name])}' for name in names if name in self.since]
-        self.live.status(lambda: 'running: ' + (', '.join(running) or 'nothing yet'))
+            if notes:
+                self.since.setdefault(name, time.monotonic())
+        running = [f"{name} {clock(time.monotonic() - self.since[name])}" for name in names if name in self.since]
+        self.live.status(lambda: "running: " + (", ".join(running) or "nothing yet"))
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #cell-021
 def run_on_ray(
-    plan:Plan, # What to run
-    live:LiveStream, # Where progress goes
-    address:str|None=None, # As of `cluster`
-    cores:int=1, # Cores and threads of each notebook
-    gpus:float|None=None, # As of `resources`
-    retries:int=RETRIES, # Times that a lost notebook is started again
-) -> dict[str, float|None]: # Notebook -> seconds; None where it was done before
+    plan: Plan,  # What to run
+    live: LiveStream,  # Where progress goes
+    address: str | None = None,  # As of `cluster`
+    cores: int = 1,  # Cores and threads of each notebook
+    gpus: float | None = None,  # As of `resources`
+    retries: int = RETRIES,  # Times that a lost notebook is started again
+) -> dict[str, float | None]:  # Notebook -> seconds; None where it was done before
     """Runs a study's notebooks on a Ray cluster, as many at a time as their order and the cluster allow.
 
     Raises `CellFailed` when a notebook fails, `NotebookLost` when it was lost `retries` + 1 times, after the running ones have ended; of several, the study's first.
@@ -155,38 +197,69 @@ def run_on_ray(
     waiting, running, took, failed = waits_for(plan.notebooks), {}, {}, {}
     with cluster(address) as ray, terminable(), live.ticking():
         total = ray.cluster_resources()
-        live.line(f"Ray: {len(ray.nodes())} machine{'s' if len(ray.nodes()) > 1 else ''}, {total.get('CPU', 0):g} cores, {total.get('GPU', 0):g} GPUs; "
-            f"logs go to {plan.P.work_dir/'logs'}")
+        live.line(
+            f"Ray: {len(ray.nodes())} machine{'s' if len(ray.nodes()) > 1 else ''}, {total.get('CPU', 0):g} cores, {total.get('GPU', 0):g} GPUs; "
+            f"logs go to {plan.P.work_dir / 'logs'}"
+        )
         progress = Progress(plan, live, retries)
+
         def hand_over(name):
-            needed = resources(name, cores, gpus, total.get('GPU', 0))
-            if not any(n['Alive'] and n['Resources'].get('CPU', 0) >= needed['num_cpus'] and n['Resources'].get('GPU', 0) >= needed['num_gpus'] for n in ray.nodes()):
-                progress.say(name, 'waits for a machine with {num_cpus:g} cores and {num_gpus:g} GPUs, which the cluster does not have now'.format(**needed))
+            needed = resources(name, cores, gpus, total.get("GPU", 0))
+            if not any(
+                n["Alive"]
+                and n["Resources"].get("CPU", 0) >= needed["num_cpus"]
+                and n["Resources"].get("GPU", 0) >= needed["num_gpus"]
+                for n in ray.nodes()
+            ):
+                progress.say(
+                    name,
+                    "waits for a machine with {num_cpus:g} cores and {num_gpus:g} GPUs, which the cluster does not have now".format(
+                        **needed
+                    ),
+                )
             task = ray.remote(max_retries=retries, retry_exceptions=[KernelDied], **needed)(attempt)
             return task.options(name=name).remote(plan, name, os.getcwd(), cores, digest, retries)
+
         digest = code_digest()
         try:
             while True:
                 for name in list(waiting):
-                    if failed or any(before not in took for before in waiting[name]): continue
+                    if failed or any(before not in took for before in waiting[name]):
+                        continue
                     del waiting[name]
                     if plan.done(name):
                         took[name] = None
-                        live.line(f'{plan.label(name)}: done before')
-                    else: running[hand_over(name)] = name
-                if not running: break
+                        live.line(f"{plan.label(name)}: done before")
+                    else:
+                        running[hand_over(name)] = name
+                if not running:
+                    break
                 ended, _ = ray.wait(list(running), timeout=0.3)
                 progress.look(list(running.values()))
                 for ref in ended:
                     name = running.pop(ref)
-                    try: took[name] = ray.get(ref)
-                    except ray.exceptions.RayTaskError as error: failed[name] = error.cause
-                    except ray.exceptions.RayError as error: failed[name] = NotebookLost(name, None, f'its worker was lost {len(read_attempts(plan.P, name))} times ({type(error).__name__})')
-                    progress.say(name, f'done in {clock(took[name])}' if name in took else 'failed' + (', the others that run go on to their end' if running else ''))
+                    try:
+                        took[name] = ray.get(ref)
+                    except ray.exceptions.RayTaskError as error:
+                        failed[name] = error.cause
+                    except ray.exceptions.RayError as error:
+                        failed[name] = NotebookLost(
+                            name,
+                            None,
+                            f"its worker was lost {len(read_attempts(plan.P, name))} times ({type(error).__name__})",
+                        )
+                    progress.say(
+                        name,
+                        f"done in {clock(took[name])}"
+                        if name in took
+                        else "failed" + (", the others that run go on to their end" if running else ""),
+                    )
         except BaseException:
             for force in (False, True):
-                for ref in running: ray.cancel(ref, force=force)
+                for ref in running:
+                    ray.cancel(ref, force=force)
                 _, running = ray.wait(list(running), num_returns=len(running), timeout=10) if running else ([], [])
             raise
-    if failed: raise failed[min(failed)]
+    if failed:
+        raise failed[min(failed)]
     return {name: took[name] for name in plan.notebooks}

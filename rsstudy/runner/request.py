@@ -11,61 +11,84 @@ import os
 import shutil
 import sys
 from pathlib import Path
+
 from ..common.settings import Profile, project_root
 from ..model.available import check_base
 
 # %% ../../nbs/lib/13_runner/01_request.ipynb #cell-004
 def check_data(
-    P:Profile, # The resolved settings
+    P: Profile,  # The resolved settings
 ):
     "Raises `FileNotFoundError` when the images of the profile are a folder without `captions.csv`, `ValueError` when a dataset of the hub has no name."
-    if P.data == 'scenes': return
-    if P.data.startswith('hub:'):
-        if not P.data[4:].strip(): raise ValueError("setting 'data' names no dataset after hub:, as in hub:caglarmert/full_riscm")
+    if P.data == "scenes":
         return
-    places = [folder for place in (Path.cwd(), project_root()) if (folder := place/Path(P.data).expanduser()).is_dir()] # as `rsstudy.data.load` looks for it
-    if not any((folder/'captions.csv').is_file() for folder in places):
-        what = 'holds no captions.csv' if places else 'does not exist'
-        raise FileNotFoundError(f'the data folder {P.data} {what}: name one that holds captions.csv and resized/ (--data FOLDER), '
-            f'a dataset of the hub (--data hub:caglarmert/full_riscm) or the built-in world (--data scenes)')
+    if P.data.startswith("hub:"):
+        if not P.data[4:].strip():
+            raise ValueError("setting 'data' names no dataset after hub:, as in hub:caglarmert/full_riscm")
+        return
+    places = [
+        folder for place in (Path.cwd(), project_root()) if (folder := place / Path(P.data).expanduser()).is_dir()
+    ]  # as `rsstudy.data.load` looks for it
+    if not any((folder / "captions.csv").is_file() for folder in places):
+        what = "holds no captions.csv" if places else "does not exist"
+        raise FileNotFoundError(
+            f"the data folder {P.data} {what}: name one that holds captions.csv and resized/ (--data FOLDER), "
+            f"a dataset of the hub (--data hub:caglarmert/full_riscm) or the built-in world (--data scenes)"
+        )
 
 # %% ../../nbs/lib/13_runner/01_request.ipynb #cell-005
 def check_tracker(
-    P:Profile, # The resolved settings
+    P: Profile,  # The resolved settings
 ):
     "Raises `RuntimeError` when training is to be tracked by a package that is not installed."
-    if P.track == 'none': return
+    if P.track == "none":
+        return
     found = importlib.util.find_spec(P.track) if sys.modules.get(P.track, P) is not None else None
-    if found is None or found.origin is None: # a mere folder of that name, such as trackers leave, has no origin
-        raise RuntimeError(f"setting 'track' asks for {P.track}, which is not installed: pip install {P.track}, or this project with its extra [{P.track}]")
+    if found is None or found.origin is None:  # a mere folder of that name, such as trackers leave, has no origin
+        raise RuntimeError(
+            f"setting 'track' asks for {P.track}, which is not installed: pip install {P.track}, or this project with its extra [{P.track}]"
+        )
 
 # %% ../../nbs/lib/13_runner/01_request.ipynb #cell-006
 def check_tasks(
-    P:Profile, # The resolved settings
+    P: Profile,  # The resolved settings
 ):
     "Raises `ValueError` on a task that there is no file for."
-    known = sorted(file.stem for file in (Path(importlib.util.find_spec('rsstudy').origin).parent/'task_files').glob('*.json'))
+    known = sorted(
+        file.stem for file in (Path(importlib.util.find_spec("rsstudy").origin).parent / "task_files").glob("*.json")
+    )
     for name in P.tasks:
-        if name not in known: raise ValueError(f"setting 'tasks' names an unknown task {name!r}: the tasks are {', '.join(known)}, or none")
+        if name not in known:
+            raise ValueError(
+                f"setting 'tasks' names an unknown task {name!r}: the tasks are {', '.join(known)}, or none"
+            )
 
 # %% ../../nbs/lib/13_runner/01_request.ipynb #cell-007
-NEEDED = 200 # MB of disk; a whole study under `nano` leaves 80 in runs/ and results/, and has copies beside them while it writes
+NEEDED = 200  # MB of disk; a whole study under `nano` leaves 80 in runs/ and results/, and has copies beside them while it writes
+
+
 def check_folders(
-    P:Profile, # The resolved settings
+    P: Profile,  # The resolved settings
 ):
     "Raises `NotADirectoryError`, `PermissionError` or `OSError` when the folders of the results and of the work cannot be written to."
-    for key, folder in (('results', P.results_dir), ('work', P.work_dir)):
+    for key, folder in (("results", P.results_dir), ("work", P.work_dir)):
         there = next(f for f in (folder, *folder.parents) if f.exists())
-        elsewhere = f'name another folder with --set {key}=FOLDER'
-        if not there.is_dir(): raise NotADirectoryError(f'{folder} is to be a folder, and {there} is a file: {elsewhere}')
-        if not os.access(there, os.W_OK | os.X_OK): raise PermissionError(f'{folder} cannot be written, as {there} does not allow it: {elsewhere}')
-        free = shutil.disk_usage(there).free/1e6
-        if free < NEEDED: raise OSError(f'{folder} has {free:.0f} MB of disk left and a study needs {NEEDED}: make room, or {elsewhere}')
+        elsewhere = f"name another folder with --set {key}=FOLDER"
+        if not there.is_dir():
+            raise NotADirectoryError(f"{folder} is to be a folder, and {there} is a file: {elsewhere}")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be written, as {there} does not allow it: {elsewhere}")
+        free = shutil.disk_usage(there).free / 1e6
+        if free < NEEDED:
+            raise OSError(
+                f"{folder} has {free:.0f} MB of disk left and a study needs {NEEDED}: make room, or {elsewhere}"
+            )
 
 # %% ../../nbs/lib/13_runner/01_request.ipynb #cell-008
 def check_profile(
-    P:Profile, # The resolved settings
+    P: Profile,  # The resolved settings
 ):
     "Everything above. Raises what they raise, and `OSError` where the base model cannot be had."
-    for check in (check_data, check_tracker, check_tasks, check_folders): check(P)
+    for check in (check_data, check_tracker, check_tasks, check_folders):
+        check(P)
     check_base(P.base_model)

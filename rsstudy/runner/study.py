@@ -19,6 +19,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+
 from ..common.code import bare_code, code_digest, dependencies, imported_modules
 from ..common.files import atomic_path, locked, write_json
 from ..common.results import figure_files
@@ -29,51 +30,59 @@ from .request import check_profile
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-005
 def study_notebooks(
-    folder:str|Path|None=None, # Folder of the numbered notebooks; by default nbs/ beside settings.ini, or the package's own
-) -> dict[str, Path]: # Name such as "03_lora" -> its file, in order
+    folder: str
+    | Path
+    | None = None,  # Folder of the numbered notebooks; by default nbs/ beside settings.ini, or the package's own
+) -> dict[str, Path]:  # Name such as "03_lora" -> its file, in order
     "The notebooks of a study. Raises `FileNotFoundError` when the folder holds none."
-    own = settings_file().parent/'nbs'
-    folder = Path(folder) if folder else own if own.is_dir() else package_files()/'nbs'
-    found = {p.stem: p for p in sorted(folder.glob('[0-9][0-9]_*.ipynb'))}
-    if not found: raise FileNotFoundError(f'no study notebook (NN_name.ipynb) in {folder}')
+    own = settings_file().parent / "nbs"
+    folder = Path(folder) if folder else own if own.is_dir() else package_files() / "nbs"
+    found = {p.stem: p for p in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+    if not found:
+        raise FileNotFoundError(f"no study notebook (NN_name.ipynb) in {folder}")
     return found
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-009
 def needs(
-    path:Path, # A study notebook
-    earlier:list[str], # Names of the notebooks before it
-) -> list[str]: # Those of them that it reads
+    path: Path,  # A study notebook
+    earlier: list[str],  # Names of the notebooks before it
+) -> list[str]:  # Those of them that it reads
     "The earlier notebooks whose results a notebook reads: those that its code names."
-    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
-    named = set(re.findall(r'''["'](\d\d_\w+)["']''', code))
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    named = set(re.findall(r"""["'](\d\d_\w+)["']""", code))
     return [name for name in earlier if name in named]
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-010
 def check_request(
-    profile:str='nano', # Section of settings.ini
-    overrides:dict|None=None, # Setting -> value that takes precedence over settings.ini
-    only:list[str]|tuple=(), # Names of the notebooks to run; all when empty
-    notebooks:str|Path|None=None, # Folder of the numbered notebooks; as for `study_notebooks`
-) -> tuple[Profile, dict[str, Path]]: # The resolved settings; the notebooks to run, in order
+    profile: str = "nano",  # Section of settings.ini
+    overrides: dict | None = None,  # Setting -> value that takes precedence over settings.ini
+    only: list[str] | tuple = (),  # Names of the notebooks to run; all when empty
+    notebooks: str | Path | None = None,  # Folder of the numbered notebooks; as for `study_notebooks`
+) -> tuple[Profile, dict[str, Path]]:  # The resolved settings; the notebooks to run, in order
     "Everything that can be wrong with a request, found before it runs. Raises `ValueError`, `OSError` or `RuntimeError`, each one sentence."
     P = load_profile(profile, **(overrides or {}))
     check_profile(P)
     found = study_notebooks(notebooks)
     for name in only:
-        if name not in found: raise ValueError(f"unknown notebook {name!r}: the study has {', '.join(found)}")
+        if name not in found:
+            raise ValueError(f"unknown notebook {name!r}: the study has {', '.join(found)}")
     chosen = {name: path for name, path in found.items() if not only or name in only}
     for name, path in chosen.items():
-        for need in needs(path, list(found)[:list(found).index(name)]):
-            if need not in chosen and not (P.results_dir/f'{need}.json').is_file():
-                raise FileNotFoundError(f'{name} reads {P.results_dir/need}.json, which is missing: run {need} first (--only {need} --only {name})')
+        for need in needs(path, list(found)[: list(found).index(name)]):
+            if need not in chosen and not (P.results_dir / f"{need}.json").is_file():
+                raise FileNotFoundError(
+                    f"{name} reads {P.results_dir / need}.json, which is missing: run {need} first (--only {need} --only {name})"
+                )
     return P, chosen
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-013
-WEIGHTS = {'06_xai': ('03_lora', '04_prompt_tuning', '05_adapter')} # notebook -> those whose tuned weights it reads
+WEIGHTS = {"06_xai": ("03_lora", "04_prompt_tuning", "05_adapter")}  # notebook -> those whose tuned weights it reads
+
+
 def waits_for(
-    notebooks:dict[str, Path], # Some of the study's notebooks, in order
-) -> dict[str, list[str]]: # Name -> those of them that must have ended before it starts
+    notebooks: dict[str, Path],  # Some of the study's notebooks, in order
+) -> dict[str, list[str]]:  # Name -> those of them that must have ended before it starts
     "The table of dependencies: JSON by the notebooks' own code, weights by `WEIGHTS`."
     names, table = list(notebooks), {}
     for i, (name, path) in enumerate(notebooks.items()):
@@ -83,21 +92,21 @@ def waits_for(
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-017
 def notebook_code(
-    path:Path, # Notebook
-) -> str: # Python that can be parsed
+    path: Path,  # Notebook
+) -> str:  # Python that can be parsed
     "What a notebook computes: its code cells, without IPython's own commands and without the cell that installs the package."
-    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code' and not is_stamp(c))
-    return re.sub(r'^[ \t]*[%!].*$', '', code, flags=re.M)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code" and not is_stamp(c))
+    return re.sub(r"^[ \t]*[%!].*$", "", code, flags=re.M)
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-018
 def notebook_keys(
-    P:Profile, # The resolved settings
-    notebooks:dict[str, Path], # All notebooks of the study, in order
-) -> dict[str, str]: # Name -> key, SHA-256 in hex
+    P: Profile,  # The resolved settings
+    notebooks: dict[str, Path],  # All notebooks of the study, in order
+) -> dict[str, str]:  # Name -> key, SHA-256 in hex
     "The key of each notebook; a result with another key is stale."
-    table, keys = Path(P.data)/'captions.csv', {}
-    settings = {k: v for k, v in dataclasses.asdict(P).items() if k != 'track'}
+    table, keys = Path(P.data) / "captions.csv", {}
+    settings = {k: v for k, v in dataclasses.asdict(P).items() if k != "track"}
     given = [settings, hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else None]
     for name, read in waits_for(notebooks).items():
         code = notebook_code(notebooks[name])
@@ -108,50 +117,67 @@ def notebook_keys(
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-021
 def outputs(
-    P:Profile, # The resolved settings
-    name:str, # Notebook, such as "03_lora"
-) -> dict[str, str]: # File name -> SHA-256 of its content
+    P: Profile,  # The resolved settings
+    name: str,  # Notebook, such as "03_lora"
+) -> dict[str, str]:  # File name -> SHA-256 of its content
     "What a notebook has left in the results folder: its JSON, its executed copy, its figures."
-    files = figure_files(P.results_dir, name) + [f for suffix in ('json', 'ipynb') if (f := P.results_dir/f'{name}.{suffix}').is_file()]
+    files = figure_files(P.results_dir, name) + [
+        f for suffix in ("json", "ipynb") if (f := P.results_dir / f"{name}.{suffix}").is_file()
+    ]
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-022
-def state_path(P, name) -> Path: return P.work_dir/'state'/f'{name}.json'
+def state_path(P, name) -> Path:
+    return P.work_dir / "state" / f"{name}.json"
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-023
 def is_done(
-    P:Profile, # The resolved settings
-    name:str, # Notebook
-    key:str, # Its key now
-) -> bool: # Finished with this key, and its results are still in place?
+    P: Profile,  # The resolved settings
+    name: str,  # Notebook
+    key: str,  # Its key now
+) -> bool:  # Finished with this key, and its results are still in place?
     "Whether a notebook can be skipped."
-    try: state = json.loads(state_path(P, name).read_text(encoding='utf-8'))
-    except (FileNotFoundError, json.JSONDecodeError): return False
-    return state.get('key') == key and f'{name}.ipynb' in state.get('outputs', {}) and state['outputs'] == outputs(P, name)
+    try:
+        state = json.loads(state_path(P, name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return (
+        state.get("key") == key and f"{name}.ipynb" in state.get("outputs", {}) and state["outputs"] == outputs(P, name)
+    )
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-026
 def _folders(P):
     "Absolute folders of this machine, and what stands for them in a committed notebook."
     import sys
-    named = {str(package_files()): 'rsstudy', str(project_root()): '.', str(Path(P.data).resolve()) if P.data != 'scenes' else '': 'data', str(P.results_dir.resolve().parent): 'results',
-        str(P.work_dir.resolve().parent): 'runs', sys.prefix: 'environment', str(Path.home()): '~'}
+
+    named = {
+        str(package_files()): "rsstudy",
+        str(project_root()): ".",
+        str(Path(P.data).resolve()) if P.data != "scenes" else "": "data",
+        str(P.results_dir.resolve().parent): "results",
+        str(P.work_dir.resolve().parent): "runs",
+        sys.prefix: "environment",
+        str(Path.home()): "~",
+    }
     return sorted(((k, v) for k, v in named.items() if len(k) > 3), key=lambda kv: -len(kv[0]))
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-027
 def run_notebook(
-    P:Profile, # The resolved settings
-    path:Path, # Notebook
-    key:str, # Its key, remembered when it has finished
-    parameters:dict, # Given to it: `profile` and the overrides
-    live:LiveStream, # Where progress goes
-    label:str, # Before the cell counter
-) -> float: # Seconds
+    P: Profile,  # The resolved settings
+    path: Path,  # Notebook
+    key: str,  # Its key, remembered when it has finished
+    parameters: dict,  # Given to it: `profile` and the overrides
+    live: LiveStream,  # Where progress goes
+    label: str,  # Before the cell counter
+) -> float:  # Seconds
     "Runs one notebook and puts its executed copy and its state in place. Raises `CellFailed` as `execute`."
     import nbformat
+
     name, start, began = path.stem, time.monotonic(), time.time()
     state_path(P, name).unlink(missing_ok=True)
-    partial, failed = P.work_dir/'partial'/f'{name}.ipynb', P.work_dir/'failed'/f'{name}.ipynb'
-    try: nb = execute(path, partial, parameters, live, label)
+    partial, failed = P.work_dir / "partial" / f"{name}.ipynb", P.work_dir / "failed" / f"{name}.ipynb"
+    try:
+        nb = execute(path, partial, parameters, live, label)
     except CellFailed as error:
         failed.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial, failed)
@@ -159,9 +185,11 @@ def run_notebook(
         raise
     nb.cells = [cell for cell in nb.cells if not is_stamp(cell)]
     P.results_dir.mkdir(parents=True, exist_ok=True)
-    with atomic_path(P.results_dir/path.name) as temporary: nbformat.write(slim(nb, _folders(P)), temporary)
+    with atomic_path(P.results_dir / path.name) as temporary:
+        nbformat.write(slim(nb, _folders(P)), temporary)
     for figure in figure_files(P.results_dir, name):
-        if figure.stat().st_mtime < began - 1: figure.unlink()
+        if figure.stat().st_mtime < began - 1:
+            figure.unlink()
     partial.unlink(missing_ok=True)
     failed.unlink(missing_ok=True)
     seconds = time.monotonic() - start
@@ -170,11 +198,14 @@ def run_notebook(
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-029
 def as_parameters(
-    profile:str, # Section of settings.ini
-    overrides:dict, # Setting -> value
-) -> dict: # What papermill can write into a notebook
-    "The parameters for a notebook. A notebook takes None as \"the profile's\", so a setting that is to be none says it in a word."
-    plain = {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else 'none' if v is None else v for k, v in overrides.items()}
+    profile: str,  # Section of settings.ini
+    overrides: dict,  # Setting -> value
+) -> dict:  # What papermill can write into a notebook
+    'The parameters for a notebook. A notebook takes None as "the profile\'s", so a setting that is to be none says it in a word.'
+    plain = {
+        k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else "none" if v is None else v
+        for k, v in overrides.items()
+    }
     return dict(profile=profile, **plain)
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-030
@@ -184,52 +215,63 @@ def terminable():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    def stop(number, frame): raise KeyboardInterrupt
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
     before = signal.signal(signal.SIGTERM, stop)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-031
 @dataclasses.dataclass(frozen=True)
 class Plan:
     "A checked study: all that an engine needs."
-    P:Profile # The resolved settings
-    notebooks:dict[str, Path] # To be run, in order
-    keys:dict[str, str] # Name -> key
-    parameters:dict # For every notebook
-    force:bool = False # Run them even if they were done before?
 
-    def label(self, name): return f'[{list(self.notebooks).index(name) + 1}/{len(self.notebooks)}] {name}'
-    def done(self, name): return not self.force and is_done(self.P, name, self.keys[name])
-    def run(self, name, live): return run_notebook(self.P, self.notebooks[name], self.keys[name], self.parameters, live, self.label(name))
+    P: Profile  # The resolved settings
+    notebooks: dict[str, Path]  # To be run, in order
+    keys: dict[str, str]  # Name -> key
+    parameters: dict  # For every notebook
+    force: bool = False  # Run them even if they were done before?
+
+    def label(self, name):
+        return f"[{list(self.notebooks).index(name) + 1}/{len(self.notebooks)}] {name}"
+
+    def done(self, name):
+        return not self.force and is_done(self.P, name, self.keys[name])
+
+    def run(self, name, live):
+        return run_notebook(self.P, self.notebooks[name], self.keys[name], self.parameters, live, self.label(name))
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-032
 def run_in_order(
-    plan:Plan, # What to run
-    live:LiveStream, # Where progress goes
-) -> dict[str, float|None]: # Notebook -> seconds; None where it was done before
+    plan: Plan,  # What to run
+    live: LiveStream,  # Where progress goes
+) -> dict[str, float | None]:  # Notebook -> seconds; None where it was done before
     "The local engine: one notebook after another, in this process. Raises `CellFailed` at the first that fails."
     took = dict.fromkeys(plan.notebooks)
     with terminable():
         for name in plan.notebooks:
             if plan.done(name):
-                live.line(f'{plan.label(name)}: done before')
+                live.line(f"{plan.label(name)}: done before")
                 continue
-            live.line(f'{plan.label(name)}: running')
+            live.line(f"{plan.label(name)}: running")
             took[name] = plan.run(name, live)
-            live.line(f'{plan.label(name)}: done in {clock(took[name])}')
+            live.line(f"{plan.label(name)}: done in {clock(took[name])}")
     return took
 
 # %% ../../nbs/lib/13_runner/04_study.ipynb #cell-033
 def run_study(
-    profile:str='nano', # Section of settings.ini
-    overrides:dict|None=None, # Setting -> value that takes precedence over settings.ini
-    only:list[str]|tuple=(), # Names of the notebooks to run; all when empty
-    force:bool=False, # Run them even if they were done before?
-    notebooks:str|Path|None=None, # Folder of the numbered notebooks; as for `study_notebooks`
-    out=None, # Where progress goes; standard error by default
-    engine=run_in_order, # Carries out the `Plan`; takes it and a `LiveStream`
-) -> dict[str, float|None]: # Notebook -> seconds; None where it was done before
+    profile: str = "nano",  # Section of settings.ini
+    overrides: dict | None = None,  # Setting -> value that takes precedence over settings.ini
+    only: list[str] | tuple = (),  # Names of the notebooks to run; all when empty
+    force: bool = False,  # Run them even if they were done before?
+    notebooks: str | Path | None = None,  # Folder of the numbered notebooks; as for `study_notebooks`
+    out=None,  # Where progress goes; standard error by default
+    engine=run_in_order,  # Carries out the `Plan`; takes it and a `LiveStream`
+) -> dict[str, float | None]:  # Notebook -> seconds; None where it was done before
     """Runs the study's notebooks in order, those that were done before excepted.
 
     Raises `ValueError`, `OSError` or `RuntimeError` in one sentence before anything runs, `CellFailed` when a notebook's cell
@@ -238,7 +280,10 @@ def run_study(
     overrides, live = overrides or {}, LiveStream(out)
     P, chosen = check_request(profile, overrides, only, notebooks)
     plan = Plan(P, chosen, notebook_keys(P, study_notebooks(notebooks)), as_parameters(profile, overrides), force)
-    with locked(P.results_dir): # two runs that write into one results folder would mix their numbers
-        if force: shutil.rmtree(P.work_dir/'checkpoints', ignore_errors=True)
-        live.line(f'profile {profile}: {len(chosen)} notebook{"s" if len(chosen) > 1 else ""}, results go to {P.results_dir}')
+    with locked(P.results_dir):  # two runs that write into one results folder would mix their numbers
+        if force:
+            shutil.rmtree(P.work_dir / "checkpoints", ignore_errors=True)
+        live.line(
+            f"profile {profile}: {len(chosen)} notebook{'s' if len(chosen) > 1 else ''}, results go to {P.results_dir}"
+        )
         return engine(plan, live)

@@ -7,7 +7,9 @@ __all__ = ['learning_rates', 'tune']
 
 # %% ../../nbs/lib/13_runner/07_tune.ipynb #cell-002
 import os
+
 import torch
+
 from ..common.code import main_process
 from ..common.results import Run
 from ..common.settings import Profile
@@ -20,29 +22,35 @@ from ..tuning.run import run_method
 
 # %% ../../nbs/lib/13_runner/07_tune.ipynb #cell-005
 def learning_rates(
-    P:Profile, # Settings
-    name:str, # A key of `rsstudy.tuning.methods.methods`
-) -> tuple[float,...]: # To be tried
+    P: Profile,  # Settings
+    name: str,  # A key of `rsstudy.tuning.methods.methods`
+) -> tuple[float, ...]:  # To be tried
     "The grid of a method's family."
-    family = next((f for f in ('prompt', 'adapter', 'full') if name.startswith(f)), 'lora')
-    return getattr(P, f'lr_grid_{family}')
+    family = next((f for f in ("prompt", "adapter", "full") if name.startswith(f)), "lora")
+    return getattr(P, f"lr_grid_{family}")
 
 # %% ../../nbs/lib/13_runner/07_tune.ipynb #cell-007
 def tune(
-    P:Profile, # Settings
-    name:str, # A key of `rsstudy.tuning.methods.methods`, not `none`
-    progress:bool=True, # Bars, on the first process?
-) -> dict|None: # What results/<profile>/tune_<name>.json holds; None on other processes than the first
+    P: Profile,  # Settings
+    name: str,  # A key of `rsstudy.tuning.methods.methods`, not `none`
+    progress: bool = True,  # Bars, on the first process?
+) -> dict | None:  # What results/<profile>/tune_<name>.json holds; None on other processes than the first
     """Chooses the learning rate, trains with every seed, scores the test split and leaves the weights for `rsstudy.tuning.methods.load_tuned`.
 
     Raises `ValueError` for an unknown name, and as `rsstudy.runner.request.check_profile`.
     """
     known = methods(P)
-    if name not in known or name == 'none': raise ValueError(f"unknown method '{name}': the methods are {', '.join(n for n in known if n != 'none')}")
+    if name not in known or name == "none":
+        raise ValueError(f"unknown method '{name}': the methods are {', '.join(n for n in known if n != 'none')}")
     check_profile(P)
-    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     progress = progress and main_process()
-    study = add_features(study_data(P, progress), Captioner(*load_base(P)), P.work_dir/'features', progress)
+    study = add_features(study_data(P, progress), Captioner(*load_base(P)), P.work_dir / "features", progress)
     found = run_method(P, known[name], study, learning_rates(P, name), progress=progress)
-    if not main_process(): return None
-    return Run(P, f'tune_{name}').write(dict(image_ids=list(study.test['image_id']), sources=list(study.test['source']), methods={name: found}), data_digest=study.digest)
+    if not main_process():
+        return None
+    return Run(P, f"tune_{name}").write(
+        dict(image_ids=list(study.test["image_id"]), sources=list(study.test["source"]), methods={name: found}),
+        data_digest=study.digest,
+    )

@@ -5,8 +5,10 @@
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-002
 from __future__ import annotations
 
-import numpy as np
 from math import pi
+
+import numpy as np
+
 from .canvas import Canvas, Fact, blob, box, oval, place, wave
 from .nature import chance, ground, side_trees
 from .objects import building, cars, house, pool, road, tank, trees
@@ -19,200 +21,333 @@ __all__ = ['ROOFS', 'BUILT', 'lots', 'streets', 'dense_residential', 'medium_res
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-005
 def lots(
-    c:Canvas, # Where the scene is drawn
-    rows:int, # Number of double rows of parked cars
-    w:float, # Length of a row, world units
-    full:float, # Share of taken places, 0 to 1
-    x:float=0., y:float=0., # Centre, world units
-) -> int: # Number of cars
+    c: Canvas,  # Where the scene is drawn
+    rows: int,  # Number of double rows of parked cars
+    w: float,  # Length of a row, world units
+    full: float,  # Share of taken places, 0 to 1
+    x: float = 0.0,
+    y: float = 0.0,  # Centre, world units
+) -> int:  # Number of cars
     "Rows of marked parking places with cars in them."
-    xs, at = np.arange(-w/2+4, w/2-3, 7.), []
-    for v in row(rows, 34)+y:
-        for dy in (-6, 6): at += [(u+x, v+dy) for u in xs if c.rng.random() < full]
-        c.line([(x-w/2, v), (x+w/2, v)], .9, c.tone("paint"))
-        for u in np.append(xs-3.5, xs[-1]+3.5): c.line([(u+x, v-10), (u+x, v+10)], .7, c.tone("paint"))
-    return cars(c, at, pi/2, .95, ("white", "gray", "black", "red", "blue", "yellow"))
+    xs, at = np.arange(-w / 2 + 4, w / 2 - 3, 7.0), []
+    for v in row(rows, 34) + y:
+        for dy in (-6, 6):
+            at += [(u + x, v + dy) for u in xs if c.rng.random() < full]
+        c.line([(x - w / 2, v), (x + w / 2, v)], 0.9, c.tone("paint"))
+        for u in np.append(xs - 3.5, xs[-1] + 3.5):
+            c.line([(u + x, v - 10), (u + x, v + 10)], 0.7, c.tone("paint"))
+    return cars(c, at, pi / 2, 0.95, ("white", "gray", "black", "red", "blue", "yellow"))
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-006
 def streets(
-    c:Canvas, # Where the scene is drawn
-    xs, ys, # Positions of the streets that run up and across, world units
-    width:float, # Street width, world units
-    traffic:float=0., # Cars per 100 units
+    c: Canvas,  # Where the scene is drawn
+    xs,
+    ys,  # Positions of the streets that run up and across, world units
+    width: float,  # Street width, world units
+    traffic: float = 0.0,  # Cars per 100 units
 ):
     "A grid of streets."
-    for x in xs: road(c, [(x, -165), (x, 165)], width, marks=False, traffic=traffic)
-    for y in ys: road(c, [(-165, y), (165, y)], width, marks=False, traffic=traffic)
+    for x in xs:
+        road(c, [(x, -165), (x, 165)], width, marks=False, traffic=traffic)
+    for y in ys:
+        road(c, [(-165, y), (165, y)], width, marks=False, traffic=traffic)
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-007
 ROOFS = ("red", "gray", "white", "blue", "brown")
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-010
-def _homes(c, step, w, h, main_words, road_every, tree_n, noun="house", jitter=3., street=9.):
+def _homes(c, step, w, h, main_words, road_every, tree_n, noun="house", jitter=3.0, street=9.0):
     r, n = c.rng, 0
-    ys = np.arange(-150+r.uniform(0, step), 165, step)
+    ys = np.arange(-150 + r.uniform(0, step), 165, step)
     for k, y in enumerate(ys):
-        if k % road_every == 0: road(c, [(-165, y), (165, y)], street, marks=False, traffic=3); continue
-        for x in np.arange(-150, 165, step*1.02):
-            p = np.array([x, y])+r.normal(0, jitter, 2)
-            house(c, *p, r.normal(0, .05), w*r.uniform(.85, 1.12), h*r.uniform(.85, 1.12), c.tone("roof", str(r.choice(main_words)))) if noun == "house" else building(c, *p, 0, w, h*.9, c.tone("roof", str(r.choice(main_words))), 5, 0, noun)
+        if k % road_every == 0:
+            road(c, [(-165, y), (165, y)], street, marks=False, traffic=3)
+            continue
+        for x in np.arange(-150, 165, step * 1.02):
+            p = np.array([x, y]) + r.normal(0, jitter, 2)
+            house(
+                c,
+                *p,
+                r.normal(0, 0.05),
+                w * r.uniform(0.85, 1.12),
+                h * r.uniform(0.85, 1.12),
+                c.tone("roof", str(r.choice(main_words))),
+            ) if noun == "house" else building(
+                c, *p, 0, w, h * 0.9, c.tone("roof", str(r.choice(main_words))), 5, 0, noun
+            )
             n += bool((abs(p @ c.turn) < 108).all())
     return n
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-011
 def _residence(c, land):
-    r = c.rng; lead = str(r.choice(["red", "gray", "brown", "blue"])); words = [lead]*5+list(ROOFS)
-    c.fill(c.tone("grass")*(1 if land != "dense" else .9), "lawn")
+    r = c.rng
+    lead = str(r.choice(["red", "gray", "brown", "blue"]))
+    words = [lead] * 5 + list(ROOFS)
+    c.fill(c.tone("grass") * (1 if land != "dense" else 0.9), "lawn")
     if land == "dense":
-        c.fill(c.tone("concrete", "gray")*.9, "square")
-        n = _homes(c, 21, 18, 16, words, 4, 0, jitter=.8)
-        trees(c, r.uniform(-120, 120, (40, 2)), (2, 3.4)); c.fact("main", "house", n, lead); c.fact("also", "road", 3, "gray")
+        c.fill(c.tone("concrete", "gray") * 0.9, "square")
+        n = _homes(c, 21, 18, 16, words, 4, 0, jitter=0.8)
+        trees(c, r.uniform(-120, 120, (40, 2)), (2, 3.4))
+        c.fact("main", "house", n, lead)
+        c.fact("also", "road", 3, "gray")
     elif land == "medium":
         n = _homes(c, 40, 24, 17, words, 3, 0)
-        c.fact("main", "house", n, lead); p = r.uniform(-120, 120, (130, 2)); i = c.id("house")
-        lab = c.labels(); q = np.clip((p@c.turn+112)*c.unit, 0, c.size-1).astype(int); trees(c, p[(lab[q[:, 1], q[:, 0]] != i)], (3, 5)); c.fact("also", "tree", 40, "green"); c.fact("also", "road", 3, "gray")
+        c.fact("main", "house", n, lead)
+        p = r.uniform(-120, 120, (130, 2))
+        i = c.id("house")
+        lab = c.labels()
+        q = np.clip((p @ c.turn + 112) * c.unit, 0, c.size - 1).astype(int)
+        trees(c, p[(lab[q[:, 1], q[:, 0]] != i)], (3, 5))
+        c.fact("also", "tree", 40, "green")
+        c.fact("also", "road", 3, "gray")
     else:
-        n = int(r.integers(1, 5)); at = c.spots(n, 70, 60); lead = str(r.choice(ROOFS[:4] if c.style.domain == "source" else ROOFS))
-        road(c, wave(r, 8)+(0, 100), 10, marks=False)
-        for x, y in at: c.line([(x, y), (x+8, 104)], 5, c.tone("concrete"), "road")
-        side_trees(c, 190, lambda p: (np.min(np.hypot(p[:, None, 0]-at[:, 0], p[:, None, 1]-at[:, 1]), 1) > 30) & (p[:, 1] < 84))
-        for x, y in at: house(c, x, y, r.uniform(-.4, .4), r.uniform(30, 38), r.uniform(20, 25), c.tone("roof", lead))
+        n = int(r.integers(1, 5))
+        at = c.spots(n, 70, 60)
+        lead = str(r.choice(ROOFS[:4] if c.style.domain == "source" else ROOFS))
+        road(c, wave(r, 8) + (0, 100), 10, marks=False)
+        for x, y in at:
+            c.line([(x, y), (x + 8, 104)], 5, c.tone("concrete"), "road")
+        side_trees(
+            c,
+            190,
+            lambda p: (np.min(np.hypot(p[:, None, 0] - at[:, 0], p[:, None, 1] - at[:, 1]), 1) > 30) & (p[:, 1] < 84),
+        )
+        for x, y in at:
+            house(c, x, y, r.uniform(-0.4, 0.4), r.uniform(30, 38), r.uniform(20, 25), c.tone("roof", lead))
         c.facts.insert(0, Fact("house", len(at), lead, "main"))
-        c.fact("base", "lawn", 1, "green"); c.fact("also", "road", 1, "gray")
-        if chance(c, .4):
-            x, y = at[0]; pool(c, x+22 if x < 0 else x-22, y-20, r.uniform(0, 3)); c.fact("also", "swimming pool", 1, "blue")
+        c.fact("base", "lawn", 1, "green")
+        c.fact("also", "road", 1, "gray")
+        if chance(c, 0.4):
+            x, y = at[0]
+            pool(c, x + 22 if x < 0 else x - 22, y - 20, r.uniform(0, 3))
+            c.fact("also", "swimming pool", 1, "blue")
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-012
-def dense_residential(c:Canvas):
+def dense_residential(c: Canvas):
     "Houses wall to wall along parallel streets."
     _residence(c, "dense")
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-013
-def medium_residential(c:Canvas):
+def medium_residential(c: Canvas):
     "Houses with gardens along streets."
     _residence(c, "medium")
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-014
-def sparse_residential(c:Canvas):
+def sparse_residential(c: Canvas):
     "One to four houses among trees."
     _residence(c, "sparse")
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-015
-def mobile_home_park(c:Canvas):
+def mobile_home_park(c: Canvas):
     "Slanted rows of mobile homes."
     r = c.rng
-    green = chance(c, .5); c.fill(c.tone("grass")*.95 if green else c.tone("soil"), "lawn" if green else "bare land")
-    lead = str(r.choice(["white", "white", "gray", "blue"])); n = 0
+    green = chance(c, 0.5)
+    c.fill(c.tone("grass") * 0.95 if green else c.tone("soil"), "lawn" if green else "bare land")
+    lead = str(r.choice(["white", "white", "gray", "blue"]))
+    n = 0
     for k, y in enumerate(np.arange(-150, 165, 36)):
-        if k % 2 == 0: road(c, [(-165, y), (165, y)], 9, marks=False); continue
-        for yy in (y-15, y+15):
+        if k % 2 == 0:
+            road(c, [(-165, y), (165, y)], 9, marks=False)
+            continue
+        for yy in (y - 15, y + 15):
             for x in np.arange(-150, 165, 17):
-                a = .35*(1 if yy > y else -1)
-                building(c, x, yy, a, 8.5, 26, c.tone("roof", lead if r.random() < .75 else str(r.choice(["gray", "brown", "white"]))), 4, 0, "mobile home")
+                a = 0.35 * (1 if yy > y else -1)
+                building(
+                    c,
+                    x,
+                    yy,
+                    a,
+                    8.5,
+                    26,
+                    c.tone("roof", lead if r.random() < 0.75 else str(r.choice(["gray", "brown", "white"]))),
+                    4,
+                    0,
+                    "mobile home",
+                )
                 n += 1
-                if r.random() < .3: cars(c, [(x+8, yy)], pi/2+a, .7)
+                if r.random() < 0.3:
+                    cars(c, [(x + 8, yy)], pi / 2 + a, 0.7)
     trees(c, r.uniform(-120, 120, (16, 2)), (3, 4.5))
-    c.fact("main", "mobile home", n, lead); c.fact("also", "road", 3, "gray"); c.fact("also", "tree", 14, "green")
+    c.fact("main", "mobile home", n, lead)
+    c.fact("also", "road", 3, "gray")
+    c.fact("also", "tree", 14, "green")
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-017
-def church(c:Canvas):
+def church(c: Canvas):
     "A cross-shaped church with a tower on a round square."
     r = c.rng
     ground(c, "lawn")
-    word, rgb = c.pick("roof", ("red", "gray", "brown", "blue")); a, s = r.uniform(0, 6), r.uniform(1.15, 1.4)
-    c.polygon(place(oval(130, 130, 40), 0, 0), c.tone("concrete", "white")*.97, "square")
-    for p, ang in (((0, 8), pi/2), ((0, -8), 0)):
-        x, y = place([p], 0, 0, a, s)[0]; house(c, x, y, a+ang, (88 if ang else 60)*s, 24*s, rgb, "church")
-    x, y = place([(0, 54)], 0, 0, a, s)[0]; c.polygon(place(box(19, 19), x, y, a, s), rgb*.8, "church", height=16); c.discs((x, y), 7*s, c.tone("paint")); c.line(place([(0, -6), (0, 6)], x, y, a, s), 2.4, rgb*.5); c.line(place([(-4, 2), (4, 2)], x, y, a, s), 2.4, rgb*.5)
+    word, rgb = c.pick("roof", ("red", "gray", "brown", "blue"))
+    a, s = r.uniform(0, 6), r.uniform(1.15, 1.4)
+    c.polygon(place(oval(130, 130, 40), 0, 0), c.tone("concrete", "white") * 0.97, "square")
+    for p, ang in (((0, 8), pi / 2), ((0, -8), 0)):
+        x, y = place([p], 0, 0, a, s)[0]
+        house(c, x, y, a + ang, (88 if ang else 60) * s, 24 * s, rgb, "church")
+    x, y = place([(0, 54)], 0, 0, a, s)[0]
+    c.polygon(place(box(19, 19), x, y, a, s), rgb * 0.8, "church", height=16)
+    c.discs((x, y), 7 * s, c.tone("paint"))
+    c.line(place([(0, -6), (0, 6)], x, y, a, s), 2.4, rgb * 0.5)
+    c.line(place([(-4, 2), (4, 2)], x, y, a, s), 2.4, rgb * 0.5)
     c.facts.insert(0, Fact("church", 1, word, "main"))
-    side_trees(c, 110, lambda p: np.hypot(*p.T) > 84); n = cars(c, [(u, 102) for u in row(int(r.integers(0, 9)), 14)], 0)
-    if n: c.fact("also", "car", n, None)
+    side_trees(c, 110, lambda p: np.hypot(*p.T) > 84)
+    n = cars(c, [(u, 102) for u in row(int(r.integers(0, 9)), 14)], 0)
+    if n:
+        c.fact("also", "car", n, None)
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-018
-def palace(c:Canvas):
+def palace(c: Canvas):
     "A palace around two courtyards."
     r = c.rng
     ground(c, "lawn")
-    word, rgb = c.pick("roof", ("red", "gray", "brown")); s = r.uniform(.92, 1.08)
-    c.polygon(box(150*s, 118*s), c.tone("concrete", "white"), "square")
-    for x, y, w, h in ((0, -48, 140, 22), (-59, -6, 22, 92), (59, -6, 22, 92), (0, -6, 34, 74)): house(c, x*s, y*s, 0, w*s, h*s, rgb, "palace")
+    word, rgb = c.pick("roof", ("red", "gray", "brown"))
+    s = r.uniform(0.92, 1.08)
+    c.polygon(box(150 * s, 118 * s), c.tone("concrete", "white"), "square")
+    for x, y, w, h in ((0, -48, 140, 22), (-59, -6, 22, 92), (59, -6, 22, 92), (0, -6, 34, 74)):
+        house(c, x * s, y * s, 0, w * s, h * s, rgb, "palace")
     for x in (-59, 59):
-        for y in (-48, 44): c.polygon(box(27*s, 27*s)+(x*s, y*s), rgb*.86, "palace", height=10); c.discs((x*s, y*s), 8*s, rgb*1.1)
-    c.discs((0, -48*s), 14*s, c.tone("concrete", "white"), "palace", height=8); c.discs((0, -48*s), 8*s, rgb*1.15)
-    for x in (-31, 31): c.polygon(box(22*s, 60*s)+(x*s, 0), c.tone("grass"), "garden"); c.discs((x*s, 0), 6, c.tone("pool"))
-    for x in row(6, 24): c.polygon(box(18, 18)+(x, 88), c.tone("tree")*1.5, "garden"); c.polygon(box(10, 10)+(x, 88), c.tone("grass"), "garden")
-    c.facts.insert(0, Fact("palace", 1, word, "main")); c.fact("also", "garden", 8, "green")
+        for y in (-48, 44):
+            c.polygon(box(27 * s, 27 * s) + (x * s, y * s), rgb * 0.86, "palace", height=10)
+            c.discs((x * s, y * s), 8 * s, rgb * 1.1)
+    c.discs((0, -48 * s), 14 * s, c.tone("concrete", "white"), "palace", height=8)
+    c.discs((0, -48 * s), 8 * s, rgb * 1.15)
+    for x in (-31, 31):
+        c.polygon(box(22 * s, 60 * s) + (x * s, 0), c.tone("grass"), "garden")
+        c.discs((x * s, 0), 6, c.tone("pool"))
+    for x in row(6, 24):
+        c.polygon(box(18, 18) + (x, 88), c.tone("tree") * 1.5, "garden")
+        c.polygon(box(10, 10) + (x, 88), c.tone("grass"), "garden")
+    c.facts.insert(0, Fact("palace", 1, word, "main"))
+    c.fact("also", "garden", 8, "green")
     side_trees(c, 160, lambda p: (abs(p[:, 0]) > 92) | (p[:, 1] < -76))
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-019
-def commercial_area(c:Canvas):
+def commercial_area(c: Canvas):
     "Blocks of tall buildings in a street grid."
     r = c.rng
-    c.fill(c.tone("concrete", "gray"), "square"); lead = str(r.choice(["gray", "white", "blue"])); n = 0
+    c.fill(c.tone("concrete", "gray"), "square")
+    lead = str(r.choice(["gray", "white", "blue"]))
+    n = 0
     for x in (-116, -40, 36, 112):
         for y in (-116, -40, 36, 112):
-            if r.random() < .12: c.polygon(box(58, 58)+(x, y), c.tone("grass"), "lawn"); trees(c, c.spots(9, 24, 10, (x, y)), (4, 6)); continue
+            if r.random() < 0.12:
+                c.polygon(box(58, 58) + (x, y), c.tone("grass"), "lawn")
+                trees(c, c.spots(9, 24, 10, (x, y)), (4, 6))
+                continue
             for dx in (-15, 15):
-                word = lead if r.random() < .5 else str(r.choice(ROOFS)); building(c, x+dx, y, 0, 25, r.uniform(42, 58), c.tone("roof", word), r.uniform(10, 22)); n += 1
+                word = lead if r.random() < 0.5 else str(r.choice(ROOFS))
+                building(c, x + dx, y, 0, 25, r.uniform(42, 58), c.tone("roof", word), r.uniform(10, 22))
+                n += 1
     streets(c, (-78, -2, 74), (-78, -2, 74), 13, 7)
-    c.fact("main", "building", n, lead); c.fact("also", "road", 4, "gray"); c.fact("also", "car", 25, None)
+    c.fact("main", "building", n, lead)
+    c.fact("also", "road", 4, "gray")
+    c.fact("also", "car", 25, None)
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-020
-def industrial_area(c:Canvas):
+def industrial_area(c: Canvas):
     "Halls with ribbed roofs."
     r = c.rng
-    c.fill(c.tone("concrete", "gray")*.95, "square"); lead = str(r.choice(["blue", "white", "gray", "red"])); n = 0
-    y = -150.
+    c.fill(c.tone("concrete", "gray") * 0.95, "square")
+    lead = str(r.choice(["blue", "white", "gray", "red"]))
+    n = 0
+    y = -150.0
     while y < 150:
-        h, x = r.uniform(34, 52), -150.
+        h, x = r.uniform(34, 52), -150.0
         while x < 150:
-            w = r.uniform(48, 92); word = lead if r.random() < .7 else str(r.choice(["white", "gray", "blue"]))
-            building(c, x+w/2, y+h/2, 0, w-6, h-6, c.tone("roof", word), 8, int(w/9), "factory"); x += w; n += 1
-        y += h+(16 if r.random() < .5 else 2)
+            w = r.uniform(48, 92)
+            word = lead if r.random() < 0.7 else str(r.choice(["white", "gray", "blue"]))
+            building(c, x + w / 2, y + h / 2, 0, w - 6, h - 6, c.tone("roof", word), 8, int(w / 9), "factory")
+            x += w
+            n += 1
+        y += h + (16 if r.random() < 0.5 else 2)
     streets(c, (r.uniform(-50, 50),), (r.uniform(-50, 50),), 13, 4)
-    c.fact("main", "factory", n, lead); c.fact("also", "road", 2, "gray")
+    c.fact("main", "factory", n, lead)
+    c.fact("also", "road", 2, "gray")
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-021
-def parking_lot(c:Canvas):
+def parking_lot(c: Canvas):
     "Rows of marked places, more or less full."
     r = c.rng
-    c.fill(c.tone("asphalt", "gray" if chance(c, .7) else "black"), "parking lot")
-    full = float(r.choice([.35, .65, .92])); n = lots(c, 9, 300, full)
-    c.fact("main", "car", n, None); c.fact("base", "parking lot", 1, "gray")
+    c.fill(c.tone("asphalt", "gray" if chance(c, 0.7) else "black"), "parking lot")
+    full = float(r.choice([0.35, 0.65, 0.92]))
+    n = lots(c, 9, 300, full)
+    c.fact("main", "car", n, None)
+    c.fact("base", "parking lot", 1, "gray")
     k = r.random()
-    if k < .35: c.polygon(box(400, 60)+(0, 104), c.tone("grass"), "lawn"); p = [(u, 96) for u in row(14, 19)]; trees(c, p, (6, 8)); c.fact("also", "tree", 12, "green")
-    elif k < .65: building(c, 0, -84, 0, 130, 44, c.tone("roof", "white"), 12); c.fact("also", "building", 1, "white")
+    if k < 0.35:
+        c.polygon(box(400, 60) + (0, 104), c.tone("grass"), "lawn")
+        p = [(u, 96) for u in row(14, 19)]
+        trees(c, p, (6, 8))
+        c.fact("also", "tree", 12, "green")
+    elif k < 0.65:
+        building(c, 0, -84, 0, 130, 44, c.tone("roof", "white"), 12)
+        c.fact("also", "building", 1, "white")
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-022
-def storage_tank(c:Canvas):
+def storage_tank(c: Canvas):
     "One to four round tanks, or a square of many."
     r = c.rng
     kind, _ = ground(c, "bare land", "lawn")
-    word, rgb = c.pick("tank"); n = int(r.choice([1, 2, 3, 4, 9, 16]))
-    if n <= 4: s = {1:52, 2:34, 3:30, 4:28}[n]; at = c.spots(n, {1:14, 2:52, 3:60, 4:64}[n], 2*s+10, tries=400)
-    else: k = int(n**.5); s = {3:25, 4:18}[k]; at = [(x, y) for x in row(k, 2*s+14) for y in row(k, 2*s+14)]
+    word, rgb = c.pick("tank")
+    n = int(r.choice([1, 2, 3, 4, 9, 16]))
+    if n <= 4:
+        s = {1: 52, 2: 34, 3: 30, 4: 28}[n]
+        at = c.spots(n, {1: 14, 2: 52, 3: 60, 4: 64}[n], 2 * s + 10, tries=400)
+    else:
+        k = int(n**0.5)
+        s = {3: 25, 4: 18}[k]
+        at = [(x, y) for x in row(k, 2 * s + 14) for y in row(k, 2 * s + 14)]
     for x, y in at:
-        c.discs((x, y), s*1.2, c.tone("concrete", "gray")); tank(c, x, y, s, rgb)
+        c.discs((x, y), s * 1.2, c.tone("concrete", "gray"))
+        tank(c, x, y, s, rgb)
     c.facts.insert(0, Fact("storage tank", len(at), word, "main"))
-    if chance(c, .45): road(c, [(-165, 108), (165, 108)], 11, marks=False); c.fact("also", "road", 1, "gray")
-    else: ring_trees(c, 120, 102)
+    if chance(c, 0.45):
+        road(c, [(-165, 108), (165, 108)], 11, marks=False)
+        c.fact("also", "road", 1, "gray")
+    else:
+        ring_trees(c, 120, 102)
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-023
-def thermal_power_station(c:Canvas):
+def thermal_power_station(c: Canvas):
     "One to three cooling towers, some with steam, beside a boiler house."
     r = c.rng
     ground(c, "bare land", "lawn")
-    n = int(r.integers(1, 4)); s = {1:36, 2:32, 3:27}[n]
-    for x in row(n, 2.2*s if n > 1 else 0):
+    n = int(r.integers(1, 4))
+    s = {1: 36, 2: 32, 3: 27}[n]
+    for x in row(n, 2.2 * s if n > 1 else 0):
         y = -34
-        c.discs((x, y), s, c.tone("concrete", "white"), "cooling tower", height=26); c.discs((x, y), s*.72, c.tone("concrete", "gray")*.55, "cooling tower"); c.discs((x+2, y+2), s*.5, (70, 72, 76), "cooling tower")
-        if chance(c, .75):
-            for q in np.linspace(0, 1, 9): c.polygon(oval(s*(1+q), s*(.9+q*.7), 20)+(x+q*26, y-q*46), (250, 250, 252), None, int(120*(1-q)+28), of="cooling tower")
-    building(c, -18, 40, 0, 120, 38, c.tone("roof", "blue"), 14, 9); building(c, 62, 34, 0, 30, 26, c.tone("roof", "gray"), 12)
-    c.discs((62, 66), 6, c.tone("roof", "red"), "chimney", height=40); c.discs((62, 66), 3, (60, 60, 60)); c.polygon(place(blob(r, 20, .2), -40, 86), c.tone("dark"), "coal")
-    c.facts.insert(0, Fact("cooling tower", n, "white", "main")); c.fact("also", "building", 2, None); c.fact("also", "chimney", 1, "red")
+        c.discs((x, y), s, c.tone("concrete", "white"), "cooling tower", height=26)
+        c.discs((x, y), s * 0.72, c.tone("concrete", "gray") * 0.55, "cooling tower")
+        c.discs((x + 2, y + 2), s * 0.5, (70, 72, 76), "cooling tower")
+        if chance(c, 0.75):
+            for q in np.linspace(0, 1, 9):
+                c.polygon(
+                    oval(s * (1 + q), s * (0.9 + q * 0.7), 20) + (x + q * 26, y - q * 46),
+                    (250, 250, 252),
+                    None,
+                    int(120 * (1 - q) + 28),
+                    of="cooling tower",
+                )
+    building(c, -18, 40, 0, 120, 38, c.tone("roof", "blue"), 14, 9)
+    building(c, 62, 34, 0, 30, 26, c.tone("roof", "gray"), 12)
+    c.discs((62, 66), 6, c.tone("roof", "red"), "chimney", height=40)
+    c.discs((62, 66), 3, (60, 60, 60))
+    c.polygon(place(blob(r, 20, 0.2), -40, 86), c.tone("dark"), "coal")
+    c.facts.insert(0, Fact("cooling tower", n, "white", "main"))
+    c.fact("also", "building", 2, None)
+    c.fact("also", "chimney", 1, "red")
 
 # %% ../../nbs/lib/02_scenes/05_built.ipynb #cell-024
-BUILT = {**SPORTS, "church":church, "commercial area":commercial_area, "dense residential area":dense_residential,
-         "industrial area":industrial_area, "medium residential area":medium_residential, "mobile home park":mobile_home_park,
-         "palace":palace, "parking lot":parking_lot, "sparse residential area":sparse_residential, "storage tank":storage_tank, "thermal power station":thermal_power_station}
+BUILT = {
+    **SPORTS,
+    "church": church,
+    "commercial area": commercial_area,
+    "dense residential area": dense_residential,
+    "industrial area": industrial_area,
+    "medium residential area": medium_residential,
+    "mobile home park": mobile_home_park,
+    "palace": palace,
+    "parking lot": parking_lot,
+    "sparse residential area": sparse_residential,
+    "storage tank": storage_tank,
+    "thermal power station": thermal_power_station,
+}

@@ -5,240 +5,350 @@
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-002
 from __future__ import annotations
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
 from dataclasses import dataclass
 from math import cos, pi, sin
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
 
 # %% auto #0
 __all__ = ['MATERIALS', 'ROUGH', 'tone', 'Style', 'make_style', 'place', 'box', 'oval', 'blob', 'wave', 'Fact', 'Canvas',
            'contact_sheet']
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-005
-MATERIALS = { # material -> colour word -> (source RGB, target RGB)
-    "grass":{"green":((126,190,92),(104,128,76))}, "meadow":{"green":((140,205,100),(112,142,74)), "yellow":((214,206,110),(158,150,92))},
-    "tree":{"green":((48,120,52),(46,68,40))}, "canopy":{"green":((40,104,46),(42,62,38))},
-    "water":{"blue":((78,140,214),(58,96,132)), "green":((84,160,140),(74,104,88))}, "sea":{"blue":((50,110,196),(34,78,116)), "green":((66,158,158),(52,108,106))},
-    "sand":{"yellow":((236,214,146),(206,184,132)), "white":((244,238,214),(222,212,186))}, "soil":{"brown":((176,130,86),(132,102,76)), "yellow":((214,182,124),(172,146,104))},
-    "asphalt":{"gray":((150,150,154),(116,114,112)), "black":((92,92,98),(76,76,80))}, "concrete":{"gray":((190,190,188),(164,160,152)), "white":((222,220,214),(200,194,184))},
-    "dune":{"yellow":((232,200,122),(202,166,106)), "red":((214,140,90),(176,110,72))}, "rock":{"gray":((160,158,156),(126,120,114)), "brown":((172,132,100),(126,100,80)), "green":((110,150,90),(84,102,66))},
-    "snow":{"white":((246,250,254),(226,234,242))}, "ice":{"white":((240,246,252),(220,228,234))},
-    "clay":{"red":((204,92,64),(166,88,68)), "brown":((190,136,92),(160,120,88))}, "track":{"red":((206,80,60),(158,82,68)), "blue":((76,124,200),(74,104,150))},
-    "court":{"green":((70,150,90),(66,116,84)), "blue":((64,116,200),(62,100,156)), "red":((200,84,70),(156,84,74))},
-    "crop":{"green":((118,182,80),(92,122,66)), "yellow":((222,202,96),(176,158,92)), "brown":((170,124,82),(128,98,72))},
-    "roof":{"red":((206,76,60),(164,82,66)), "gray":((150,152,158),(130,130,132)), "white":((238,238,236),(216,214,208)), "blue":((70,122,206),(74,112,166)), "brown":((150,98,62),(116,84,64))},
-    "plane":{"white":((248,248,250),(230,230,230)), "blue":((60,110,210),(70,106,168)), "red":((214,64,60),(178,72,66)), "yellow":((240,206,70),(206,178,86))},
-    "tank":{"white":((244,244,242),(224,222,216)), "gray":((166,168,172),(142,142,144)), "brown":((168,112,76),(130,94,74))},
-    "hull":{"red":((200,70,58),(150,70,60)), "blue":((64,104,190),(66,92,140)), "gray":((164,166,172),(138,138,140)), "white":((244,244,244),(222,222,222))},
-    "car":{"white":((246,246,246),(226,226,226)), "red":((214,50,46),(168,58,52)), "blue":((54,92,196),(66,88,146)), "black":((40,40,46),(44,44,48)), "gray":((140,144,150),(128,130,134)), "yellow":((240,204,60),(200,170,80))},
-    "pool":{"blue":((70,196,232),(96,176,196))}, "paint":{"white":((250,250,250),(224,222,214))}, "shrub":{"green":((78,110,58),(70,82,50))},
-    "marsh":{"green":((104,146,96),(82,100,68)), "brown":((150,136,92),(116,106,78))}, "dark":{"black":((56,58,64),(52,54,58))},
+MATERIALS = {  # material -> colour word -> (source RGB, target RGB)
+    "grass": {"green": ((126, 190, 92), (104, 128, 76))},
+    "meadow": {"green": ((140, 205, 100), (112, 142, 74)), "yellow": ((214, 206, 110), (158, 150, 92))},
+    "tree": {"green": ((48, 120, 52), (46, 68, 40))},
+    "canopy": {"green": ((40, 104, 46), (42, 62, 38))},
+    "water": {"blue": ((78, 140, 214), (58, 96, 132)), "green": ((84, 160, 140), (74, 104, 88))},
+    "sea": {"blue": ((50, 110, 196), (34, 78, 116)), "green": ((66, 158, 158), (52, 108, 106))},
+    "sand": {"yellow": ((236, 214, 146), (206, 184, 132)), "white": ((244, 238, 214), (222, 212, 186))},
+    "soil": {"brown": ((176, 130, 86), (132, 102, 76)), "yellow": ((214, 182, 124), (172, 146, 104))},
+    "asphalt": {"gray": ((150, 150, 154), (116, 114, 112)), "black": ((92, 92, 98), (76, 76, 80))},
+    "concrete": {"gray": ((190, 190, 188), (164, 160, 152)), "white": ((222, 220, 214), (200, 194, 184))},
+    "dune": {"yellow": ((232, 200, 122), (202, 166, 106)), "red": ((214, 140, 90), (176, 110, 72))},
+    "rock": {
+        "gray": ((160, 158, 156), (126, 120, 114)),
+        "brown": ((172, 132, 100), (126, 100, 80)),
+        "green": ((110, 150, 90), (84, 102, 66)),
+    },
+    "snow": {"white": ((246, 250, 254), (226, 234, 242))},
+    "ice": {"white": ((240, 246, 252), (220, 228, 234))},
+    "clay": {"red": ((204, 92, 64), (166, 88, 68)), "brown": ((190, 136, 92), (160, 120, 88))},
+    "track": {"red": ((206, 80, 60), (158, 82, 68)), "blue": ((76, 124, 200), (74, 104, 150))},
+    "court": {
+        "green": ((70, 150, 90), (66, 116, 84)),
+        "blue": ((64, 116, 200), (62, 100, 156)),
+        "red": ((200, 84, 70), (156, 84, 74)),
+    },
+    "crop": {
+        "green": ((118, 182, 80), (92, 122, 66)),
+        "yellow": ((222, 202, 96), (176, 158, 92)),
+        "brown": ((170, 124, 82), (128, 98, 72)),
+    },
+    "roof": {
+        "red": ((206, 76, 60), (164, 82, 66)),
+        "gray": ((150, 152, 158), (130, 130, 132)),
+        "white": ((238, 238, 236), (216, 214, 208)),
+        "blue": ((70, 122, 206), (74, 112, 166)),
+        "brown": ((150, 98, 62), (116, 84, 64)),
+    },
+    "plane": {
+        "white": ((248, 248, 250), (230, 230, 230)),
+        "blue": ((60, 110, 210), (70, 106, 168)),
+        "red": ((214, 64, 60), (178, 72, 66)),
+        "yellow": ((240, 206, 70), (206, 178, 86)),
+    },
+    "tank": {
+        "white": ((244, 244, 242), (224, 222, 216)),
+        "gray": ((166, 168, 172), (142, 142, 144)),
+        "brown": ((168, 112, 76), (130, 94, 74)),
+    },
+    "hull": {
+        "red": ((200, 70, 58), (150, 70, 60)),
+        "blue": ((64, 104, 190), (66, 92, 140)),
+        "gray": ((164, 166, 172), (138, 138, 140)),
+        "white": ((244, 244, 244), (222, 222, 222)),
+    },
+    "car": {
+        "white": ((246, 246, 246), (226, 226, 226)),
+        "red": ((214, 50, 46), (168, 58, 52)),
+        "blue": ((54, 92, 196), (66, 88, 146)),
+        "black": ((40, 40, 46), (44, 44, 48)),
+        "gray": ((140, 144, 150), (128, 130, 134)),
+        "yellow": ((240, 204, 60), (200, 170, 80)),
+    },
+    "pool": {"blue": ((70, 196, 232), (96, 176, 196))},
+    "paint": {"white": ((250, 250, 250), (224, 222, 214))},
+    "shrub": {"green": ((78, 110, 58), (70, 82, 50))},
+    "marsh": {"green": ((104, 146, 96), (82, 100, 68)), "brown": ((150, 136, 92), (116, 106, 78))},
+    "dark": {"black": ((56, 58, 64), (52, 54, 58))},
 }
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-006
 def tone(
-    material:str, # A key of `MATERIALS`
-    word:str, # One of the material's colour words
-    domain:str="source", # "source" or "target"
-) -> np.ndarray: # RGB, float (3,), 0 to 255
+    material: str,  # A key of `MATERIALS`
+    word: str,  # One of the material's colour words
+    domain: str = "source",  # "source" or "target"
+) -> np.ndarray:  # RGB, float (3,), 0 to 255
     """The plain colour of a material in one domain. Raises `ValueError` for an unknown material or colour."""
-    if material not in MATERIALS: raise ValueError(f"material {material!r} is unknown, allowed: {', '.join(MATERIALS)}")
-    if word not in MATERIALS[material]: raise ValueError(f"{material} has no colour {word!r}, allowed: {', '.join(MATERIALS[material])}")
+    if material not in MATERIALS:
+        raise ValueError(f"material {material!r} is unknown, allowed: {', '.join(MATERIALS)}")
+    if word not in MATERIALS[material]:
+        raise ValueError(f"{material} has no colour {word!r}, allowed: {', '.join(MATERIALS[material])}")
     return np.array(MATERIALS[material][word][domain == "target"], float)
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-009
 @dataclass(frozen=True)
 class Style:
     """The rendering conditions of one picture."""
-    domain:str # "source" or "target"
-    angle:float # Rotation of the world, radians
-    light:tuple # Direction in which shadows fall, unit vector (x, y) in picture coordinates
-    shadow:float # Opacity of shadows, 0 to 1
-    texture:float # Strength of surface texture, 0 to 1
-    jitter:float # Standard deviation of a material's colour between pictures, 0 to 255
-    haze:float # Share of haze, 0 (clear) to 1 (white)
-    cast:tuple # Gain of red, green, blue
-    gamma:float # Exponent on the 0 to 1 intensities
-    blur:float # Gaussian blur radius, pixels
-    noise:float # Sensor noise, standard deviation, 0 to 255
+
+    domain: str  # "source" or "target"
+    angle: float  # Rotation of the world, radians
+    light: tuple  # Direction in which shadows fall, unit vector (x, y) in picture coordinates
+    shadow: float  # Opacity of shadows, 0 to 1
+    texture: float  # Strength of surface texture, 0 to 1
+    jitter: float  # Standard deviation of a material's colour between pictures, 0 to 255
+    haze: float  # Share of haze, 0 (clear) to 1 (white)
+    cast: tuple  # Gain of red, green, blue
+    gamma: float  # Exponent on the 0 to 1 intensities
+    blur: float  # Gaussian blur radius, pixels
+    noise: float  # Sensor noise, standard deviation, 0 to 255
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-010
 def make_style(
-    domain:str, # "source" or "target"
-    rng:np.random.Generator, # Source of randomness
-) -> Style: # Conditions of one picture
+    domain: str,  # "source" or "target"
+    rng: np.random.Generator,  # Source of randomness
+) -> Style:  # Conditions of one picture
     "Draw the rendering conditions of one picture. Raises `ValueError` for an unknown domain."
-    if domain not in ("source", "target"): raise ValueError(f"domain {domain!r} is unknown, allowed: source, target")
-    turn, way = rng.uniform(0, 2*pi, 2)
+    if domain not in ("source", "target"):
+        raise ValueError(f"domain {domain!r} is unknown, allowed: source, target")
+    turn, way = rng.uniform(0, 2 * pi, 2)
     if domain == "source":
-        angle = round(turn/(pi/2))*pi/2 + rng.uniform(-.12, .12)
-        return Style(domain, angle, (cos(way), sin(way)), 0., .18, 5., 0., (1., 1., 1.), 1., 0., 1.5)
-    return Style(domain, turn, (cos(way), sin(way)), rng.uniform(.35, .6), 1., 11., rng.uniform(0, .26), tuple(rng.normal(1, .035, 3)),
-                 rng.uniform(.85, 1.25), rng.uniform(.45, 1.0), rng.uniform(2, 6))
+        angle = round(turn / (pi / 2)) * pi / 2 + rng.uniform(-0.12, 0.12)
+        return Style(domain, angle, (cos(way), sin(way)), 0.0, 0.18, 5.0, 0.0, (1.0, 1.0, 1.0), 1.0, 0.0, 1.5)
+    return Style(
+        domain,
+        turn,
+        (cos(way), sin(way)),
+        rng.uniform(0.35, 0.6),
+        1.0,
+        11.0,
+        rng.uniform(0, 0.26),
+        tuple(rng.normal(1, 0.035, 3)),
+        rng.uniform(0.85, 1.25),
+        rng.uniform(0.45, 1.0),
+        rng.uniform(2, 6),
+    )
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-013
 def place(
-    points, # Outline around the origin, (n, 2), world units
-    x:float, y:float, # New position of the origin, world units
-    angle:float=0., # Rotation, radians
-    scale:float=1., # Enlargement
-) -> np.ndarray: # (n, 2)
+    points,  # Outline around the origin, (n, 2), world units
+    x: float,
+    y: float,  # New position of the origin, world units
+    angle: float = 0.0,  # Rotation, radians
+    scale: float = 1.0,  # Enlargement
+) -> np.ndarray:  # (n, 2)
     "Scale, rotate and move an outline."
-    p, (s, c) = np.asarray(points, float)*scale, (sin(angle), cos(angle))
+    p, (s, c) = np.asarray(points, float) * scale, (sin(angle), cos(angle))
     return p @ np.array([[c, s], [-s, c]]) + (x, y)
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-014
 def box(
-    w:float, h:float, # Width and height, world units
-) -> np.ndarray: # (4, 2) corners around the origin
+    w: float,
+    h: float,  # Width and height, world units
+) -> np.ndarray:  # (4, 2) corners around the origin
     "A rectangle around the origin."
-    return np.array([[-w, -h], [w, -h], [w, h], [-w, h]])/2
+    return np.array([[-w, -h], [w, -h], [w, h], [-w, h]]) / 2
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-015
 def oval(
-    w:float, h:float, # Width and height, world units
-    n:int=28, # Number of corners
-    power:float=1., # 1 an ellipse, below 1 a rounded rectangle
-) -> np.ndarray: # (n, 2)
+    w: float,
+    h: float,  # Width and height, world units
+    n: int = 28,  # Number of corners
+    power: float = 1.0,  # 1 an ellipse, below 1 a rounded rectangle
+) -> np.ndarray:  # (n, 2)
     "An ellipse, or with `power` below 1 a rounded rectangle, around the origin."
-    t = np.arange(n)*2*pi/n
+    t = np.arange(n) * 2 * pi / n
     x, y = np.cos(t), np.sin(t)
-    return np.stack([np.sign(x)*abs(x)**power*w/2, np.sign(y)*abs(y)**power*h/2], 1)
+    return np.stack([np.sign(x) * abs(x) ** power * w / 2, np.sign(y) * abs(y) ** power * h / 2], 1)
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-016
 def blob(
-    rng:np.random.Generator, # Source of randomness
-    r:float, # Mean radius, world units
-    rough:float=.25, # Standard deviation of the radius, relative to `r`
-    n:int=64, # Number of corners
-) -> np.ndarray: # (n, 2)
+    rng: np.random.Generator,  # Source of randomness
+    r: float,  # Mean radius, world units
+    rough: float = 0.25,  # Standard deviation of the radius, relative to `r`
+    n: int = 64,  # Number of corners
+) -> np.ndarray:  # (n, 2)
     "An irregular closed outline around the origin: a circle with random harmonics."
-    t, k = np.arange(n)*2*pi/n, np.arange(2, 9)
-    amp, phase = rng.normal(0, 1, 7)/k, rng.uniform(0, 2*pi, 7)
-    rad = r*np.clip(1 + rough*(amp[:, None]*np.sin(k[:, None]*t + phase[:, None])).sum(0)*1.6, .35, 1.8)
-    return np.stack([rad*np.cos(t), rad*np.sin(t)], 1)
+    t, k = np.arange(n) * 2 * pi / n, np.arange(2, 9)
+    amp, phase = rng.normal(0, 1, 7) / k, rng.uniform(0, 2 * pi, 7)
+    rad = r * np.clip(1 + rough * (amp[:, None] * np.sin(k[:, None] * t + phase[:, None])).sum(0) * 1.6, 0.35, 1.8)
+    return np.stack([rad * np.cos(t), rad * np.sin(t)], 1)
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-017
 def wave(
-    rng:np.random.Generator, # Source of randomness
-    amplitude:float, # Sideways swing, world units
-    length:float=340., # Length of the line, world units
-    n:int=60, # Number of points
-    turns:float=1.3, # Mean number of bends
-) -> np.ndarray: # (n, 2) from left to right through about the origin
+    rng: np.random.Generator,  # Source of randomness
+    amplitude: float,  # Sideways swing, world units
+    length: float = 340.0,  # Length of the line, world units
+    n: int = 60,  # Number of points
+    turns: float = 1.3,  # Mean number of bends
+) -> np.ndarray:  # (n, 2) from left to right through about the origin
     "A smoothly bending line, for rivers, coasts and paths."
-    x = np.linspace(-length/2, length/2, n)
-    f, ph = rng.uniform(.6, 1.4, 2)*turns*2*pi/length, rng.uniform(0, 2*pi, 2)
-    return np.stack([x, amplitude*(np.sin(f[0]*x+ph[0])*.7 + .3*np.sin(2.3*f[1]*x+ph[1]))], 1)
+    x = np.linspace(-length / 2, length / 2, n)
+    f, ph = rng.uniform(0.6, 1.4, 2) * turns * 2 * pi / length, rng.uniform(0, 2 * pi, 2)
+    return np.stack([x, amplitude * (np.sin(f[0] * x + ph[0]) * 0.7 + 0.3 * np.sin(2.3 * f[1] * x + ph[1]))], 1)
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-020
 @dataclass(frozen=True)
 class Fact:
     """One thing that can be said about a picture."""
-    noun:str # Singular noun, as in the label map
-    count:int # How many are visible (0: not countable)
-    color:str|None = None # Colour word
-    role:str = "main" # "main", "also" (another object) or "base" (the ground it stands on)
+
+    noun: str  # Singular noun, as in the label map
+    count: int  # How many are visible (0: not countable)
+    color: str | None = None  # Colour word
+    role: str = "main"  # "main", "also" (another object) or "base" (the ground it stands on)
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-021
 class Canvas:
     "A picture being drawn, its label map and the facts about it."
-    def __init__(self,
-        rng:np.random.Generator, # Source of randomness for everything drawn
-        style:Style, # Rendering conditions
-        size:int=224, # Width and height of the finished picture, pixels
-        fine:int=2, # Supersampling factor
+
+    def __init__(
+        self,
+        rng: np.random.Generator,  # Source of randomness for everything drawn
+        style: Style,  # Rendering conditions
+        size: int = 224,  # Width and height of the finished picture, pixels
+        fine: int = 2,  # Supersampling factor
     ):
-        self.rng, self.style, self.size, self.unit = rng, style, size, size/224
-        self.k, side = fine*self.unit, size*fine
+        self.rng, self.style, self.size, self.unit = rng, style, size, size / 224
+        self.k, side = fine * self.unit, size * fine
         self.image, self.ids = Image.new("RGB", (side, side)), Image.new("L", (size, size))
         self.pen, self.tag = ImageDraw.Draw(self.image, "RGBA"), ImageDraw.Draw(self.ids)
         self.names, self.facts, self.rough, self.tones = ["ground"], [], {}, {}
         s, c = sin(style.angle), cos(style.angle)
         self.turn = np.array([[c, s], [-s, c]])
 
-    def id(self, name:str) -> int:
+    def id(self, name: str) -> int:
         "The label of a name, a new one if needed."
-        if name not in self.names: self.names.append(name)
+        if name not in self.names:
+            self.names.append(name)
         return self.names.index(name)
 
-    def pick(self, material:str, words=None):
+    def pick(self, material: str, words=None):
         "A random colour word of a material and its colour in this picture: (word, rgb)."
         word = str(self.rng.choice(list(words or MATERIALS[material])))
         return word, self.tone(material, word)
 
-    def tone(self, material:str, word:str|None=None) -> np.ndarray:
+    def tone(self, material: str, word: str | None = None) -> np.ndarray:
         "A material's colour in this picture: the same for every call within it."
         word = word or next(iter(MATERIALS[material]))
         if (material, word) not in self.tones:
-            self.tones[material, word] = np.clip(tone(material, word, self.style.domain) + self.rng.normal(0, self.style.jitter, 3)*.5 + self.rng.normal(0, self.style.jitter), 0, 255)
+            self.tones[material, word] = np.clip(
+                tone(material, word, self.style.domain)
+                + self.rng.normal(0, self.style.jitter, 3) * 0.5
+                + self.rng.normal(0, self.style.jitter),
+                0,
+                255,
+            )
         return self.tones[material, word]
 
-    def fact(self, role:str, noun:str, count:int=1, color:str|None=None): self.facts.append(Fact(noun, int(count), color, role))
+    def fact(self, role: str, noun: str, count: int = 1, color: str | None = None):
+        self.facts.append(Fact(noun, int(count), color, role))
 
-    def fill(self, rgb, name:str): self.polygon(box(400, 400), rgb, name)
+    def fill(self, rgb, name: str):
+        self.polygon(box(400, 400), rgb, name)
 
-    def polygon(self, points, rgb, name:str|None=None, alpha:int=255, height:float=0., of:str|None=None):
+    def polygon(
+        self, points, rgb, name: str | None = None, alpha: int = 255, height: float = 0.0, of: str | None = None
+    ):
         "Fill an outline; with `height` it throws a shadow first; without a name the label map stays as it is. `of`: what it is a part of, where the picture cannot tell."
         p = np.asarray(points, float) @ self.turn + 112
-        if p.max(0).min() < -25 or p.min(0).max() > 249: return
+        if p.max(0).min() < -25 or p.min(0).max() > 249:
+            return
         if height and self.style.shadow:
-            q = p + np.array(self.style.light)*height
-            for shape in (q, (p+q)/2): self.pen.polygon((shape*self.k).ravel().tolist(), fill=(0, 0, 0, int(160*self.style.shadow)))
-        self.pen.polygon((p*self.k).ravel().tolist(), fill=(*_rgb(rgb), alpha))
-        if name: self.tag.polygon((p*self.unit).ravel().tolist(), fill=self.id(name))
+            q = p + np.array(self.style.light) * height
+            for shape in (q, (p + q) / 2):
+                self.pen.polygon((shape * self.k).ravel().tolist(), fill=(0, 0, 0, int(160 * self.style.shadow)))
+        self.pen.polygon((p * self.k).ravel().tolist(), fill=(*_rgb(rgb), alpha))
+        if name:
+            self.tag.polygon((p * self.unit).ravel().tolist(), fill=self.id(name))
 
-    def line(self, points, width:float, rgb, name:str|None=None, alpha:int=255):
+    def line(self, points, width: float, rgb, name: str | None = None, alpha: int = 255):
         "A line of constant width in world units, with round bends."
         p = np.asarray(points, float) @ self.turn + 112
-        self.pen.line((p*self.k).ravel().tolist(), fill=(*_rgb(rgb), alpha), width=max(1, round(width*self.k)), joint="curve")
-        if name: self.tag.line((p*self.unit).ravel().tolist(), fill=self.id(name), width=max(1, round(width*self.unit)), joint="curve")
+        self.pen.line(
+            (p * self.k).ravel().tolist(), fill=(*_rgb(rgb), alpha), width=max(1, round(width * self.k)), joint="curve"
+        )
+        if name:
+            self.tag.line(
+                (p * self.unit).ravel().tolist(),
+                fill=self.id(name),
+                width=max(1, round(width * self.unit)),
+                joint="curve",
+            )
 
-    def dashes(self, points, width:float, rgb, on:float=6., off:float=6.):
+    def dashes(self, points, width: float, rgb, on: float = 6.0, off: float = 6.0):
         "A dashed line along a polyline; never labelled."
         p = np.asarray(points, float)
         d = np.r_[0, np.cumsum(np.hypot(*np.diff(p, axis=0).T))]
-        for a in np.arange(0, d[-1], on+off):
-            t = np.array([a, min(a+on, d[-1])])
+        for a in np.arange(0, d[-1], on + off):
+            t = np.array([a, min(a + on, d[-1])])
             self.line(np.stack([np.interp(t, d, p[:, i]) for i in (0, 1)], 1), width, rgb)
 
-    def discs(self, centers, radii, rgbs, name:str|None=None, height:float=0.):
+    def discs(self, centers, radii, rgbs, name: str | None = None, height: float = 0.0):
         "Many filled circles; `radii` and `rgbs` are one value or one per circle."
         c = np.asarray(centers, float).reshape(-1, 2) @ self.turn + 112
-        r, col = np.broadcast_to(np.asarray(radii, float), len(c)), np.broadcast_to(np.asarray(rgbs, float), (len(c), 3)).clip(0, 255).astype(int).tolist()
+        r, col = (
+            np.broadcast_to(np.asarray(radii, float), len(c)),
+            np.broadcast_to(np.asarray(rgbs, float), (len(c), 3)).clip(0, 255).astype(int).tolist(),
+        )
         seen = ((c > -12) & (c < 236)).all(1)
         if height and self.style.shadow:
-            q, dark = (c + np.array(self.style.light)*height), (0, 0, 0, int(190*self.style.shadow))
-            for (x, y), s, ok in zip((q*self.k).tolist(), (r*self.k).tolist(), seen):
-                if ok: self.pen.ellipse((x-s, y-s, x+s, y+s), fill=dark)
-        for (x, y), s, f, ok in zip((c*self.k).tolist(), (r*self.k).tolist(), col, seen):
-            if ok: self.pen.ellipse((x-s, y-s, x+s, y+s), fill=(*f, 255))
+            q, dark = (c + np.array(self.style.light) * height), (0, 0, 0, int(190 * self.style.shadow))
+            for (x, y), s, ok in zip((q * self.k).tolist(), (r * self.k).tolist(), seen):
+                if ok:
+                    self.pen.ellipse((x - s, y - s, x + s, y + s), fill=dark)
+        for (x, y), s, f, ok in zip((c * self.k).tolist(), (r * self.k).tolist(), col, seen):
+            if ok:
+                self.pen.ellipse((x - s, y - s, x + s, y + s), fill=(*f, 255))
         if name:
             i = self.id(name)
-            for (x, y), s, ok in zip((c*self.unit).tolist(), (r*self.unit).tolist(), seen):
-                if ok: self.tag.ellipse((x-s, y-s, x+s, y+s), fill=i)
+            for (x, y), s, ok in zip((c * self.unit).tolist(), (r * self.unit).tolist(), seen):
+                if ok:
+                    self.tag.ellipse((x - s, y - s, x + s, y + s), fill=i)
 
-    def paste(self, picture:np.ndarray, labels:np.ndarray|None=None, name:str|None=None):
+    def paste(self, picture: np.ndarray, labels: np.ndarray | None = None, name: str | None = None):
         "Put a computed picture (size, size, 3) under everything, with a label map or one name. The world's rotation does not apply."
         im = Image.fromarray(picture.clip(0, 255).astype(np.uint8)).resize(self.image.size, Image.BILINEAR)
         self.image.paste(im)
-        self.ids.paste(Image.fromarray(np.full((self.size,)*2, self.id(name), np.uint8) if labels is None else labels.astype(np.uint8)))
+        self.ids.paste(
+            Image.fromarray(
+                np.full((self.size,) * 2, self.id(name), np.uint8) if labels is None else labels.astype(np.uint8)
+            )
+        )
 
-    def noise(self, cell:float=40., octaves:int=3, gain:float=.5) -> np.ndarray:
+    def noise(self, cell: float = 40.0, octaves: int = 3, gain: float = 0.5) -> np.ndarray:
         "Smooth random field (size, size) of mean 0 and standard deviation 1, with features of about `cell` pixels."
-        out = np.zeros((self.size,)*2, np.float32)
+        out = np.zeros((self.size,) * 2, np.float32)
         for o in range(octaves):
-            n = int(np.clip(224*2**o/cell, 2, 224)) + 3
-            out += gain**o*np.asarray(Image.fromarray(self.rng.standard_normal((n, n)).astype(np.float32)).resize((self.size,)*2, Image.BICUBIC))
-        return (out-out.mean())/(out.std()+1e-6)
+            n = int(np.clip(224 * 2**o / cell, 2, 224)) + 3
+            out += gain**o * np.asarray(
+                Image.fromarray(self.rng.standard_normal((n, n)).astype(np.float32)).resize(
+                    (self.size,) * 2, Image.BICUBIC
+                )
+            )
+        return (out - out.mean()) / (out.std() + 1e-6)
 
-    def spots(self, n:int, radius:float=88., gap:float=20., center=(0., 0.), tries:int=60) -> np.ndarray:
+    def spots(self, n: int, radius: float = 88.0, gap: float = 20.0, center=(0.0, 0.0), tries: int = 60) -> np.ndarray:
         "At most `n` random positions in a disc that keep `gap` units from each other, (m, 2)."
         got = []
-        for _ in range(n*tries):
+        for _ in range(n * tries):
             p = self.rng.uniform(-radius, radius, 2)
-            if p@p <= radius*radius and all((p[0]-q[0])**2 + (p[1]-q[1])**2 >= gap*gap for q in got): got.append(p)
-            if len(got) == n: break
+            if p @ p <= radius * radius and all((p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2 >= gap * gap for q in got):
+                got.append(p)
+            if len(got) == n:
+                break
         return np.array(got).reshape(-1, 2) + np.asarray(center)
 
     def labels(self) -> np.ndarray:
@@ -248,40 +358,75 @@ class Canvas:
     def finish(self) -> np.ndarray:
         "The finished picture (size, size, 3), uint8: texture, haze, colour cast, blur and sensor noise of the style."
         st, rng = self.style, self.rng
-        x = np.asarray(self.image.resize((self.size,)*2, Image.BOX), np.float32)
-        amp = np.array([self.rough.get(n, ROUGH.get(n, .05)) for n in self.names], np.float32)[self.labels()]*st.texture
-        x = x*(1 + amp*(.7*self.noise(3, 1) + .6*self.noise(14, 2)))[..., None]
+        x = np.asarray(self.image.resize((self.size,) * 2, Image.BOX), np.float32)
+        amp = (
+            np.array([self.rough.get(n, ROUGH.get(n, 0.05)) for n in self.names], np.float32)[self.labels()]
+            * st.texture
+        )
+        x = x * (1 + amp * (0.7 * self.noise(3, 1) + 0.6 * self.noise(14, 2)))[..., None]
         if st.domain == "target":
-            x = 255*(x.clip(0, 255)/255)**st.gamma*(1 + .05*self.noise(120, 1))[..., None]*np.array(st.cast, np.float32)
-            x = x*(1-st.haze) + np.array([196, 202, 208], np.float32)*st.haze
-            x = np.asarray(Image.fromarray(x.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(st.blur)), np.float32)
-        x += rng.standard_normal((self.size, self.size, 1), np.float32)*st.noise
+            x = (
+                255
+                * (x.clip(0, 255) / 255) ** st.gamma
+                * (1 + 0.05 * self.noise(120, 1))[..., None]
+                * np.array(st.cast, np.float32)
+            )
+            x = x * (1 - st.haze) + np.array([196, 202, 208], np.float32) * st.haze
+            x = np.asarray(
+                Image.fromarray(x.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(st.blur)), np.float32
+            )
+        x += rng.standard_normal((self.size, self.size, 1), np.float32) * st.noise
         return x.clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-022
-def _rgb(c): return tuple(int(v) for v in np.clip(c, 0, 255))
+def _rgb(c):
+    return tuple(int(v) for v in np.clip(c, 0, 255))
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-023
-ROUGH = {"tree":.2, "forest":.24, "meadow":.1, "lawn":.09, "water":.03, "sea":.035, "lake":.03, "river":.035, "road":.05, "building":.05, "house":.05, # Texture by name
-         "desert":.06, "mountain":.12, "bare land":.12, "farmland":.1, "sand":.05, "beach":.05, "plane":.02, "storage tank":.03, "wetland":.15, "shrub":.2, "rock":.2}
+ROUGH = {
+    "tree": 0.2,
+    "forest": 0.24,
+    "meadow": 0.1,
+    "lawn": 0.09,
+    "water": 0.03,
+    "sea": 0.035,
+    "lake": 0.03,
+    "river": 0.035,
+    "road": 0.05,
+    "building": 0.05,
+    "house": 0.05,  # Texture by name
+    "desert": 0.06,
+    "mountain": 0.12,
+    "bare land": 0.12,
+    "farmland": 0.1,
+    "sand": 0.05,
+    "beach": 0.05,
+    "plane": 0.02,
+    "storage tank": 0.03,
+    "wetland": 0.15,
+    "shrub": 0.2,
+    "rock": 0.2,
+}
 
 # %% ../../nbs/lib/02_scenes/01_canvas.ipynb #cell-028
 def contact_sheet(
-    lands:dict, # Class name -> drawing function
-    per_row:int, # Pictures in a row
-    domains=("source", "target"), # Domains, one block of rows each
-    seed:int=0, # Seed of the pictures
-    step:int=2, # Every how many pixels one is shown
-) -> np.ndarray: # (rows, columns, 3) uint8
+    lands: dict,  # Class name -> drawing function
+    per_row: int,  # Pictures in a row
+    domains=("source", "target"),  # Domains, one block of rows each
+    seed: int = 0,  # Seed of the pictures
+    step: int = 2,  # Every how many pixels one is shown
+) -> np.ndarray:  # (rows, columns, 3) uint8
     "Every class once, block by block; the main object must be the first fact."
     rows = []
     for domain in domains:
         cells = []
         for i, (land, draw) in enumerate(lands.items()):
             rng = np.random.default_rng([seed, i])
-            c = Canvas(rng, make_style(domain, rng)); draw(c)
-            if c.facts[0].role != "main": raise ValueError(f"the first fact of {land!r} has the role {c.facts[0].role!r}, it must be main")
+            c = Canvas(rng, make_style(domain, rng))
+            draw(c)
+            if c.facts[0].role != "main":
+                raise ValueError(f"the first fact of {land!r} has the role {c.facts[0].role!r}, it must be main")
             cells.append(c.finish()[::step, ::step])
-        cells += [np.full_like(cells[0], 255)]*(-len(cells) % per_row)
-        rows += [np.hstack(cells[k:k+per_row]) for k in range(0, len(cells), per_row)]
+        cells += [np.full_like(cells[0], 255)] * (-len(cells) % per_row)
+        rows += [np.hstack(cells[k : k + per_row]) for k in range(0, len(cells), per_row)]
     return np.vstack(rows)

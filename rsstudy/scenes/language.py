@@ -6,93 +6,252 @@
 from __future__ import annotations
 
 import numpy as np
+
 from .canvas import MATERIALS
 from .phrases import COMMON, SHORT, SPECIAL, WITH_A, WITH_AA, WITH_AB, WITH_B
 from rsstudy.scenes.text import (
-    ASKED, DESCRIBE_TEMPLATES, NOUNS, NUMBERS, PLAIN_TEMPLATES, PREP, SOURCE_TEMPLATES, article, expand, words_of,
+    ASKED,
+    DESCRIBE_TEMPLATES,
+    NOUNS,
+    NUMBERS,
+    PLAIN_TEMPLATES,
+    PREP,
+    SOURCE_TEMPLATES,
+    article,
+    expand,
+    words_of,
 )
 
 # %% auto #0
 __all__ = ['WORDS', 'NOUN_CLASSES', 'SAME_PLURAL', 'FRAMES', 'GENERAL', 'plural_of', 'background_sentence', 'lexicon']
 
 # %% ../../nbs/lib/02_scenes/09_language.ipynb #cell-005
-def _list(text): return tuple(w.replace("_", " ") for w in text.split())
+def _list(text):
+    return tuple(w.replace("_", " ") for w in text.split())
 
 # %% ../../nbs/lib/02_scenes/09_language.ipynb #cell-006
 WORDS = {
-    "vehicle":_list("plane airplane aeroplane aircraft airliner jet helicopter car vehicle truck bus van automobile lorry tanker train carriage wagon ship boat vessel yacht ferry barge sailboat motorboat fishing_boat cargo_ship container_ship speedboat bicycle excavator crane bulldozer trailer jeep taxi cruise_ship warship fighter tractor locomotive tram"),
-    "building":_list("building house home villa apartment residence dwelling cottage cabin bungalow hut flat mansion tower skyscraper high-rise block factory workshop warehouse plant workplace shed hangar depot church cathedral chapel temple palace castle museum library school kindergarten university campus dormitory hospital hotel office shop store supermarket mall market restaurant bank theater cinema gym gymnasium arena stadium terminal station control_tower lighthouse greenhouse barn farmhouse silo garage pavilion monument sculpture statue edifice structure complex center exhibition_hall hall canteen storehouse townhouse resort clubhouse container pagoda dome shelter canopy chimney boiler cooling_tower smokestack"),
-    "sport":_list("tennis_court basketball_court badminton_court volleyball_court football_field soccer_field baseball_field baseball_diamond playground ground_track_field running_track swimming_pool golf_course stadium grandstand bleacher court pitch rink skating_rink gate goal bunker fairway teeing_ground putting_green sports_field hockey_field racetrack infield outfield"),
-    "way":_list("road street highway freeway expressway motorway avenue lane path trail footpath sidewalk pavement walkway alley bridge overpass viaduct flyover ramp tunnel underpass intersection crossroad crossing junction roundabout railway railroad track rail runway taxiway airstrip driveway boulevard roadway crosswalk zebra_crossing circle footbridge pathway route loop bend curve corner country_road dirt_road main_road ring_road branch_road bikeway overbridge interchange"),
-    "water":_list("river stream creek brook lake pond pool reservoir sea ocean bay gulf canal channel ditch waterfall fountain harbor harbour port tributary estuary lagoon strait seawater waterway swamp spring wave spray foam basin moat puddle dam ripple current tide inlet glacier cove"),
-    "land":_list("meadow grassland lawn turf grass field farmland cropland farm plantation orchard vineyard paddy forest wood woodland grove jungle rainforest bush shrubland chaparral desert sand beach coast coastline shore seashore bank riverbank island islet peninsula reef hill mountain ridge peak summit valley cliff slope hillside ravine gully canyon plain plateau basin wasteland clearing wetland marsh wilderness oasis dune bareland bare_land terrace terraced_field circular_farmland rectangular_farmland dry_land ground soil land open_space vacant_lot pasture prairie steppe savanna crater gobi foothill hilltop sandbar sandbank cape mudflat snowberg snowfield iceberg sea_ice ice_floe park garden flower_bed courtyard yard square plaza parking_lot parking_space parking_area lot cemetery quarry mine construction_site car_park amusement_park nursery"),
-    "place":_list("airport harbor port village town city suburb downtown district neighborhood community residential_area dense_residential_area medium_residential_area sparse_residential_area commercial_area industrial_area mobile_home_park railway_station train_station thermal_power_station power_plant gas_station toll_station service_area school park farm resort zoo campus dock wharf pier jetty quay apron tarmac storage_area business_district industrial_park region area zone county countryside seaside waterfront playground square"),
-    "plant":_list("tree bush shrub plant flower grass weed crop palm pine poplar bamboo coconut_tree hedge willow sapling lotus reed cactus vine fern moss treetop crown belt_of_trees row_of_trees"),
-    "part":_list("roof wall window door chimney balcony eave fence gate yard entrance exit edge side corner end center middle top bottom surface line mark marking sign stripe arrow strip belt row column grid block fuselage wing tail engine cabin deck mast hull container tank storage_tank oil_tank pipe pipeline tube pillar column arch rail sleeper platform awning umbrella bench stand seat lamp solar_panel billboard cable shadow spot patch trace texture fold crack vein layer step stair rock stone boulder pebble gravel reef wheel turbine arm ring arc base net boundary border shade crest"),
-    "color":_list("white black gray grey red green blue yellow brown orange purple pink cyan khaki beige tan golden silver cream turquoise emerald olive maroon bright dark light pale deep dark_green light_green dark_blue light_blue dark_gray light_gray yellowish greenish grayish reddish brownish bluish blue-green silvery colorful colored multicolored rust ochre ivory navy crimson"),
-    "size":_list("large big small tiny huge little vast long short wide narrow broad tall high low thick thin giant enormous medium-sized mid-sized spacious compact great deep shallow massive slender"),
-    "shape":_list("round circular square rectangular triangular oval elliptical curved straight winding twisted irregular regular symmetrical semicircular polygonal trapezoidal l-shaped u-shaped t-shaped y-shaped cross-shaped fan-shaped ring-shaped heart-shaped wavy flat smooth rough rugged uneven steep gentle pointed cylindrical spherical spindle-shaped hexagonal arc-shaped strip-shaped horseshoe-shaped zigzag parallel striped gridded arched conical"),
-    "quality":_list("beautiful neat tidy orderly messy crowded busy quiet peaceful empty open dense sparse lush luxuriant flourishing dry wet bare barren bald withered fertile clean clear calm turbid muddy rocky sandy grassy snowy frozen snow-covered mountainous hilly forested wooded verdant green-covered modern old new simple complex luxurious magnificent spectacular majestic desolate remote bustling prosperous scattered isolated adjacent different similar same various identical separate connected deserted abandoned unfinished artificial natural public private industrial commercial residential agricultural urban rural coastal inland tropical transparent sparkling cloudy foggy vacant stopped moored paved unpaved concrete cement asphalt wooden metal steel brick glass plastic stone tiled sloping pitched corrugated gabled well-organized well-arranged well-decorated ploughed planted cultivated harvested irrigated"),
-    "state":_list("parked docked moored anchored stopped arranged lined aligned placed located situated built constructed scattered distributed dotted planted surrounded planned crowded packed stacked spread erected set installed hidden nestled clustered gathered exposed piled settled concentrated interspersed organized separated"),
-    "going":_list("running driving sailing moving parking flying taxiing floating waiting passing turning traveling loading landing boarding departing arriving queuing speeding resting"),
-    "manner":_list("neatly orderly closely tightly densely sparsely regularly irregularly evenly randomly compactly quietly separately respectively horizontally vertically diagonally parallelly side_by_side in_rows in_lines in_a_row in_a_line in_order together loosely haphazardly symmetrically in_groups one_by_one here_and_there in_columns in_clusters at_random in_parallel in_pairs abreast head_to_head back_to_back"),
-    "near":_list("near beside by along around behind beyond opposite alongside above below under over across against inside outside within between_trees_and among next_to close_to adjacent_to in_front_of on_the_edge_of at_the_edge_of on_the_left_of on_the_right_of at_the_corner_of in_the_middle_of in_the_center_of on_one_side_of on_both_sides_of on_two_sides_of at_the_end_of at_the_foot_of on_the_top_of far_from not_far_from on_the_bank_of by_the_side_of at_the_side_of to_the_north_of to_the_south_of to_the_east_of to_the_west_of throughout toward"),
-    "link":_list("crosses passes connects divides separates surrounds encloses encircles covers borders faces joins splits spans overlooks adjoins flanks occupies decorates embraces leads_to goes_through passes_through runs_through runs_along cuts_through winds_through stretches_across extends_to belongs_to consists_of is_made_up_of is_covered_with is_full_of is_divided_by is_separated_by is_surrounded_by is_connected_with is_adjacent_to is_composed_of is_filled_with is_paved_with is_decorated_with is_crossed_by is_lined_with is_dotted_with is_equipped_with is_bordered_by is_linked_to is_planted_with is_encircled_by contains includes has owns lies_beside stands_beside sits_beside is_enclosed_by is_located_in is_built_on"),
-    "flow":_list("flows winds meanders runs passes bends stretches goes extends twists curves branches narrows widens"),
-    "count":_list("two three four five six seven eight nine ten eleven twelve several some many various numerous countless dozens_of hundreds_of lots_of plenty_of a_lot_of a_few a_number_of a_large_number_of rows_of lines_of a_row_of a_group_of groups_of pieces_of all_kinds_of both_sides_of clusters_of a_cluster_of pairs_of a_pair_of most all few other"),
-    "abstract":_list("picture image scene view photo photograph landscape scenery pattern shape form color distance direction height size background foreground layout distribution position density scale style environment arrangement space traffic"),
-    "often":_list("there_is here_is we_can_see you_can_see it_is this_is in_the_picture_there_is in_this_area_there_is it_can_be_seen_that_there_is it_shows"),
+    "vehicle": _list(
+        "plane airplane aeroplane aircraft airliner jet helicopter car vehicle truck bus van automobile lorry tanker train carriage wagon ship boat vessel yacht ferry barge sailboat motorboat fishing_boat cargo_ship container_ship speedboat bicycle excavator crane bulldozer trailer jeep taxi cruise_ship warship fighter tractor locomotive tram"
+    ),
+    "building": _list(
+        "building house home villa apartment residence dwelling cottage cabin bungalow hut flat mansion tower skyscraper high-rise block factory workshop warehouse plant workplace shed hangar depot church cathedral chapel temple palace castle museum library school kindergarten university campus dormitory hospital hotel office shop store supermarket mall market restaurant bank theater cinema gym gymnasium arena stadium terminal station control_tower lighthouse greenhouse barn farmhouse silo garage pavilion monument sculpture statue edifice structure complex center exhibition_hall hall canteen storehouse townhouse resort clubhouse container pagoda dome shelter canopy chimney boiler cooling_tower smokestack"
+    ),
+    "sport": _list(
+        "tennis_court basketball_court badminton_court volleyball_court football_field soccer_field baseball_field baseball_diamond playground ground_track_field running_track swimming_pool golf_course stadium grandstand bleacher court pitch rink skating_rink gate goal bunker fairway teeing_ground putting_green sports_field hockey_field racetrack infield outfield"
+    ),
+    "way": _list(
+        "road street highway freeway expressway motorway avenue lane path trail footpath sidewalk pavement walkway alley bridge overpass viaduct flyover ramp tunnel underpass intersection crossroad crossing junction roundabout railway railroad track rail runway taxiway airstrip driveway boulevard roadway crosswalk zebra_crossing circle footbridge pathway route loop bend curve corner country_road dirt_road main_road ring_road branch_road bikeway overbridge interchange"
+    ),
+    "water": _list(
+        "river stream creek brook lake pond pool reservoir sea ocean bay gulf canal channel ditch waterfall fountain harbor harbour port tributary estuary lagoon strait seawater waterway swamp spring wave spray foam basin moat puddle dam ripple current tide inlet glacier cove"
+    ),
+    "land": _list(
+        "meadow grassland lawn turf grass field farmland cropland farm plantation orchard vineyard paddy forest wood woodland grove jungle rainforest bush shrubland chaparral desert sand beach coast coastline shore seashore bank riverbank island islet peninsula reef hill mountain ridge peak summit valley cliff slope hillside ravine gully canyon plain plateau basin wasteland clearing wetland marsh wilderness oasis dune bareland bare_land terrace terraced_field circular_farmland rectangular_farmland dry_land ground soil land open_space vacant_lot pasture prairie steppe savanna crater gobi foothill hilltop sandbar sandbank cape mudflat snowberg snowfield iceberg sea_ice ice_floe park garden flower_bed courtyard yard square plaza parking_lot parking_space parking_area lot cemetery quarry mine construction_site car_park amusement_park nursery"
+    ),
+    "place": _list(
+        "airport harbor port village town city suburb downtown district neighborhood community residential_area dense_residential_area medium_residential_area sparse_residential_area commercial_area industrial_area mobile_home_park railway_station train_station thermal_power_station power_plant gas_station toll_station service_area school park farm resort zoo campus dock wharf pier jetty quay apron tarmac storage_area business_district industrial_park region area zone county countryside seaside waterfront playground square"
+    ),
+    "plant": _list(
+        "tree bush shrub plant flower grass weed crop palm pine poplar bamboo coconut_tree hedge willow sapling lotus reed cactus vine fern moss treetop crown belt_of_trees row_of_trees"
+    ),
+    "part": _list(
+        "roof wall window door chimney balcony eave fence gate yard entrance exit edge side corner end center middle top bottom surface line mark marking sign stripe arrow strip belt row column grid block fuselage wing tail engine cabin deck mast hull container tank storage_tank oil_tank pipe pipeline tube pillar column arch rail sleeper platform awning umbrella bench stand seat lamp solar_panel billboard cable shadow spot patch trace texture fold crack vein layer step stair rock stone boulder pebble gravel reef wheel turbine arm ring arc base net boundary border shade crest"
+    ),
+    "color": _list(
+        "white black gray grey red green blue yellow brown orange purple pink cyan khaki beige tan golden silver cream turquoise emerald olive maroon bright dark light pale deep dark_green light_green dark_blue light_blue dark_gray light_gray yellowish greenish grayish reddish brownish bluish blue-green silvery colorful colored multicolored rust ochre ivory navy crimson"
+    ),
+    "size": _list(
+        "large big small tiny huge little vast long short wide narrow broad tall high low thick thin giant enormous medium-sized mid-sized spacious compact great deep shallow massive slender"
+    ),
+    "shape": _list(
+        "round circular square rectangular triangular oval elliptical curved straight winding twisted irregular regular symmetrical semicircular polygonal trapezoidal l-shaped u-shaped t-shaped y-shaped cross-shaped fan-shaped ring-shaped heart-shaped wavy flat smooth rough rugged uneven steep gentle pointed cylindrical spherical spindle-shaped hexagonal arc-shaped strip-shaped horseshoe-shaped zigzag parallel striped gridded arched conical"
+    ),
+    "quality": _list(
+        "beautiful neat tidy orderly messy crowded busy quiet peaceful empty open dense sparse lush luxuriant flourishing dry wet bare barren bald withered fertile clean clear calm turbid muddy rocky sandy grassy snowy frozen snow-covered mountainous hilly forested wooded verdant green-covered modern old new simple complex luxurious magnificent spectacular majestic desolate remote bustling prosperous scattered isolated adjacent different similar same various identical separate connected deserted abandoned unfinished artificial natural public private industrial commercial residential agricultural urban rural coastal inland tropical transparent sparkling cloudy foggy vacant stopped moored paved unpaved concrete cement asphalt wooden metal steel brick glass plastic stone tiled sloping pitched corrugated gabled well-organized well-arranged well-decorated ploughed planted cultivated harvested irrigated"
+    ),
+    "state": _list(
+        "parked docked moored anchored stopped arranged lined aligned placed located situated built constructed scattered distributed dotted planted surrounded planned crowded packed stacked spread erected set installed hidden nestled clustered gathered exposed piled settled concentrated interspersed organized separated"
+    ),
+    "going": _list(
+        "running driving sailing moving parking flying taxiing floating waiting passing turning traveling loading landing boarding departing arriving queuing speeding resting"
+    ),
+    "manner": _list(
+        "neatly orderly closely tightly densely sparsely regularly irregularly evenly randomly compactly quietly separately respectively horizontally vertically diagonally parallelly side_by_side in_rows in_lines in_a_row in_a_line in_order together loosely haphazardly symmetrically in_groups one_by_one here_and_there in_columns in_clusters at_random in_parallel in_pairs abreast head_to_head back_to_back"
+    ),
+    "near": _list(
+        "near beside by along around behind beyond opposite alongside above below under over across against inside outside within between_trees_and among next_to close_to adjacent_to in_front_of on_the_edge_of at_the_edge_of on_the_left_of on_the_right_of at_the_corner_of in_the_middle_of in_the_center_of on_one_side_of on_both_sides_of on_two_sides_of at_the_end_of at_the_foot_of on_the_top_of far_from not_far_from on_the_bank_of by_the_side_of at_the_side_of to_the_north_of to_the_south_of to_the_east_of to_the_west_of throughout toward"
+    ),
+    "link": _list(
+        "crosses passes connects divides separates surrounds encloses encircles covers borders faces joins splits spans overlooks adjoins flanks occupies decorates embraces leads_to goes_through passes_through runs_through runs_along cuts_through winds_through stretches_across extends_to belongs_to consists_of is_made_up_of is_covered_with is_full_of is_divided_by is_separated_by is_surrounded_by is_connected_with is_adjacent_to is_composed_of is_filled_with is_paved_with is_decorated_with is_crossed_by is_lined_with is_dotted_with is_equipped_with is_bordered_by is_linked_to is_planted_with is_encircled_by contains includes has owns lies_beside stands_beside sits_beside is_enclosed_by is_located_in is_built_on"
+    ),
+    "flow": _list(
+        "flows winds meanders runs passes bends stretches goes extends twists curves branches narrows widens"
+    ),
+    "count": _list(
+        "two three four five six seven eight nine ten eleven twelve several some many various numerous countless dozens_of hundreds_of lots_of plenty_of a_lot_of a_few a_number_of a_large_number_of rows_of lines_of a_row_of a_group_of groups_of pieces_of all_kinds_of both_sides_of clusters_of a_cluster_of pairs_of a_pair_of most all few other"
+    ),
+    "abstract": _list(
+        "picture image scene view photo photograph landscape scenery pattern shape form color distance direction height size background foreground layout distribution position density scale style environment arrangement space traffic"
+    ),
+    "often": _list(
+        "there_is here_is we_can_see you_can_see it_is this_is in_the_picture_there_is in_this_area_there_is it_can_be_seen_that_there_is it_shows"
+    ),
 }
 
 # %% ../../nbs/lib/02_scenes/09_language.ipynb #cell-008
 NOUN_CLASSES = ("vehicle", "building", "sport", "way", "water", "land", "place", "plant", "part")
-SAME_PLURAL = ("aircraft", "grass", "seawater", "land", "bamboo", "traffic", "scenery", "grassland", "sea ice", "soil", "sand", "moss", "ground", "snow", "gravel", "foam", "chaparral", "spray")
+SAME_PLURAL = (
+    "aircraft",
+    "grass",
+    "seawater",
+    "land",
+    "bamboo",
+    "traffic",
+    "scenery",
+    "grassland",
+    "sea ice",
+    "soil",
+    "sand",
+    "moss",
+    "ground",
+    "snow",
+    "gravel",
+    "foam",
+    "chaparral",
+    "spray",
+)
 
 
 def plural_of(
-    noun:str, # Singular noun, possibly of several words
+    noun: str,  # Singular noun, possibly of several words
 ) -> str:
     "The plural by rule; unchanged for nouns without one."
-    if noun in SAME_PLURAL: return noun
-    if " of " in noun: head, tail = noun.split(" of ", 1); return plural_of(head)+" of "+tail
-    if noun.endswith(("beach", "church", "bush", "ditch", "marsh", "branch", "bus", "cactus", "campus", "bench", "tree crown", "arch", "patch", "cross", "palm", "dish", "glass")) and not noun.endswith("palm"): return noun+"es"
-    if noun.endswith("pitch") or noun.endswith("ss"): return noun+"es"
-    if noun.endswith("wharf"): return noun[:-1]+"ves"
-    if noun.endswith("leaf"): return noun[:-1]+"ves"
-    if noun.endswith("y") and noun[-2] not in "aeiou": return noun[:-1]+"ies"
-    return noun if noun.endswith("s") else noun+"s"
+    if noun in SAME_PLURAL:
+        return noun
+    if " of " in noun:
+        head, tail = noun.split(" of ", 1)
+        return plural_of(head) + " of " + tail
+    if noun.endswith(
+        (
+            "beach",
+            "church",
+            "bush",
+            "ditch",
+            "marsh",
+            "branch",
+            "bus",
+            "cactus",
+            "campus",
+            "bench",
+            "tree crown",
+            "arch",
+            "patch",
+            "cross",
+            "palm",
+            "dish",
+            "glass",
+        )
+    ) and not noun.endswith("palm"):
+        return noun + "es"
+    if noun.endswith("pitch") or noun.endswith("ss"):
+        return noun + "es"
+    if noun.endswith("wharf"):
+        return noun[:-1] + "ves"
+    if noun.endswith("leaf"):
+        return noun[:-1] + "ves"
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun if noun.endswith("s") else noun + "s"
 
 # %% ../../nbs/lib/02_scenes/09_language.ipynb #cell-009
 FRAMES = (
-    "<count> <color> <vehicles> are <state> <manner> <near> the <place> .", "<a size> <color> <vehicle> is <state> <near> <a place> .", "<count> <vehicles> are <going> on the <size> <way> .", "<a vehicle> is <going> <near> <a color> <water> .",
-    "there are <count> <color> <buildings> and <count> <plants> (near|beside|around) the <way> .", "many <color> <buildings> and green <plants> are in <a quality> <place> .", "<count> <buildings> with <color> <parts> are <state> <manner> <near> the <way> .",
-    "it is a piece of <color> <land> with <count> <plants> <state> on it .", "it is <a quality> <place> with <count> <size> <buildings> .", "<a shape> <water> <flow> through the <quality> <land> .", "<a size> <color> <water> is surrounded by <count> <plants> and <buildings> .",
-    "the <color> <water> <flow> between two <quality> <lands> .", "<a size> <way> <link> the <quality> <land> .", "the <shape> <way> <link> <a color> <building> .", "<count> <sports> are <state> <manner> <near> <a way> .", "there is <a shape> <sport> <near> the <color> <building> .",
-    "<a sport> is surrounded by <count> <color> <plants> and <a size> <way> .", "the <quality> <place> <link> <count> <buildings> .", "on the <quality> <land> there are <count> <shape> <parts> .", "<count> <parts> of different colors are on the <land> .",
-    "the <part> of the <building> is <color> and <shape> .", "the <parts> of these <buildings> are <color> .", "the <color> <land> is <quality> and <quality> .", "we can see <a color> <building> in the <abstract> .", "in the <abstract> there are <count> <vehicles> and <a size> <water> .",
-    "<a shape> <building> is in the (middle|center) of the <place> .", "the <building> is <near> the <quality> <way> .", "(this|the) <abstract> shows <a quality> <place> with <count> <ways> .", "<count> <ways> meet at <a shape> <way> with <count> <vehicles> .", "two <ways> cross <manner> with <count> <vehicles> <going> on them .",
-    "<a size> <place> <link> <a color> <land> and <a size> <water> .", "the <size> <place> has <count> <buildings> and <count> <sports> .", "<color> and <color> <parts> are on the <shape> <land> .", "<count> <plants> grow <manner> on the <quality> <land> .", "the <plants> are so <quality> that the <land> can hardly be seen .",
-    "there is little vegetation in this <quality> <land> .", "both sides of the <way> are <quality> <lands> .", "<count> <lands> are divided by <count> <shape> <ways> .", "<a color> <part> is <near> the <shape> <part> .", "<count> <lands> of different sizes and shapes are <state> together .",
-    "the <building> looks like <a shape> <part> from above .", "one <vehicle> is <state> while the other <vehicles> are <going> .", "<a building> and <a building> are separated by <a way> .", "<count> <buildings> are on one side of the <water> while <count> <plants> are on the other side .",
-    "the <water> is <color> and its <part> is <quality> .", "<often> <a size> <place> .", "<often> <a quality> <land> with <a color> <part> .", "<count> <vehicles> .", "<a color> <land> beside <a water> .", "the <place> was built <near> the <quality> <land> .", "<near> the <water> is <a quality> <place> .",
-    "not only <plants> but also <buildings> are <near> the <way> .", "most of the <buildings> have <color> <parts> .", "each <building> has its own <part> and <part> .", "the <abstract> of the <place> is <quality> .", "some <color> <waves> are slapping the <quality> <land> .".replace("<waves>", "waves"),
-    "the <lands> rise and fall like <shape> <parts> .", "<count> <size> <parts> and <count> <size> <parts> are in the <place> .", "the <way> is so <quality> that there are few <vehicles> on it .", "from <a size> <part> to <a shape> <part> , the <land> is <quality> .",
-    "<a vehicle> with <a color> <part> is <going> <manner> .", "<a quality> <building> stands alone in the <land> .", "<count> <buildings> are arranged around <a shape> <place> <manner> .", "the <water> next to the <land> is <color> with <count> <vehicles> <going> in it .",
-    "it seems that the <place> is under construction .", "the terrain is higher on the left than on the right of the <way> .", "part of the <land> is covered with <color> <plants> .", "<count> <plants> and <a water> make the <place> more beautiful .", "<a part> like <a shape> <part> is on the <land> .",
+    "<count> <color> <vehicles> are <state> <manner> <near> the <place> .",
+    "<a size> <color> <vehicle> is <state> <near> <a place> .",
+    "<count> <vehicles> are <going> on the <size> <way> .",
+    "<a vehicle> is <going> <near> <a color> <water> .",
+    "there are <count> <color> <buildings> and <count> <plants> (near|beside|around) the <way> .",
+    "many <color> <buildings> and green <plants> are in <a quality> <place> .",
+    "<count> <buildings> with <color> <parts> are <state> <manner> <near> the <way> .",
+    "it is a piece of <color> <land> with <count> <plants> <state> on it .",
+    "it is <a quality> <place> with <count> <size> <buildings> .",
+    "<a shape> <water> <flow> through the <quality> <land> .",
+    "<a size> <color> <water> is surrounded by <count> <plants> and <buildings> .",
+    "the <color> <water> <flow> between two <quality> <lands> .",
+    "<a size> <way> <link> the <quality> <land> .",
+    "the <shape> <way> <link> <a color> <building> .",
+    "<count> <sports> are <state> <manner> <near> <a way> .",
+    "there is <a shape> <sport> <near> the <color> <building> .",
+    "<a sport> is surrounded by <count> <color> <plants> and <a size> <way> .",
+    "the <quality> <place> <link> <count> <buildings> .",
+    "on the <quality> <land> there are <count> <shape> <parts> .",
+    "<count> <parts> of different colors are on the <land> .",
+    "the <part> of the <building> is <color> and <shape> .",
+    "the <parts> of these <buildings> are <color> .",
+    "the <color> <land> is <quality> and <quality> .",
+    "we can see <a color> <building> in the <abstract> .",
+    "in the <abstract> there are <count> <vehicles> and <a size> <water> .",
+    "<a shape> <building> is in the (middle|center) of the <place> .",
+    "the <building> is <near> the <quality> <way> .",
+    "(this|the) <abstract> shows <a quality> <place> with <count> <ways> .",
+    "<count> <ways> meet at <a shape> <way> with <count> <vehicles> .",
+    "two <ways> cross <manner> with <count> <vehicles> <going> on them .",
+    "<a size> <place> <link> <a color> <land> and <a size> <water> .",
+    "the <size> <place> has <count> <buildings> and <count> <sports> .",
+    "<color> and <color> <parts> are on the <shape> <land> .",
+    "<count> <plants> grow <manner> on the <quality> <land> .",
+    "the <plants> are so <quality> that the <land> can hardly be seen .",
+    "there is little vegetation in this <quality> <land> .",
+    "both sides of the <way> are <quality> <lands> .",
+    "<count> <lands> are divided by <count> <shape> <ways> .",
+    "<a color> <part> is <near> the <shape> <part> .",
+    "<count> <lands> of different sizes and shapes are <state> together .",
+    "the <building> looks like <a shape> <part> from above .",
+    "one <vehicle> is <state> while the other <vehicles> are <going> .",
+    "<a building> and <a building> are separated by <a way> .",
+    "<count> <buildings> are on one side of the <water> while <count> <plants> are on the other side .",
+    "the <water> is <color> and its <part> is <quality> .",
+    "<often> <a size> <place> .",
+    "<often> <a quality> <land> with <a color> <part> .",
+    "<count> <vehicles> .",
+    "<a color> <land> beside <a water> .",
+    "the <place> was built <near> the <quality> <land> .",
+    "<near> the <water> is <a quality> <place> .",
+    "not only <plants> but also <buildings> are <near> the <way> .",
+    "most of the <buildings> have <color> <parts> .",
+    "each <building> has its own <part> and <part> .",
+    "the <abstract> of the <place> is <quality> .",
+    "some <color> <waves> are slapping the <quality> <land> .".replace("<waves>", "waves"),
+    "the <lands> rise and fall like <shape> <parts> .",
+    "<count> <size> <parts> and <count> <size> <parts> are in the <place> .",
+    "the <way> is so <quality> that there are few <vehicles> on it .",
+    "from <a size> <part> to <a shape> <part> , the <land> is <quality> .",
+    "<a vehicle> with <a color> <part> is <going> <manner> .",
+    "<a quality> <building> stands alone in the <land> .",
+    "<count> <buildings> are arranged around <a shape> <place> <manner> .",
+    "the <water> next to the <land> is <color> with <count> <vehicles> <going> in it .",
+    "it seems that the <place> is under construction .",
+    "the terrain is higher on the left than on the right of the <way> .",
+    "part of the <land> is covered with <color> <plants> .",
+    "<count> <plants> and <a water> make the <place> more beautiful .",
+    "<a part> like <a shape> <part> is on the <land> .",
 )
 _SLOTS = {}
 for _k, _v in WORDS.items():
     _SLOTS[_k] = _v
-    if _k in NOUN_CLASSES: _SLOTS[_k+"s"] = _SLOTS[_k+"es"] = tuple(plural_of(w) for w in _v)
+    if _k in NOUN_CLASSES:
+        _SLOTS[_k + "s"] = _SLOTS[_k + "es"] = tuple(plural_of(w) for w in _v)
 
 
 def background_sentence(
-    rng:np.random.Generator, # Source of randomness
-) -> str: # Ends with " ."
+    rng: np.random.Generator,  # Source of randomness
+) -> str:  # Ends with " ."
     "A random sentence about no picture in particular."
     t, out = str(rng.choice(FRAMES)), ""
     for part in t.replace("<", "\0<").split("\0"):
-        if not part.startswith("<"): out += part; continue
+        if not part.startswith("<"):
+            out += part
+            continue
         slot, rest = part[1:].split(">", 1)
         pool = _SLOTS[slot.removeprefix("a ")]
         word = pool[int(rng.integers(len(pool)))]
@@ -113,11 +272,39 @@ morning sunlight sun sky cloud clouds fog mist rain snow ice wind season spring 
 once together alone apart especially mainly mostly partly completely fully slightly highly closely obviously clearly gradually directly usually people person man pedestrian pedestrians resident residents passenger passengers worker workers player players tourist tourists crowd animal animals bird birds sheep cattle cow cows horse horses
 water waters vegetation greenery plants grass foliage soil mud clay sand dust stone concrete cement asphalt metal steel iron wood glass brick tile rubber goods cargo coal oil gas grain wheat corn rice cotton tea fruit vegetable vegetables fish salt smoke steam fire power energy electricity
 length width height distance degree angle ratio scale size sizes direction directions center central middle top bottom surface end ends edge edges corner corners boundary""".split()
-def lexicon() -> list: # Sorted, lower case, about 2,000 words
+
+
+def lexicon() -> list:  # Sorted, lower case, about 2,000 words
     "Every word that captions, questions, descriptions and background sentences can produce, and general words besides."
-    out = set(GENERAL) | set(NUMBERS) | set(PREP.values()) | {"a", "an", ".", ",", "what", "color", "place", "shown", "here", "how", "many"}
-    for t in (*COMMON, *SHORT, *WITH_A, *WITH_AA, *WITH_B, *WITH_AB, *SOURCE_TEMPLATES, *PLAIN_TEMPLATES, *DESCRIBE_TEMPLATES, *FRAMES, *(s for v in SPECIAL.values() for s in v)): out |= words_of(t)
-    names = [*_SLOTS["vehicles"], *(p for k in _SLOTS for p in _SLOTS[k]), *SPECIAL, *ASKED, *(w for colors in MATERIALS.values() for w in colors)]
-    for one, (more, others) in NOUNS.items(): names += [one, more, *(w for pair in others for w in pair)]
-    for n in names: out |= set(n.split())
+    out = (
+        set(GENERAL)
+        | set(NUMBERS)
+        | set(PREP.values())
+        | {"a", "an", ".", ",", "what", "color", "place", "shown", "here", "how", "many"}
+    )
+    for t in (
+        *COMMON,
+        *SHORT,
+        *WITH_A,
+        *WITH_AA,
+        *WITH_B,
+        *WITH_AB,
+        *SOURCE_TEMPLATES,
+        *PLAIN_TEMPLATES,
+        *DESCRIBE_TEMPLATES,
+        *FRAMES,
+        *(s for v in SPECIAL.values() for s in v),
+    ):
+        out |= words_of(t)
+    names = [
+        *_SLOTS["vehicles"],
+        *(p for k in _SLOTS for p in _SLOTS[k]),
+        *SPECIAL,
+        *ASKED,
+        *(w for colors in MATERIALS.values() for w in colors),
+    ]
+    for one, (more, others) in NOUNS.items():
+        names += [one, more, *(w for pair in others for w in pair)]
+    for n in names:
+        out |= set(n.split())
     return sorted(out | set("a piece of the several some many lots a number of open roof".split()))

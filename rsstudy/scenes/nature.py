@@ -5,8 +5,10 @@
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-002
 from __future__ import annotations
 
-import numpy as np
 from math import pi
+
+import numpy as np
+
 from .canvas import Canvas, Fact, blob, box, oval, place, wave
 from .objects import house, road, ship, trees
 
@@ -17,86 +19,110 @@ __all__ = ['NATURE', 'relief', 'band', 'chance', 'ground', 'side_trees', 'beach'
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-005
 def relief(
-    c:Canvas, # Where the scene is drawn
-    cell:float=80., # Size of the features, pixels
-    gain:float=.52, # Roughness, 0 to 1
-) -> tuple: # (heights of standard deviation 1, brightness factor about 1), both (size, size)
+    c: Canvas,  # Where the scene is drawn
+    cell: float = 80.0,  # Size of the features, pixels
+    gain: float = 0.52,  # Roughness, 0 to 1
+) -> tuple:  # (heights of standard deviation 1, brightness factor about 1), both (size, size)
     "A random height field and its shading under the scene's light."
     h = c.noise(cell, 5, gain)
     gy, gx = np.gradient(h)
-    s = gx*c.style.light[0] + gy*c.style.light[1]
-    return h, 1 + .27*np.tanh(1.2*s/s.std())
+    s = gx * c.style.light[0] + gy * c.style.light[1]
+    return h, 1 + 0.27 * np.tanh(1.2 * s / s.std())
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-006
 def band(
-    line, # Middle line, (n, 2) world units
-    width, # Half width at each point, world units, (n,) or one value
-) -> np.ndarray: # Outline, (2n, 2)
+    line,  # Middle line, (n, 2) world units
+    width,  # Half width at each point, world units, (n,) or one value
+) -> np.ndarray:  # Outline, (2n, 2)
     "The outline of a strip along a line."
     p = np.asarray(line, float)
     t = np.gradient(p, axis=0)
-    n = np.stack([-t[:, 1], t[:, 0]], 1)/np.hypot(*t.T)[:, None]*np.broadcast_to(width, len(p))[:, None]
-    return np.r_[p+n, (p-n)[::-1]]
+    n = np.stack([-t[:, 1], t[:, 0]], 1) / np.hypot(*t.T)[:, None] * np.broadcast_to(width, len(p))[:, None]
+    return np.r_[p + n, (p - n)[::-1]]
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-007
 def chance(
-    c:Canvas, # Where the scene is drawn
-    p:float, # Probability
+    c: Canvas,  # Where the scene is drawn
+    p: float,  # Probability
 ) -> bool:
     "A biased coin."
     return bool(c.rng.random() < p)
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-008
 def ground(
-    c:Canvas, # Where the scene is drawn
-    *kinds:str, # Choice of "meadow", "bare land", "forest", "lawn"
-) -> tuple: # (noun, colour word)
+    c: Canvas,  # Where the scene is drawn
+    *kinds: str,  # Choice of "meadow", "bare land", "forest", "lawn"
+) -> tuple:  # (noun, colour word)
     "Fill the picture with a random kind of ground and note it as the base."
     kind = str(c.rng.choice(kinds))
-    word, rgb = c.pick({"meadow":"meadow", "bare land":"soil", "forest":"canopy", "lawn":"grass"}[kind], ("green",) if kind == "meadow" else None)
+    word, rgb = c.pick(
+        {"meadow": "meadow", "bare land": "soil", "forest": "canopy", "lawn": "grass"}[kind],
+        ("green",) if kind == "meadow" else None,
+    )
     c.fill(rgb, kind)
-    if kind == "forest": trees(c, c.rng.uniform(-160, 160, (520, 2)), (4, 7.5), "canopy", "forest")
+    if kind == "forest":
+        trees(c, c.rng.uniform(-160, 160, (520, 2)), (4, 7.5), "canopy", "forest")
     c.fact("base", kind, 1, word)
     return kind, word
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-009
 def side_trees(
-    c:Canvas, # Where the scene is drawn
-    n:int, # Number of trees to try
-    keep, # Function of points (n, 2) -> bool (n,): where they may stand
-    r=(4., 7.), # Range of the radius, world units
+    c: Canvas,  # Where the scene is drawn
+    n: int,  # Number of trees to try
+    keep,  # Function of points (n, 2) -> bool (n,): where they may stand
+    r=(4.0, 7.0),  # Range of the radius, world units
 ):
     "Trees at random places that a test allows; noted as many if at least ten are seen."
     p = c.rng.uniform(-120, 120, (n, 2))
     p = p[keep(p)]
-    if len(p): trees(c, p, r)
+    if len(p):
+        trees(c, p, r)
     seen = int((abs(p @ c.turn) < 106).all(1).sum()) if len(p) else 0
-    if seen >= 10: c.fact("also", "tree", seen, "green")
+    if seen >= 10:
+        c.fact("also", "tree", seen, "green")
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-012
-def beach(c:Canvas):
+def beach(c: Canvas):
     "Sea, surf, sand and what lies behind it."
     (sea, blue), (sand, pale), r = c.pick("sea"), c.pick("sand"), c.rng
     c.fill(blue, "sea")
     y, w = r.uniform(-35, 20), wave(r, 12)
-    land = lambda d: np.r_[w+(0, y+d), [(180, 190), (-180, 190)]]
+
+    def land(d):
+        return np.r_[w + (0, y + d), [(180, 190), (-180, 190)]]
+
     for d, a in ((-20, 70), (-13, 110), (-6, 190)):
-        c.polygon(band(w+(0, y+d)+r.normal(0, .8, w.shape), r.uniform(1, 2.4)), (255, 255, 255), "wave", a)
-    c.polygon(land(0), pale*.9, "beach"); c.polygon(land(6), pale, "beach")
-    c.fact("main", "beach", 1, sand); c.fact("base", "sea", 1, sea); c.fact("also", "wave", 12, "white")
+        c.polygon(band(w + (0, y + d) + r.normal(0, 0.8, w.shape), r.uniform(1, 2.4)), (255, 255, 255), "wave", a)
+    c.polygon(land(0), pale * 0.9, "beach")
+    c.polygon(land(6), pale, "beach")
+    c.fact("main", "beach", 1, sand)
+    c.fact("base", "sea", 1, sea)
+    c.fact("also", "wave", 12, "white")
     back = y + r.uniform(38, 60)
     kind = str(r.choice(["forest", "road", "house"]))
-    c.polygon(np.r_[w*(1, .5)+(0, back), [(180, 190), (-180, 190)]], c.tone("grass"), "meadow")
-    if kind == "road": road(c, w*(1, .5)+(0, back+14), 12, traffic=3); c.fact("also", "road", 1, "gray")
+    c.polygon(np.r_[w * (1, 0.5) + (0, back), [(180, 190), (-180, 190)]], c.tone("grass"), "meadow")
+    if kind == "road":
+        road(c, w * (1, 0.5) + (0, back + 14), 12, traffic=3)
+        c.fact("also", "road", 1, "gray")
     if kind == "house":
         n = 0
         for x in range(-130, 131, 34):
-            house(c, x+r.uniform(-4, 4), back+24, r.normal(0, .15), 20, 15, c.tone("roof", str(r.choice(["red", "white", "gray"])))); n += 1
+            house(
+                c,
+                x + r.uniform(-4, 4),
+                back + 24,
+                r.normal(0, 0.15),
+                20,
+                15,
+                c.tone("roof", str(r.choice(["red", "white", "gray"]))),
+            )
+            n += 1
         c.fact("also", "house", n, None)
-    if kind == "forest": side_trees(c, 420, lambda p: p[:, 1] > back+8)
+    if kind == "forest":
+        side_trees(c, 420, lambda p: p[:, 1] > back + 8)
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-013
-def island(c:Canvas):
+def island(c: Canvas):
     "One or a few islands in the sea."
     (sea, blue), (sand, pale), r = c.pick("sea"), c.pick("sand"), c.rng
     c.fill(blue, "sea")
@@ -104,215 +130,318 @@ def island(c:Canvas):
     at = c.spots(n, 20 if n == 1 else 66, 82)
     rad = r.uniform(44, 62) if n == 1 else r.uniform(20, 30)
     for x, y in at:
-        b = blob(r, rad, .2)
-        c.polygon(place(b*1.28, x, y), blue*.6+np.array([110, 200, 190])*.4, "sea")
-        c.polygon(place(b*1.08, x, y), pale, "island"); c.polygon(place(b*.94, x, y), c.tone("grass"), "island")
-        trees(c, place(r.normal(0, rad*.33, (int(rad*1.5), 2)), x, y), (3, 5.5), "tree", "tree")
-    c.fact("main", "island", len(at), "green"); c.fact("base", "sea", 1, sea); c.fact("also", "tree", 30, "green")
+        b = blob(r, rad, 0.2)
+        c.polygon(place(b * 1.28, x, y), blue * 0.6 + np.array([110, 200, 190]) * 0.4, "sea")
+        c.polygon(place(b * 1.08, x, y), pale, "island")
+        c.polygon(place(b * 0.94, x, y), c.tone("grass"), "island")
+        trees(c, place(r.normal(0, rad * 0.33, (int(rad * 1.5), 2)), x, y), (3, 5.5), "tree", "tree")
+    c.fact("main", "island", len(at), "green")
+    c.fact("base", "sea", 1, sea)
+    c.fact("also", "tree", 30, "green")
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-014
-def lake(c:Canvas):
+def lake(c: Canvas):
     "A lake in meadow, forest or bare land."
     r = c.rng
     kind, _ = ground(c, "meadow", "forest", "bare land")
     word, rgb = c.pick("water")
-    b = place(blob(r, r.uniform(44, 62), .32), *r.uniform(-14, 14, 2))
-    c.polygon(place(b, 0, 0, 0, 1.05), c.tone("sand", "yellow")*.9, "lake"); c.polygon(b, rgb, "lake")
+    b = place(blob(r, r.uniform(44, 62), 0.32), *r.uniform(-14, 14, 2))
+    c.polygon(place(b, 0, 0, 0, 1.05), c.tone("sand", "yellow") * 0.9, "lake")
+    c.polygon(b, rgb, "lake")
     c.facts.insert(0, _main("lake", 1, word))
     mid = b.mean(0)
-    if kind != "forest": side_trees(c, 260, lambda p: np.hypot(*(p-mid).T) > 82)
-    if chance(c, .4): road(c, wave(r, 6)+(0, 94), 9); c.fact("also", "road", 1, "gray")
+    if kind != "forest":
+        side_trees(c, 260, lambda p: np.hypot(*(p - mid).T) > 82)
+    if chance(c, 0.4):
+        road(c, wave(r, 6) + (0, 94), 9)
+        c.fact("also", "road", 1, "gray")
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-015
-def river(c:Canvas):
+def river(c: Canvas):
     "A winding river, sometimes with boats or trees on the banks."
     r = c.rng
     kind, _ = ground(c, "meadow", "forest", "bare land")
     word, rgb = c.pick("water")
     w, half = wave(r, r.uniform(18, 40)), r.uniform(11, 22)
-    width = half*(1+.18*np.sin(np.linspace(0, 9, len(w))+r.uniform(0, 6)))
-    c.polygon(band(w, width+2.5), c.tone("sand", "yellow")*.88, "river"); c.polygon(band(w, width), rgb, "river")
+    width = half * (1 + 0.18 * np.sin(np.linspace(0, 9, len(w)) + r.uniform(0, 6)))
+    c.polygon(band(w, width + 2.5), c.tone("sand", "yellow") * 0.88, "river")
+    c.polygon(band(w, width), rgb, "river")
     c.facts.insert(0, _main("river", 1, word))
-    dist = lambda p: abs(p[:, 1]-np.interp(p[:, 0], w[:, 0], w[:, 1]))
-    if kind != "forest": side_trees(c, 330, lambda p: (dist(p) > half+14) & (dist(p) < half+42))
-    if chance(c, .45):
+
+    def dist(p):
+        return abs(p[:, 1] - np.interp(p[:, 0], w[:, 0], w[:, 1]))
+
+    if kind != "forest":
+        side_trees(c, 330, lambda p: (dist(p) > half + 14) & (dist(p) < half + 42))
+    if chance(c, 0.45):
         n = int(r.integers(1, 4))
         for x in r.permutation([-60, -20, 20, 60])[:n]:
-            i = int(np.argmin(abs(w[:, 0]-x))); t = w[i+1]-w[i-1]
-            ship(c, *w[i], np.arctan2(t[1], t[0])+pi/2, .5, c.tone("hull", "white"), "boat")
+            i = int(np.argmin(abs(w[:, 0] - x)))
+            t = w[i + 1] - w[i - 1]
+            ship(c, *w[i], np.arctan2(t[1], t[0]) + pi / 2, 0.5, c.tone("hull", "white"), "boat")
         c.fact("also", "boat", n, "white")
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-016
-def sea_ice(c:Canvas):
+def sea_ice(c: Canvas):
     "Broken floes on dark water."
     (sea, blue), r = c.pick("sea", ("blue",)), c.rng
-    c.fill(blue*.75, "sea")
+    c.fill(blue * 0.75, "sea")
     step = r.uniform(20, 34)
     g = np.arange(-160, 161, step)
     for x in g:
         for y in g:
-            if r.random() < .86:
-                p = place(blob(r, step*r.uniform(.34, .64), .22, 9), x+r.normal(0, step*.16), y+r.normal(0, step*.16))
-                c.polygon(p, c.tone("ice")*r.uniform(.88, 1.02), "ice")
-    c.discs(r.uniform(-150, 150, (160, 2)), r.uniform(.8, 2.6, 160), c.tone("ice"), "ice")
-    c.fact("main", "ice", 0, "white"); c.fact("base", "sea", 1, sea)
+            if r.random() < 0.86:
+                p = place(
+                    blob(r, step * r.uniform(0.34, 0.64), 0.22, 9),
+                    x + r.normal(0, step * 0.16),
+                    y + r.normal(0, step * 0.16),
+                )
+                c.polygon(p, c.tone("ice") * r.uniform(0.88, 1.02), "ice")
+    c.discs(r.uniform(-150, 150, (160, 2)), r.uniform(0.8, 2.6, 160), c.tone("ice"), "ice")
+    c.fact("main", "ice", 0, "white")
+    c.fact("base", "sea", 1, sea)
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-017
-def wetland(c:Canvas):
+def wetland(c: Canvas):
     "Marsh with winding channels and ponds."
     (word, rgb), (wet, blue), r = c.pick("marsh"), c.pick("water"), c.rng
-    h = c.noise(34, 4, .6)
-    pic = rgb*(1+.11*h[..., None]); low = h < -.95
-    pic[low] = blue*.9
+    h = c.noise(34, 4, 0.6)
+    pic = rgb * (1 + 0.11 * h[..., None])
+    low = h < -0.95
+    pic[low] = blue * 0.9
     c.paste(pic, np.where(low, c.id("pond"), c.id("wetland")))
-    for k in range(int(r.integers(1, 3))): c.polygon(band(place(wave(r, 34, turns=2.4), 0, r.uniform(-40, 40), r.uniform(0, pi)), r.uniform(4, 9)), blue, "stream")
-    c.fact("main", "wetland", 1, word); c.fact("also", "pond", 12, wet); c.fact("also", "stream", 1, wet)
+    for k in range(int(r.integers(1, 3))):
+        c.polygon(
+            band(place(wave(r, 34, turns=2.4), 0, r.uniform(-40, 40), r.uniform(0, pi)), r.uniform(4, 9)),
+            blue,
+            "stream",
+        )
+    c.fact("main", "wetland", 1, word)
+    c.fact("also", "pond", 12, wet)
+    c.fact("also", "stream", 1, wet)
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-019
-def desert(c:Canvas):
+def desert(c: Canvas):
     "Dunes with ripples."
     (word, rgb), r = c.pick("dune"), c.rng
     h, n = c.noise(110, 2), c.size
-    yy, xx = np.mgrid[:n, :n]/c.unit
-    u = xx*np.cos(c.style.angle)+yy*np.sin(c.style.angle)
-    ph = u/r.uniform(5.5, 9.5)+2.6*h
-    saw = (ph/(pi) % 1)
-    c.paste(rgb*(1+.11*np.where(saw < .7, saw/.7, (1-saw)/.3)[..., None]-.08+.05*h[..., None]), None, "desert")
-    c.fact("main", "desert", 1, word); c.fact("also", "ripple", 12, None)
-    if chance(c, .35): trees(c, c.rng.uniform(-120, 120, (26, 2)), (1.6, 2.8), "shrub", "shrub"); c.fact("also", "shrub", 20, "green")
+    yy, xx = np.mgrid[:n, :n] / c.unit
+    u = xx * np.cos(c.style.angle) + yy * np.sin(c.style.angle)
+    ph = u / r.uniform(5.5, 9.5) + 2.6 * h
+    saw = ph / (pi) % 1
+    c.paste(
+        rgb * (1 + 0.11 * np.where(saw < 0.7, saw / 0.7, (1 - saw) / 0.3)[..., None] - 0.08 + 0.05 * h[..., None]),
+        None,
+        "desert",
+    )
+    c.fact("main", "desert", 1, word)
+    c.fact("also", "ripple", 12, None)
+    if chance(c, 0.35):
+        trees(c, c.rng.uniform(-120, 120, (26, 2)), (1.6, 2.8), "shrub", "shrub")
+        c.fact("also", "shrub", 20, "green")
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-020
-def mountain(c:Canvas):
+def mountain(c: Canvas):
     "Ridges and valleys of bare or green rock."
     (word, rgb), r = c.pick("rock"), c.rng
     h, s = relief(c, r.uniform(60, 100))
-    pic, lab = rgb*(s*(1+.07*h))[..., None], np.full((c.size,)*2, c.id("mountain"))
-    if word != "green" and chance(c, .35):
-        top = h > .9; pic[top] = c.tone("snow")*s[top][:, None]; lab[top] = c.id("snow"); c.fact("also", "snow", 0, "white")
-    elif chance(c, .5):
-        low = h < -.7; pic[low] = c.tone("canopy")*(s*(1+.15*c.noise(5, 1)))[low][:, None]; lab[low] = c.id("forest"); c.fact("also", "forest", 1, "green")
+    pic, lab = rgb * (s * (1 + 0.07 * h))[..., None], np.full((c.size,) * 2, c.id("mountain"))
+    if word != "green" and chance(c, 0.35):
+        top = h > 0.9
+        pic[top] = c.tone("snow") * s[top][:, None]
+        lab[top] = c.id("snow")
+        c.fact("also", "snow", 0, "white")
+    elif chance(c, 0.5):
+        low = h < -0.7
+        pic[low] = c.tone("canopy") * (s * (1 + 0.15 * c.noise(5, 1)))[low][:, None]
+        lab[low] = c.id("forest")
+        c.fact("also", "forest", 1, "green")
     c.paste(pic, lab)
     c.facts.insert(0, _main("mountain", 1, word))
-    if chance(c, .3): c.line(wave(r, 30, turns=2), 4, c.tone("sand", "yellow"), "path"); c.fact("also", "path", 1, None)
+    if chance(c, 0.3):
+        c.line(wave(r, 30, turns=2), 4, c.tone("sand", "yellow"), "path")
+        c.fact("also", "path", 1, None)
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-021
-def snowberg(c:Canvas):
+def snowberg(c: Canvas):
     "A snow-covered range with bare rock between."
-    h, s = relief(c, c.rng.uniform(60, 100), .5)
+    h, s = relief(c, c.rng.uniform(60, 100), 0.5)
     word, rock = c.pick("rock", ("gray", "brown"))
-    pic = c.tone("snow")*np.clip(.62+.42*(s-.73)/.54, .5, 1.06)[..., None]*np.array([.96, .99, 1.04])
-    bare = (h < -.45) & (s < 1.04); pic[bare] = (rock*.75)*s[bare][:, None]
+    pic = c.tone("snow") * np.clip(0.62 + 0.42 * (s - 0.73) / 0.54, 0.5, 1.06)[..., None] * np.array([0.96, 0.99, 1.04])
+    bare = (h < -0.45) & (s < 1.04)
+    pic[bare] = (rock * 0.75) * s[bare][:, None]
     c.paste(pic, np.where(bare, c.id("rock"), c.id("snowberg")))
-    c.fact("main", "snowberg", 1, "white"); c.fact("also", "rock", 12, word)
+    c.fact("main", "snowberg", 1, "white")
+    c.fact("also", "rock", 12, word)
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-022
-def chaparral(c:Canvas):
+def chaparral(c: Canvas):
     "Scattered shrubs on bare ground."
     (word, rgb), r = c.pick("soil"), c.rng
-    c.fill(rgb*.6+np.array([230, 215, 180])*.4, "bare land")
+    c.fill(rgb * 0.6 + np.array([230, 215, 180]) * 0.4, "bare land")
     p = r.uniform(-150, 150, (r.integers(300, 460), 2))
     trees(c, p, (1.6, 5), "shrub", "shrub")
-    c.fact("main", "shrub", 99, "green"); c.fact("base", "bare land", 1, word)
-    if chance(c, .35): c.line(wave(r, 22), 6, c.tone("sand", "white"), "path"); c.fact("also", "path", 1, None)
+    c.fact("main", "shrub", 99, "green")
+    c.fact("base", "bare land", 1, word)
+    if chance(c, 0.35):
+        c.line(wave(r, 22), 6, c.tone("sand", "white"), "path")
+        c.fact("also", "path", 1, None)
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-023
-def forest(c:Canvas):
+def forest(c: Canvas):
     "Closed canopy, sometimes with a road or stream through it."
     r = c.rng
-    c.fill(c.tone("canopy")*.7, "forest")
+    c.fill(c.tone("canopy") * 0.7, "forest")
     trees(c, r.uniform(-150, 150, (1150, 2)), (4, 8), "canopy", "forest")
     c.fact("main", "forest", 1, "green")
     k = r.random()
-    if k < .3: road(c, place(wave(r, 16), *r.uniform(-30, 30, 2)), 9, marks=False); c.fact("also", "road", 1, "gray")
-    elif k < .5: word, rgb = c.pick("water"); c.polygon(band(wave(r, 26), 5), rgb, "stream"); c.fact("also", "stream", 1, word)
-    elif k < .65: word, rgb = c.pick("soil"); c.polygon(place(blob(r, 26, .3), *r.uniform(-40, 40, 2)), rgb, "bare land"); c.fact("also", "bare land", 1, word)
+    if k < 0.3:
+        road(c, place(wave(r, 16), *r.uniform(-30, 30, 2)), 9, marks=False)
+        c.fact("also", "road", 1, "gray")
+    elif k < 0.5:
+        word, rgb = c.pick("water")
+        c.polygon(band(wave(r, 26), 5), rgb, "stream")
+        c.fact("also", "stream", 1, word)
+    elif k < 0.65:
+        word, rgb = c.pick("soil")
+        c.polygon(place(blob(r, 26, 0.3), *r.uniform(-40, 40, 2)), rgb, "bare land")
+        c.fact("also", "bare land", 1, word)
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-025
-def _main(noun, n, word): return Fact(noun, n, word, "main")
+def _main(noun, n, word):
+    return Fact(noun, n, word, "main")
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-026
-def meadow(c:Canvas):
+def meadow(c: Canvas):
     "Grassland with a few countable trees, or a path, or a pond."
     (word, rgb), r = c.pick("meadow"), c.rng
     h = c.noise(60, 3)
-    c.paste(rgb*(1+.05*h[..., None]), None, "meadow")
+    c.paste(rgb * (1 + 0.05 * h[..., None]), None, "meadow")
     c.fact("main", "meadow", 1, word)
     k = r.random()
-    if k < .35: n = int(r.integers(1, 5)); p = c.spots(n, 82, 34); trees(c, p, (8, 11)); c.fact("also", "tree", len(p), "green")
-    elif k < .6: side_trees(c, 60, lambda p: p[:, 0] > -200, (4, 7))
-    elif k < .8: c.line(wave(r, 20), 6, c.tone("sand", "yellow"), "path"); c.fact("also", "path", 1, None)
-    else: wet, blue = c.pick("water"); c.polygon(place(blob(r, 17, .25), *r.uniform(-60, 60, 2)), blue, "pond"); c.fact("also", "pond", 1, wet)
+    if k < 0.35:
+        n = int(r.integers(1, 5))
+        p = c.spots(n, 82, 34)
+        trees(c, p, (8, 11))
+        c.fact("also", "tree", len(p), "green")
+    elif k < 0.6:
+        side_trees(c, 60, lambda p: p[:, 0] > -200, (4, 7))
+    elif k < 0.8:
+        c.line(wave(r, 20), 6, c.tone("sand", "yellow"), "path")
+        c.fact("also", "path", 1, None)
+    else:
+        wet, blue = c.pick("water")
+        c.polygon(place(blob(r, 17, 0.25), *r.uniform(-60, 60, 2)), blue, "pond")
+        c.fact("also", "pond", 1, wet)
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-027
-def terrace(c:Canvas):
+def terrace(c: Canvas):
     "Steps of fields along the contours of a slope."
     (word, rgb), r = c.pick("crop"), c.rng
-    yy, xx = np.mgrid[:c.size, :c.size]/c.size - .5
-    a = r.uniform(0, 2*pi)
-    lv = (c.noise(130, 2, .3)*.24 + 2.6*(xx*np.cos(a)+yy*np.sin(a)))*r.uniform(3.6, 5.2)
-    k = np.floor(lv).astype(int); f = lv-k
-    tint = r.uniform(.86, 1.12, 97)[k % 97]
-    pic = rgb*(tint*(1-.45*(f < .14)+.14*(f > .8)))[..., None]
+    yy, xx = np.mgrid[: c.size, : c.size] / c.size - 0.5
+    a = r.uniform(0, 2 * pi)
+    lv = (c.noise(130, 2, 0.3) * 0.24 + 2.6 * (xx * np.cos(a) + yy * np.sin(a))) * r.uniform(3.6, 5.2)
+    k = np.floor(lv).astype(int)
+    f = lv - k
+    tint = r.uniform(0.86, 1.12, 97)[k % 97]
+    pic = rgb * (tint * (1 - 0.45 * (f < 0.14) + 0.14 * (f > 0.8)))[..., None]
     c.paste(pic, None, "terrace")
     c.fact("main", "terrace", 20, word)
-    if chance(c, .4): trees(c, c.rng.uniform(-110, 110, (22, 2)), (3, 5)); c.fact("also", "tree", 20, "green")
+    if chance(c, 0.4):
+        trees(c, c.rng.uniform(-110, 110, (22, 2)), (3, 5))
+        c.fact("also", "tree", 20, "green")
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-028
-def circular_farmland(c:Canvas):
+def circular_farmland(c: Canvas):
     "Round irrigated fields on dry ground."
     r = c.rng
     n = int(r.choice([1, 1, 2, 3, 4, 9]))
     soil, rgb = c.pick("soil")
     c.fill(rgb, "bare land")
     word, crop = c.pick("crop", ("green", "yellow") if soil == "brown" else ("green", "brown"))
-    R = {1:72, 2:44, 3:38, 4:38, 9:32}[n]
-    at = [(x, y) for x in (-66, 0, 66) for y in (-66, 0, 66)] if n == 9 else c.spots(n, {1:12, 2:56, 3:62, 4:66}[n], 2*R+3, tries=400)
+    R = {1: 72, 2: 44, 3: 38, 4: 38, 9: 32}[n]
+    at = (
+        [(x, y) for x in (-66, 0, 66) for y in (-66, 0, 66)]
+        if n == 9
+        else c.spots(n, {1: 12, 2: 56, 3: 62, 4: 66}[n], 2 * R + 3, tries=400)
+    )
     for x, y in at:
-        col = crop*r.uniform(.93, 1.07)
-        c.discs((x, y), R, col*.85, "circular farmland"); c.discs((x, y), R-2, col)
-        for q in r.uniform(.3, .9, 3): c.line(place(oval(2*R*q, 2*R*q, 40), x, y), 1, col*.9)
-        a = r.uniform(0, 2*pi); c.line([(x, y), (x+R*np.cos(a), y+R*np.sin(a))], 1.2, col*.65)
-    c.fact("main", "circular farmland", len(at), word); c.fact("base", "bare land", 1, soil)
-    if chance(c, .4): road(c, [(-160, 104), (160, 104)], 7); c.fact("also", "road", 1, "gray")
+        col = crop * r.uniform(0.93, 1.07)
+        c.discs((x, y), R, col * 0.85, "circular farmland")
+        c.discs((x, y), R - 2, col)
+        for q in r.uniform(0.3, 0.9, 3):
+            c.line(place(oval(2 * R * q, 2 * R * q, 40), x, y), 1, col * 0.9)
+        a = r.uniform(0, 2 * pi)
+        c.line([(x, y), (x + R * np.cos(a), y + R * np.sin(a))], 1.2, col * 0.65)
+    c.fact("main", "circular farmland", len(at), word)
+    c.fact("base", "bare land", 1, soil)
+    if chance(c, 0.4):
+        road(c, [(-160, 104), (160, 104)], 7)
+        c.fact("also", "road", 1, "gray")
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-029
-def rectangular_farmland(c:Canvas):
+def rectangular_farmland(c: Canvas):
     "A patchwork of ploughed and planted fields."
     r = c.rng
     word, lead = c.pick("crop")
     c.fill(c.tone("soil", "brown"), "bare land")
-    x = -165.
+    x = -165.0
     while x < 165:
-        w, y = r.uniform(34, 66), -165.
+        w, y = r.uniform(34, 66), -165.0
         while y < 165:
             h = r.uniform(34, 72)
-            rgb = (lead if r.random() < .62 else c.pick("crop")[1])*r.uniform(.9, 1.1)
-            c.polygon(box(w-3, h-3)+(x+w/2, y+h/2), rgb, "rectangular farmland")
-            if r.random() < .7:
-                for t in np.arange(x+4, x+w-3, 4): c.line([(t, y+3), (t, y+h-3)], 1, rgb*.88)
+            rgb = (lead if r.random() < 0.62 else c.pick("crop")[1]) * r.uniform(0.9, 1.1)
+            c.polygon(box(w - 3, h - 3) + (x + w / 2, y + h / 2), rgb, "rectangular farmland")
+            if r.random() < 0.7:
+                for t in np.arange(x + 4, x + w - 3, 4):
+                    c.line([(t, y + 3), (t, y + h - 3)], 1, rgb * 0.88)
             y += h
         x += w
     c.fact("main", "rectangular farmland", 12, word)
-    if chance(c, .45): road(c, [(-160, 0), (160, r.uniform(-20, 20))], 8, marks=False); c.fact("also", "road", 1, "gray")
-    if chance(c, .3):
+    if chance(c, 0.45):
+        road(c, [(-160, 0), (160, r.uniform(-20, 20))], 8, marks=False)
+        c.fact("also", "road", 1, "gray")
+    if chance(c, 0.3):
         n = int(r.integers(1, 4))
-        for x, y in c.spots(n, 78, 44): house(c, x, y, 0, 18, 14, c.tone("roof", "red"))
+        for x, y in c.spots(n, 78, 44):
+            house(c, x, y, 0, 18, 14, c.tone("roof", "red"))
         c.fact("also", "house", n, "red")
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-030
-def cloud(c:Canvas):
+def cloud(c: Canvas):
     "White clouds over sea or land."
     r = c.rng
-    if chance(c, .5): word, rgb = c.pick("sea"); c.fill(rgb, "sea"); c.fact("base", "sea", 1, word)
-    else: ground(c, "meadow", "bare land")
+    if chance(c, 0.5):
+        word, rgb = c.pick("sea")
+        c.fill(rgb, "sea")
+        c.fact("base", "sea", 1, word)
+    else:
+        ground(c, "meadow", "bare land")
     n = int(r.integers(1, 5))
     at = c.spots(n, 70, 84)
     for x, y in at:
-        puffs = r.normal(0, (15, 8), (34, 2)).clip(-27, 27)@np.array([[1, .2], [-.2, 1]])+(x, y)
+        puffs = r.normal(0, (15, 8), (34, 2)).clip(-27, 27) @ np.array([[1, 0.2], [-0.2, 1]]) + (x, y)
         rad = r.uniform(6, 13, 34)
-        c.discs(puffs+np.array([3, 4]), rad, (225, 230, 236), "cloud"); c.discs(puffs, rad*.95, (250, 251, 253), "cloud")
+        c.discs(puffs + np.array([3, 4]), rad, (225, 230, 236), "cloud")
+        c.discs(puffs, rad * 0.95, (250, 251, 253), "cloud")
     c.facts.insert(0, _main("cloud", len(at), "white"))
 
 # %% ../../nbs/lib/02_scenes/03_nature.ipynb #cell-031
-NATURE = {"beach":beach, "chaparral":chaparral, "circular farmland":circular_farmland, "cloud":cloud, "desert":desert, "forest":forest, "island":island, "lake":lake, "meadow":meadow,
-          "mountain":mountain, "rectangular farmland":rectangular_farmland, "river":river, "sea ice":sea_ice, "snowberg":snowberg, "terrace":terrace, "wetland":wetland}
+NATURE = {
+    "beach": beach,
+    "chaparral": chaparral,
+    "circular farmland": circular_farmland,
+    "cloud": cloud,
+    "desert": desert,
+    "forest": forest,
+    "island": island,
+    "lake": lake,
+    "meadow": meadow,
+    "mountain": mountain,
+    "rectangular farmland": rectangular_farmland,
+    "river": river,
+    "sea ice": sea_ice,
+    "snowberg": snowberg,
+    "terrace": terrace,
+    "wetland": wetland,
+}

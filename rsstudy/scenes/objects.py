@@ -5,8 +5,10 @@
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-002
 from __future__ import annotations
 
-import numpy as np
 from math import pi
+
+import numpy as np
+
 from .canvas import Canvas, box, oval, place
 
 # %% auto #0
@@ -14,214 +16,275 @@ __all__ = ['plane', 'ship', 'cars', 'train', 'house', 'building', 'tank', 'trees
            'draw_basketball_court']
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-005
-_HALF = np.array([(0, -20), (1.2, -19), (2.1, -16), (2.3, -6), (17, 5), (17.5, 8), (2.3, 3), (1.9, 13), (7, 17.5), (7, 19.5), (0, 17.5)])
-_PLANE = np.r_[_HALF, _HALF[::-1]*(-1, 1)]
+_HALF = np.array(
+    [
+        (0, -20),
+        (1.2, -19),
+        (2.1, -16),
+        (2.3, -6),
+        (17, 5),
+        (17.5, 8),
+        (2.3, 3),
+        (1.9, 13),
+        (7, 17.5),
+        (7, 19.5),
+        (0, 17.5),
+    ]
+)
+_PLANE = np.r_[_HALF, _HALF[::-1] * (-1, 1)]
 
 
 def plane(
-    c:Canvas, # Where to draw
-    x:float, y:float, # Centre, world units
-    angle:float, # Direction, radians
-    s:float, # Size: 1 is 40 units long
-    rgb, # Fuselage colour
+    c: Canvas,  # Where to draw
+    x: float,
+    y: float,  # Centre, world units
+    angle: float,  # Direction, radians
+    s: float,  # Size: 1 is 40 units long
+    rgb,  # Fuselage colour
 ):
     "An airliner from above."
     rgb = np.asarray(rgb, float)
-    c.polygon(place(_PLANE, x, y, angle, s), rgb, "plane", height=6*s)
-    c.polygon(place([(-17.5, 8), (-17, 5), (0, -5), (17, 5), (17.5, 8), (0, 2)], x, y, angle, s), rgb*.86, None)
-    c.polygon(place(oval(4.2, 38), x, y, angle, s), rgb*1.03)
-    for e in (-8, 8): c.polygon(place(box(2.2, 5)+(e, -.5), x, y, angle, s), rgb*.6)
-    c.polygon(place(box(2.4, 2.4)+(0, -16.5), x, y, angle, s), (60, 66, 80))
+    c.polygon(place(_PLANE, x, y, angle, s), rgb, "plane", height=6 * s)
+    c.polygon(place([(-17.5, 8), (-17, 5), (0, -5), (17, 5), (17.5, 8), (0, 2)], x, y, angle, s), rgb * 0.86, None)
+    c.polygon(place(oval(4.2, 38), x, y, angle, s), rgb * 1.03)
+    for e in (-8, 8):
+        c.polygon(place(box(2.2, 5) + (e, -0.5), x, y, angle, s), rgb * 0.6)
+    c.polygon(place(box(2.4, 2.4) + (0, -16.5), x, y, angle, s), (60, 66, 80))
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-006
 def ship(
-    c:Canvas, # Where to draw
-    x:float, y:float, # Centre, world units
-    angle:float, # Direction, radians
-    s:float, # Size: 1 is 40 units long
-    rgb, # Hull colour
-    name:str="ship", # "ship" or "boat"
+    c: Canvas,  # Where to draw
+    x: float,
+    y: float,  # Centre, world units
+    angle: float,  # Direction, radians
+    s: float,  # Size: 1 is 40 units long
+    rgb,  # Hull colour
+    name: str = "ship",  # "ship" or "boat"
 ):
     "A cargo ship or, with `name` boat and a small size, a boat."
     rgb = np.asarray(rgb, float)
-    c.polygon(place([(0, -21), (3.6, -14), (4.6, -6), (4.6, 18), (3.4, 20), (-3.4, 20), (-4.6, 18), (-4.6, -6), (-3.6, -14)], x, y, angle, s), rgb, name, height=4*s)
-    deck = rgb*.55 + np.array([236, 228, 210])*.45
-    c.polygon(place(box(6.4, 24)+(0, -1), x, y, angle, s), deck)
-    if s > .6:
-        for i, t in enumerate(np.arange(-10, 9, 5)): c.polygon(place(box(5.4, 3.8)+(0, t), x, y, angle, s), ((190, 90, 70), (90, 120, 170), (200, 180, 110))[i % 3])
-    c.polygon(place(box(6.8, 5)+(0, 14.5), x, y, angle, s), (245, 245, 245))
+    c.polygon(
+        place(
+            [(0, -21), (3.6, -14), (4.6, -6), (4.6, 18), (3.4, 20), (-3.4, 20), (-4.6, 18), (-4.6, -6), (-3.6, -14)],
+            x,
+            y,
+            angle,
+            s,
+        ),
+        rgb,
+        name,
+        height=4 * s,
+    )
+    deck = rgb * 0.55 + np.array([236, 228, 210]) * 0.45
+    c.polygon(place(box(6.4, 24) + (0, -1), x, y, angle, s), deck)
+    if s > 0.6:
+        for i, t in enumerate(np.arange(-10, 9, 5)):
+            c.polygon(
+                place(box(5.4, 3.8) + (0, t), x, y, angle, s), ((190, 90, 70), (90, 120, 170), (200, 180, 110))[i % 3]
+            )
+    c.polygon(place(box(6.8, 5) + (0, 14.5), x, y, angle, s), (245, 245, 245))
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-007
 def cars(
-    c:Canvas, # Where to draw
-    at, # Centres, (n, 2) world units
-    angle, # Direction of each car, radians, one value or (n,)
-    s:float=1., # Size: 1 is 8 x 4 units
-    words=("white", "gray", "black", "red", "blue"), # Colours to choose from
-) -> int: # How many lie within the picture
+    c: Canvas,  # Where to draw
+    at,  # Centres, (n, 2) world units
+    angle,  # Direction of each car, radians, one value or (n,)
+    s: float = 1.0,  # Size: 1 is 8 x 4 units
+    words=("white", "gray", "black", "red", "blue"),  # Colours to choose from
+) -> int:  # How many lie within the picture
     "Cars seen from above."
     at, angle = np.asarray(at, float).reshape(-1, 2), np.broadcast_to(angle, len(at))
     seen = (abs(at @ c.turn) < 112).all(1)
     at, angle = at[seen], angle[seen]
     for (x, y), a in zip(at, angle):
         rgb = c.tone("car", str(c.rng.choice(words)))
-        c.polygon(place(box(8, 4), x, y, a, s), rgb, "car", height=1.6*s)
-        if s > .6: c.polygon(place(box(2, 3.2)+(1.4, 0), x, y, a, s), rgb*.35)
+        c.polygon(place(box(8, 4), x, y, a, s), rgb, "car", height=1.6 * s)
+        if s > 0.6:
+            c.polygon(place(box(2, 3.2) + (1.4, 0), x, y, a, s), rgb * 0.35)
     return len(at)
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-008
 def train(
-    c:Canvas, # Where to draw
-    x:float, y:float, # Centre, world units
-    angle:float, # Direction, radians
-    n:int, # Number of wagons
-    rgb, # Colour
-    name:str="train", # Name in the label map
+    c: Canvas,  # Where to draw
+    x: float,
+    y: float,  # Centre, world units
+    angle: float,  # Direction, radians
+    n: int,  # Number of wagons
+    rgb,  # Colour
+    name: str = "train",  # Name in the label map
 ):
     "A row of wagons."
     rgb = np.asarray(rgb, float)
     for i in range(n):
-        c.polygon(place(box(21, 5.6)+((i-(n-1)/2)*22.5, 0), x, y, angle), rgb, name, height=3)
-        c.polygon(place(box(19, 1.6)+((i-(n-1)/2)*22.5, 0), x, y, angle), rgb*.7+60)
+        c.polygon(place(box(21, 5.6) + ((i - (n - 1) / 2) * 22.5, 0), x, y, angle), rgb, name, height=3)
+        c.polygon(place(box(19, 1.6) + ((i - (n - 1) / 2) * 22.5, 0), x, y, angle), rgb * 0.7 + 60)
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-010
 def house(
-    c:Canvas, # Where to draw
-    x:float, y:float, # Centre, world units
-    angle:float, # Direction, radians
-    w:float, h:float, # Ground plan, world units
-    rgb, # Roof colour
-    name:str="house", # Name in the label map
+    c: Canvas,  # Where to draw
+    x: float,
+    y: float,  # Centre, world units
+    angle: float,  # Direction, radians
+    w: float,
+    h: float,  # Ground plan, world units
+    rgb,  # Roof colour
+    name: str = "house",  # Name in the label map
 ):
     "A house with a hipped roof whose faces are lit differently."
-    rgb, k = np.asarray(rgb, float), min(w, h)*.42
+    rgb, k = np.asarray(rgb, float), min(w, h) * 0.42
     c.polygon(place(box(w, h), x, y, angle), rgb, name, height=4.5)
-    r = (w-h)/2 if w > h else 0, (h-w)/2 if h > w else 0
-    a, b = (-r[0]-.01, -r[1]), (r[0]+.01, r[1])
-    q = [(-w/2, -h/2), (w/2, -h/2), (w/2, h/2), (-w/2, h/2)]
-    faces = ([q[0], q[1], b, a], [q[2], q[3], a, b], [q[3], q[0], a], [q[1], q[2], b]) if w > h else ([q[3], q[0], a, b], [q[1], q[2], b, a], [q[0], q[1], a], [q[2], q[3], b])
-    for f, g in zip(faces, (1.08, .78, .98, .9)): c.polygon(place(f, x, y, angle), rgb*g)
+    r = (w - h) / 2 if w > h else 0, (h - w) / 2 if h > w else 0
+    a, b = (-r[0] - 0.01, -r[1]), (r[0] + 0.01, r[1])
+    q = [(-w / 2, -h / 2), (w / 2, -h / 2), (w / 2, h / 2), (-w / 2, h / 2)]
+    faces = (
+        ([q[0], q[1], b, a], [q[2], q[3], a, b], [q[3], q[0], a], [q[1], q[2], b])
+        if w > h
+        else ([q[3], q[0], a, b], [q[1], q[2], b, a], [q[0], q[1], a], [q[2], q[3], b])
+    )
+    for f, g in zip(faces, (1.08, 0.78, 0.98, 0.9)):
+        c.polygon(place(f, x, y, angle), rgb * g)
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-011
 def building(
-    c:Canvas, # Where to draw
-    x:float, y:float, # Centre, world units
-    angle:float, # Direction, radians
-    w:float, h:float, # Ground plan, world units
-    rgb, # Roof colour
-    tall:float=9., # Height, which sets the shadow's length
-    ribs:int=0, # Number of ridges on the roof, as on a hall
-    name:str="building", # Name in the label map
+    c: Canvas,  # Where to draw
+    x: float,
+    y: float,  # Centre, world units
+    angle: float,  # Direction, radians
+    w: float,
+    h: float,  # Ground plan, world units
+    rgb,  # Roof colour
+    tall: float = 9.0,  # Height, which sets the shadow's length
+    ribs: int = 0,  # Number of ridges on the roof, as on a hall
+    name: str = "building",  # Name in the label map
 ):
     "A flat-roofed building with a parapet and, unless it is a hall with ribs, boxes on its roof."
     rgb = np.asarray(rgb, float)
-    c.polygon(place(box(w, h), x, y, angle), rgb*.72, name, height=tall)
-    c.polygon(place(box(w-2.4, h-2.4), x, y, angle), rgb)
+    c.polygon(place(box(w, h), x, y, angle), rgb * 0.72, name, height=tall)
+    c.polygon(place(box(w - 2.4, h - 2.4), x, y, angle), rgb)
     for i in range(ribs):
-        u = -w/2 + w*(i+.5)/ribs
-        c.polygon(place(box(w/ribs*.42, h-2.4)+(u, 0), x, y, angle), rgb*.84)
+        u = -w / 2 + w * (i + 0.5) / ribs
+        c.polygon(place(box(w / ribs * 0.42, h - 2.4) + (u, 0), x, y, angle), rgb * 0.84)
     if not ribs and min(w, h) > 10:
-        for dx, dy in c.rng.uniform(-.3, .3, (2, 2)): c.polygon(place(box(w*.16, h*.16)+(dx*w, dy*h), x, y, angle), rgb*c.rng.choice([.7, 1.15]))
+        for dx, dy in c.rng.uniform(-0.3, 0.3, (2, 2)):
+            c.polygon(place(box(w * 0.16, h * 0.16) + (dx * w, dy * h), x, y, angle), rgb * c.rng.choice([0.7, 1.15]))
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-012
 def tank(
-    c:Canvas, # Where to draw
-    x:float, y:float, # Centre, world units
-    r:float, # Radius, world units
-    rgb, # Colour
+    c: Canvas,  # Where to draw
+    x: float,
+    y: float,  # Centre, world units
+    r: float,  # Radius, world units
+    rgb,  # Colour
 ):
     "A round storage tank with a rim and a shaded side."
     rgb, l = np.asarray(rgb, float), np.array(c.style.light) @ c.turn.T
-    c.discs((x, y), r, rgb*.62, "storage tank", height=r*.5)
-    c.discs((x, y), r*.92, rgb)
-    c.discs(np.array([x, y]) + l*r*.16, r*.72, rgb*.9)
-    c.discs((x, y), r*.56, rgb*1.02)
-    c.line([(x, y), (x+r*.9, y)], 1, rgb*.6)
+    c.discs((x, y), r, rgb * 0.62, "storage tank", height=r * 0.5)
+    c.discs((x, y), r * 0.92, rgb)
+    c.discs(np.array([x, y]) + l * r * 0.16, r * 0.72, rgb * 0.9)
+    c.discs((x, y), r * 0.56, rgb * 1.02)
+    c.line([(x, y), (x + r * 0.9, y)], 1, rgb * 0.6)
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-014
 def trees(
-    c:Canvas, # Where to draw
-    at, # Centres, (n, 2) world units
-    r=(4., 7.), # Range of the radius, world units
-    material:str="tree", # "tree", "canopy" or "shrub"
-    name:str="tree", # Name in the label map
-) -> int: # How many were drawn
+    c: Canvas,  # Where to draw
+    at,  # Centres, (n, 2) world units
+    r=(4.0, 7.0),  # Range of the radius, world units
+    material: str = "tree",  # "tree", "canopy" or "shrub"
+    name: str = "tree",  # Name in the label map
+) -> int:  # How many were drawn
     "Round tree crowns with a light side."
     at = np.asarray(at, float).reshape(-1, 2)
     rad, l = c.rng.uniform(*r, len(at)), np.array(c.style.light) @ c.turn.T
     rgb = c.tone(material, "green") + c.rng.normal(0, 9, (len(at), 1))
     c.discs(at, rad, rgb, name, height=3.2)
-    c.discs(at - l*rad[:, None]*.3, rad*.55, rgb*1.22+6)
+    c.discs(at - l * rad[:, None] * 0.3, rad * 0.55, rgb * 1.22 + 6)
     return len(at)
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-015
 def pool(
-    c:Canvas, # Where to draw
-    x:float, y:float, # Centre, world units
-    angle:float, # Direction, radians
-    w:float=14., h:float=8., # Size, world units
+    c: Canvas,  # Where to draw
+    x: float,
+    y: float,  # Centre, world units
+    angle: float,  # Direction, radians
+    w: float = 14.0,
+    h: float = 8.0,  # Size, world units
 ):
     "A swimming pool with a pale rim."
-    c.polygon(place(oval(w+3, h+3, 24, .5), x, y, angle), c.tone("concrete", "white"), of="swimming pool")
-    c.polygon(place(oval(w, h, 24, .5), x, y, angle), c.tone("pool"), "swimming pool")
+    c.polygon(place(oval(w + 3, h + 3, 24, 0.5), x, y, angle), c.tone("concrete", "white"), of="swimming pool")
+    c.polygon(place(oval(w, h, 24, 0.5), x, y, angle), c.tone("pool"), "swimming pool")
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-017
 def road(
-    c:Canvas, # Where to draw
-    points, # Middle line, (n, 2) world units
-    width:float=14., # Width, world units
-    name:str="road", # Name in the label map
-    word:str="gray", # Colour word of asphalt
-    marks:bool=True, # Draw the middle line?
-    traffic:float=0., # Cars per 100 units of length
+    c: Canvas,  # Where to draw
+    points,  # Middle line, (n, 2) world units
+    width: float = 14.0,  # Width, world units
+    name: str = "road",  # Name in the label map
+    word: str = "gray",  # Colour word of asphalt
+    marks: bool = True,  # Draw the middle line?
+    traffic: float = 0.0,  # Cars per 100 units of length
 ):
     "A road with pale edges, a dashed middle line and traffic on the right-hand side."
     p, rgb = np.asarray(points, float), c.tone("asphalt", word)
-    c.line(p, width+2.4, c.tone("concrete", "gray"), name)
+    c.line(p, width + 2.4, c.tone("concrete", "gray"), name)
     c.line(p, width, rgb, name)
-    if marks: c.dashes(p, max(.8, width*.06), c.tone("paint"), 5, 5)
+    if marks:
+        c.dashes(p, max(0.8, width * 0.06), c.tone("paint"), 5, 5)
     if traffic:
         d = np.r_[0, np.cumsum(np.hypot(*np.diff(p, axis=0).T))]
-        t = c.rng.uniform(0, d[-1], int(round(traffic*d[-1]/100)))
+        t = c.rng.uniform(0, d[-1], round(traffic * d[-1] / 100))
         t = t[np.r_[True, np.diff(np.sort(t)) > 11]] if len(t) > 1 else t
         x, y = np.interp(t, d, p[:, 0]), np.interp(t, d, p[:, 1])
-        x2, y2 = np.interp(t+2, d, p[:, 0]), np.interp(t+2, d, p[:, 1])
-        a, side = np.arctan2(y2-y, x2-x), c.rng.choice([-1, 1], len(t))*width*.25
-        cars(c, np.stack([x-np.sin(a)*side, y+np.cos(a)*side], 1), a, min(1., width/14))
+        x2, y2 = np.interp(t + 2, d, p[:, 0]), np.interp(t + 2, d, p[:, 1])
+        a, side = np.arctan2(y2 - y, x2 - x), c.rng.choice([-1, 1], len(t)) * width * 0.25
+        cars(c, np.stack([x - np.sin(a) * side, y + np.cos(a) * side], 1), a, min(1.0, width / 14))
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-018
 def draw_tennis_court(
-    c:Canvas, # Where to draw
-    x:float, y:float, # Centre, world units
-    angle:float, # Direction, radians
-    s:float, # Size: 1 is 24 x 46 units
-    inner, outer, # Colours of the court and of its surround
+    c: Canvas,  # Where to draw
+    x: float,
+    y: float,  # Centre, world units
+    angle: float,  # Direction, radians
+    s: float,  # Size: 1 is 24 x 46 units
+    inner,
+    outer,  # Colours of the court and of its surround
 ):
     "A tennis court with its lines and net."
     white = c.tone("paint")
     c.polygon(place(box(24, 46), x, y, angle, s), outer, "tennis court")
     c.polygon(place(box(14, 32), x, y, angle, s), inner)
-    for a, b in (((-7, -16), (7, -16)), ((-7, 16), (7, 16)), ((-7, -16), (-7, 16)), ((7, -16), (7, 16)), ((-5, -16), (-5, 16)), ((5, -16), (5, 16)),
-                 ((-5, -8), (5, -8)), ((-5, 8), (5, 8)), ((0, -8), (0, 8)), ((-9, 0), (9, 0))):
-        c.line(place((a, b), x, y, angle, s), .8*s, white)
+    for a, b in (
+        ((-7, -16), (7, -16)),
+        ((-7, 16), (7, 16)),
+        ((-7, -16), (-7, 16)),
+        ((7, -16), (7, 16)),
+        ((-5, -16), (-5, 16)),
+        ((5, -16), (5, 16)),
+        ((-5, -8), (5, -8)),
+        ((-5, 8), (5, 8)),
+        ((0, -8), (0, 8)),
+        ((-9, 0), (9, 0)),
+    ):
+        c.line(place((a, b), x, y, angle, s), 0.8 * s, white)
 
 # %% ../../nbs/lib/02_scenes/02_objects.ipynb #cell-019
 def draw_basketball_court(
-    c:Canvas, # Where to draw
-    x:float, y:float, # Centre, world units
-    angle:float, # Direction, radians
-    s:float, # Size: 1 is 28 x 46 units
-    inner, outer, # Colours of the court and of the two zones
+    c: Canvas,  # Where to draw
+    x: float,
+    y: float,  # Centre, world units
+    angle: float,  # Direction, radians
+    s: float,  # Size: 1 is 28 x 46 units
+    inner,
+    outer,  # Colours of the court and of the two zones
 ):
     "A basketball court with zones, arcs and centre circle."
     white = c.tone("paint")
-    c.polygon(place(box(29, 48), x, y, angle, s), np.asarray(inner)*.85, "basketball court")
+    c.polygon(place(box(29, 48), x, y, angle, s), np.asarray(inner) * 0.85, "basketball court")
     c.polygon(place(box(25, 44), x, y, angle, s), inner)
-    c.line(place(np.r_[box(25, 44), box(25, 44)[:1]], x, y, angle, s), .9*s, white)
-    c.line(place([(-12.5, 0), (12.5, 0)], x, y, angle, s), .9*s, white)
-    t = np.linspace(0, 2*pi, 25)
-    c.line(place(np.stack([4*np.cos(t), 4*np.sin(t)], 1), x, y, angle, s), .9*s, white)
+    c.line(place(np.r_[box(25, 44), box(25, 44)[:1]], x, y, angle, s), 0.9 * s, white)
+    c.line(place([(-12.5, 0), (12.5, 0)], x, y, angle, s), 0.9 * s, white)
+    t = np.linspace(0, 2 * pi, 25)
+    c.line(place(np.stack([4 * np.cos(t), 4 * np.sin(t)], 1), x, y, angle, s), 0.9 * s, white)
     for e in (-1, 1):
-        c.polygon(place(box(8, 11)+(0, e*16.5), x, y, angle, s), outer)
+        c.polygon(place(box(8, 11) + (0, e * 16.5), x, y, angle, s), outer)
         u = np.linspace(0, pi, 15)
-        c.line(place(np.stack([10.5*np.cos(u), e*(22-12.5*np.sin(u))], 1), x, y, angle, s), .9*s, white)
+        c.line(place(np.stack([10.5 * np.cos(u), e * (22 - 12.5 * np.sin(u))], 1), x, y, angle, s), 0.9 * s, white)

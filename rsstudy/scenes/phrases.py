@@ -6,19 +6,27 @@
 from __future__ import annotations
 
 import numpy as np
+
 from .text import NOUNS, expand, noun_phrase, split_facts
 
 # %% auto #0
 __all__ = ['COMMON', 'SHORT', 'WITH_A', 'WITH_AA', 'WITH_B', 'WITH_AB', 'SPECIAL', 'target_captions']
 
 # %% ../../nbs/lib/02_scenes/08_phrases.ipynb #cell-005
-COMMON = ( # Need no more than the main object
+COMMON = (  # Need no more than the main object
     "there {is/are} <M> in the (middle|center) of the (picture|image) .",
     "it can be seen that there {is/are} <M> in this (area|place|picture) .",
     "this (aerial|) (picture|image) (shows|contains) <M> (seen from above|taken from the air) .",
 )
-SHORT = ("there {is/are} <M> .", "(here|this) is (a view|a picture) of <N> .", "<M> {is/are} (seen|located) here .", "<N> {is/are} (next to|beside|near) <A> .", "<M> {is/are} <prep> <B> .", "<A> (and|with) <N> .") # A hurried annotator
-WITH_A = ( # Need another object
+SHORT = (
+    "there {is/are} <M> .",
+    "(here|this) is (a view|a picture) of <N> .",
+    "<M> {is/are} (seen|located) here .",
+    "<N> {is/are} (next to|beside|near) <A> .",
+    "<M> {is/are} <prep> <B> .",
+    "<A> (and|with) <N> .",
+)  # A hurried annotator
+WITH_A = (  # Need another object
     "<M> {is/are} (near|beside|next to|close to) <A> in this (picture|image|area) .",
     "<M> {is/are} (partly|) surrounded by <A> (in this area|) .",
     "there {is/are} <M> with <A> (beside|around|nearby|on one side) .",
@@ -26,106 +34,341 @@ WITH_A = ( # Need another object
     "<A> can be seen (beside|around|near) <N> in the (picture|image) .",
     "<M> with <A> (beside|around) {is/are} located in this (area|place|region) .",
 )
-WITH_AA = ("<M> {is/are} (near|beside|close to) <A> with <A2> (around|nearby) .", "there {is/are} <M> with <A> and <A2> (around|nearby|beside) .")
-WITH_B = ( # Need a ground
+WITH_AA = (
+    "<M> {is/are} (near|beside|close to) <A> with <A2> (around|nearby) .",
+    "there {is/are} <M> with <A> and <A2> (around|nearby|beside) .",
+)
+WITH_B = (  # Need a ground
     "there {is/are} <M> <prep> <B> (in the picture|in this area|) .",
     "it is <B> with <M> (in the middle|in the center|on it) .",
     "<M> {is/are} (located|situated) <prep> <B> (in this region|) .",
 )
-WITH_AB = ("<M> {is/are} <prep> <B> with <A> (beside|around|nearby) .", "there {is/are} <M> <prep> <B> (surrounded by|close to|next to) <A> .")
+WITH_AB = (
+    "<M> {is/are} <prep> <B> with <A> (beside|around|nearby) .",
+    "there {is/are} <M> <prep> <B> (surrounded by|close to|next to) <A> .",
+)
 
 # %% ../../nbs/lib/02_scenes/08_phrases.ipynb #cell-007
 SPECIAL = {
-    "airplane":("<M> {is/are} parked (neatly|quietly|) on the (apron|tarmac|ground) of an airport .", "{an airplane is/several airplanes are} (stopped|parked) on the (gray|cement) (apron|ground) at the airport .", "there {is/are} <M> at the airport with some (yellow|guide) lines on the ground ."),
-    "airport":("<M> {is/are} parked (near|beside) a terminal building in an airport .", "this is an airport with <M> and (a runway|runways) (beside|near) the terminal .", "an airport with a white terminal and <M> (parked|stopped) next to it .", "some planes are parked (orderly|in a line) around the boarding gates of the terminal ."),
-    "bridge":("{a bridge is/two parallel bridges are} (built|erected) over the river with <A> on (both|two) sides .", "the river is (spanned|crossed) by <N> with some vehicles (running|driving) on it .", "<N> {stretches/stretch} across the (wide|quiet) river and {connects/connect} the two banks ."),
-    "freeway":("a (straight|wide|broad) freeway with many lanes (goes|passes) through the land .", "many (cars|vehicles) are (running|driving) on the (wide|broad) highway with plants on two sides .", "the freeway is divided into two parts by a (narrow|long) (belt|strip) in the middle ."),
-    "harbor":("many (boats|yachts) are (docked|moored) (neatly|orderly) at the (harbor|port) beside the piers .", "lots of <hue> (boats|yachts) are in rows in a (port|harbor) with <A> .", "it is a (busy|crowded|peaceful) harbor where boats are (moored|anchored) beside the (docks|piers) ."),
-    "intersection":("there is (a crossroad|an intersection) with zebra crossings and <A> at the corners .", "two (roads|streets) cross each other (vertically|at right angles) in this (crossroad|junction) .", "an intersection of two roads with some (cars|vehicles) waiting is near <A> ."),
-    "overpass":("an overpass (goes|passes) across the road (below|diagonally) with some cars on it .", "the (viaduct|overpass) with (white|pale) (edges|rails) crosses over another road with (busy|heavy) traffic .", "two roads cross each other at different heights and many vehicles are running on them ."),
-    "railway":("{a railway track goes/several railway tracks go} (straight|) through the (open|bare) land (in parallel|) with <A> (beside|nearby) .", "<N> (made of steel rails|on gravel) {runs/run} (across|through) this area .", "<N> with <A> on (one side|both sides) {is/are} straight and long ."),
-    "railway station":("a (large|long) railway station with a <hue> roof (lies|sits) over many rail tracks .", "many rail tracks pass (under|through) the <hue> hall of the train station .", "the <hue> railway station is (built|located) between parallel railways and a square ."),
-    "roundabout":("it is a (circular|round) (roundabout|traffic circle) connected with several (roads|streets) .", "several roads (meet|join) at a roundabout with green plants in its center .", "some cars go around the round island in the middle of the (junction|traffic circle) ."),
-    "runway":("<M> with white (marking lines|stripes) {is/are} (on|in) <B> of an airport .", "there are some white (stripes|marks) on the (straight|flat) (runway|airstrip) beside the (lawn|ground) .", "the {runway is/runways are} (long|straight) and surrounded by <B> ."),
-    "ship":("<M> {is/are} sailing (slowly|) (on|in) the (calm|vast) (sea|ocean|waters) .", "<M> {leaves/leave} white (foam|waves) behind on <B> .", "<hue> cargo {ship is/ships are} (floating|sailing) on <B> with containers on the deck ."),
-    "beach":("it is a piece of <hue> beach with white waves (slapping|beating) on it .", "white (foams|waves) (roll|come) to the <hue> beach beside <B> with <A> .", "the <hue> beach is between <B> and <A> .", "the (soft|clean) sand is (washed|lapped) by waves of the (open|calm) (sea|ocean) ."),
-    "chaparral":("many green (bushes|shrubs) are (scattered|spread) on the dry (sandy|bare) ground .", "it is a piece of chaparral with many green (bushes|plants) on <B> .", "some (withered|low) (bushes|chaparral) (grow|stand) (sparsely|irregularly) on the <base> land ."),
-    "circular farmland":("<M> {is/are} on the <base> (land|ground) (irrigated by long arms|in the plain) .", "{there is a round field/there are several round fields} of <hue> crops on <B> .", "the {circular farmland is/circular farmlands are} planted with <hue> crops and (surrounded by|next to) <B> ."),
-    "cloud":("<M> {is/are} (floating|drifting) in the sky over <B> .", "{a piece of white cloud covers/some pieces of white clouds cover} part of <B> .", "the {cloud is/clouds are} thick and white above <B> ."),
-    "desert":("it is a piece of <hue> desert with (wavy|curved|many) (ripples|stripes) on it .", "the (vast|endless|wide) <hue> desert is (covered|decorated) with (beautiful|curved) sand dunes .", "there are many (ripples|lines|wrinkles) in the (vast|dry|quiet) <hue> desert .", "the wind makes the <hue> sand (rise and fall|look like waves) ."),
-    "forest":("many green trees are in a (dense|thick|lush) forest .", "it is a piece of (dense|flourishing|dark) green forest with (tall|countless) trees .", "the trees (grow|stand) so (thick|closely) that the ground can (hardly|not) be seen .", "a (dense|lush) forest of green trees (covers|occupies) (the whole|most of the) land ."),
-    "island":("<M> with (lush|many) trees {is/are} in the <base> (sea|ocean) .", "the green {island is/islands are} surrounded by (a ring|a circle) of sand and <base> (sea|ocean) water .", "the {island lies/islands lie} alone in the (vast|calm) ocean with white (edges|shores) ."),
-    "lake":("the <hue> lake with an irregular (shape|shore) is surrounded by <B> .", "there is a (quiet|clear) <hue> lake in the middle of <B> .", "the water of the lake is <hue> and its bank is <base> .", "a <hue> lake (lies|sits) (peacefully|quietly) in <B> with <A> ."),
-    "meadow":("it is a piece of <hue> meadow with (<A>|some plants) (scattered|on it) .", "the <hue> (meadow|grassland) is (flat|smooth|broad) and (looks|seems) (like a carpet|quiet) with <A> .", "<A> can be found (on|in) this (large|vast) piece of <hue> grassland ."),
-    "mountain":("it is a piece of <hue> (irregular|rugged|bare) (mountain|mountain range) with (ridges|valleys) .", "the <hue> mountain has (many|steep) ridges and (deep|dark) valleys with <A> .", "the (surface|terrain) of the <hue> (mountain|mountains) is (rugged|uneven) with light and shadow ."),
-    "rectangular farmland":("many pieces of <hue> (farmland|farmlands) are (arranged|placed) (neatly|together|closely) .", "the (farmland|cropland) is divided into many (rectangular|square) blocks of different colors .", "there are (neat|many) rectangular fields of <hue> (crops|cropland) in the (plain|countryside) ."),
-    "river":("a (curved|winding|long) <hue> river (flows|passes|winds) through <B> with <A> .", "the <hue> river (flows|bends) (quietly|slowly) between two banks of <B> .", "there is a (wide|curved) river with <hue> water in <B> .", "both banks of the <hue> river are (covered by|made of) <B> ."),
-    "sea ice":("many pieces of white ice are floating on the (cold|dark|blue) sea .", "the broken ice (floes|blocks) of different sizes (cover|drift on) the (dark|deep) blue sea .", "lots of (ice|snow white) floes are (scattered|crowded) on the (frozen|cold) ocean surface ."),
-    "snowberg":("the mountain is (covered|capped) with thick white snow and some bare rocks .", "white snow (covers|lies on) the (ridges|slopes) of the mountain with dark rocks (exposed|between) .", "it is a (huge|beautiful|magnificent) snow mountain with (ridges|valleys) and <A> ."),
-    "terrace":("the <hue> terraces are (arranged|built) along the (slope|hill) like (stairs|steps) .", "(many|layers of) <hue> terraced fields (wind|curve) (around|along) the hillside .", "there are many curved (ridges|lines) between the <hue> terraces on the hill ."),
-    "wetland":("it is a piece of <hue> wetland with (winding|curved) streams and many (small|) ponds .", "a (winding|curved) stream (passes|flows) through the <hue> (marsh|wetland) with (water|grass) .", "many small (ponds|pools) are (scattered|dotted) in the (wet|soft) <hue> (marsh|wetland) ."),
-    "baseball diamond":("<N> with <hue> (clay|soil) {is/are} on the green (lawn|grass) with <A> .", "{a baseball field is/several baseball fields are} (built|located) beside <A> .", "the {diamond has/diamonds have} a <hue> infield and white (base|foul) lines ."),
-    "basketball court":("<M> with white lines {is/are} (next to|beside|near) <A> .", "{a basketball court is/several basketball courts are} (arranged neatly|placed) on <B> .", "the <hue> basketball {court has/courts have} a circle in the center and arcs at both ends ."),
-    "tennis court":("there {is/are} <N> arranged neatly with <A> beside .", "{a tennis court is/several tennis courts are} (surrounded by|near) <A> .", "<M> with white lines and nets {is/are} (built|located) on <B> .", "the <hue> tennis {court lies/courts lie} side by side close to <A> ."),
-    "church":("a cross shaped church with a <hue> roof is (on|in) a round square .", "the church with a <hue> roof and a (tower|bell tower) is surrounded by <A> .", "this <hue> church is in the form of a cross with lawns (around|beside) it ."),
-    "commercial area":("many (tall|high) buildings stand along the streets in a (busy|prosperous|crowded) commercial area .", "lots of buildings with <hue> roofs are arranged in blocks in the (commercial|downtown) (area|district) .", "several streets cross in the commercial district with many (cars|vehicles) (running|passing) ."),
-    "dense residential area":("many (buildings|houses) are in a dense residential area (with <A>|) .", "lots of houses with <hue> roofs are arranged (closely|compactly) in lines .", "a (crowded|dense) residential area with <hue> roofs is divided by several (roads|streets) .", "the houses (stand|are packed) so close that there are few plants between them ."),
-    "medium residential area":("many houses with <hue> roofs and green (trees|plants) are in a medium residential area .", "the houses are arranged in (lines|rows) with (lawns|plants) between them along the road .", "a medium density neighborhood with many houses and (green|lush) trees lies beside <A> ."),
-    "sparse residential area":("{a house/some houses} with <hue> {roof is/roofs are} surrounded by <A> in a sparse residential area .", "<N> with <hue> {roof/roofs} {stands/stand} (alone|quietly) among (trees|plants) and <B> .", "a narrow path leads to the <hue> {house/houses} in the (quiet|sparse) countryside ."),
-    "golf course":("it is a golf course with white (bunkers|sand bunkers) and <A> .", "some (bunkers|sand pits) are scattered on the (smooth|light green) fairway of the golf course .", "the golf course is (decorated|dotted) with <A> and (smooth|green) turfs ."),
-    "ground track field":("a football field is (in the middle of|surrounded by) a <hue> (running|) track in the playground .", "the (playground|sports field) has <hue> tracks around a green football field .", "a playground with <hue> tracks is (next to|beside|near) <A> ."),
-    "industrial area":("many <hue> (workshops|plants|buildings) are arranged (neatly|compactly) in an industrial area .", "the industrial area has many (large|long) workshops with <hue> (striped|metal) roofs .", "lots of <hue> (factories|workshops) stand along the road in the (industrial|factory) district ."),
-    "mobile home park":("lots of <hue> (mobile homes|trailers) are arranged in (neat|slanted) rows beside the roads .", "many mobile homes are placed (closely|orderly) in the mobile home park with <A> .", "it is a mobile home park with (rows|lines) of <hue> homes and some cars ."),
-    "palace":("the palace with <hue> roofs has a (yard|courtyard) and <A> .", "a (magnificent|splendid|symmetrical) palace with <hue> roofs and (towers|domes) is surrounded by <A> .", "several gardens and lawns are inside the (grand|old) palace ."),
-    "parking lot":("many cars are parked (neatly|orderly|in rows) in a parking lot (near <A>|) .", "lots of (cars|vehicles) of different colors are in the (large|gray) parking (lot|area) .", "the parking lot with white (lines|marks) is (filled|crowded|half filled) with cars ."),
-    "stadium":("a (large|huge|oval) stadium with <hue> (stands|seats) is near <A> .", "there is a green football field inside the (oval|round) <hue> stadium .", "the <hue> stadium is (oval|elliptical) and surrounded by <A> ."),
-    "storage tank":("<M> {is/are} (arranged neatly|placed) on <B> (beside <A>|) .", "{a round storage tank is/several round storage tanks are} (built|placed) close to <A> .", "the <hue> {tank is/tanks are} (round|cylindrical) and {stands/stand} on the (cement|flat) ground with <hue2> land around ."),
-    "thermal power station":("<N> (with|giving off) white (smoke|steam) {is/are} beside the plant of a thermal power station .", "a thermal power station has <N> and a blue (workshop|plant) .", "white (smoke|steam) is rising from the (huge|round) {cooling tower/cooling towers} of the power station ."),
+    "airplane": (
+        "<M> {is/are} parked (neatly|quietly|) on the (apron|tarmac|ground) of an airport .",
+        "{an airplane is/several airplanes are} (stopped|parked) on the (gray|cement) (apron|ground) at the airport .",
+        "there {is/are} <M> at the airport with some (yellow|guide) lines on the ground .",
+    ),
+    "airport": (
+        "<M> {is/are} parked (near|beside) a terminal building in an airport .",
+        "this is an airport with <M> and (a runway|runways) (beside|near) the terminal .",
+        "an airport with a white terminal and <M> (parked|stopped) next to it .",
+        "some planes are parked (orderly|in a line) around the boarding gates of the terminal .",
+    ),
+    "bridge": (
+        "{a bridge is/two parallel bridges are} (built|erected) over the river with <A> on (both|two) sides .",
+        "the river is (spanned|crossed) by <N> with some vehicles (running|driving) on it .",
+        "<N> {stretches/stretch} across the (wide|quiet) river and {connects/connect} the two banks .",
+    ),
+    "freeway": (
+        "a (straight|wide|broad) freeway with many lanes (goes|passes) through the land .",
+        "many (cars|vehicles) are (running|driving) on the (wide|broad) highway with plants on two sides .",
+        "the freeway is divided into two parts by a (narrow|long) (belt|strip) in the middle .",
+    ),
+    "harbor": (
+        "many (boats|yachts) are (docked|moored) (neatly|orderly) at the (harbor|port) beside the piers .",
+        "lots of <hue> (boats|yachts) are in rows in a (port|harbor) with <A> .",
+        "it is a (busy|crowded|peaceful) harbor where boats are (moored|anchored) beside the (docks|piers) .",
+    ),
+    "intersection": (
+        "there is (a crossroad|an intersection) with zebra crossings and <A> at the corners .",
+        "two (roads|streets) cross each other (vertically|at right angles) in this (crossroad|junction) .",
+        "an intersection of two roads with some (cars|vehicles) waiting is near <A> .",
+    ),
+    "overpass": (
+        "an overpass (goes|passes) across the road (below|diagonally) with some cars on it .",
+        "the (viaduct|overpass) with (white|pale) (edges|rails) crosses over another road with (busy|heavy) traffic .",
+        "two roads cross each other at different heights and many vehicles are running on them .",
+    ),
+    "railway": (
+        "{a railway track goes/several railway tracks go} (straight|) through the (open|bare) land (in parallel|) with <A> (beside|nearby) .",
+        "<N> (made of steel rails|on gravel) {runs/run} (across|through) this area .",
+        "<N> with <A> on (one side|both sides) {is/are} straight and long .",
+    ),
+    "railway station": (
+        "a (large|long) railway station with a <hue> roof (lies|sits) over many rail tracks .",
+        "many rail tracks pass (under|through) the <hue> hall of the train station .",
+        "the <hue> railway station is (built|located) between parallel railways and a square .",
+    ),
+    "roundabout": (
+        "it is a (circular|round) (roundabout|traffic circle) connected with several (roads|streets) .",
+        "several roads (meet|join) at a roundabout with green plants in its center .",
+        "some cars go around the round island in the middle of the (junction|traffic circle) .",
+    ),
+    "runway": (
+        "<M> with white (marking lines|stripes) {is/are} (on|in) <B> of an airport .",
+        "there are some white (stripes|marks) on the (straight|flat) (runway|airstrip) beside the (lawn|ground) .",
+        "the {runway is/runways are} (long|straight) and surrounded by <B> .",
+    ),
+    "ship": (
+        "<M> {is/are} sailing (slowly|) (on|in) the (calm|vast) (sea|ocean|waters) .",
+        "<M> {leaves/leave} white (foam|waves) behind on <B> .",
+        "<hue> cargo {ship is/ships are} (floating|sailing) on <B> with containers on the deck .",
+    ),
+    "beach": (
+        "it is a piece of <hue> beach with white waves (slapping|beating) on it .",
+        "white (foams|waves) (roll|come) to the <hue> beach beside <B> with <A> .",
+        "the <hue> beach is between <B> and <A> .",
+        "the (soft|clean) sand is (washed|lapped) by waves of the (open|calm) (sea|ocean) .",
+    ),
+    "chaparral": (
+        "many green (bushes|shrubs) are (scattered|spread) on the dry (sandy|bare) ground .",
+        "it is a piece of chaparral with many green (bushes|plants) on <B> .",
+        "some (withered|low) (bushes|chaparral) (grow|stand) (sparsely|irregularly) on the <base> land .",
+    ),
+    "circular farmland": (
+        "<M> {is/are} on the <base> (land|ground) (irrigated by long arms|in the plain) .",
+        "{there is a round field/there are several round fields} of <hue> crops on <B> .",
+        "the {circular farmland is/circular farmlands are} planted with <hue> crops and (surrounded by|next to) <B> .",
+    ),
+    "cloud": (
+        "<M> {is/are} (floating|drifting) in the sky over <B> .",
+        "{a piece of white cloud covers/some pieces of white clouds cover} part of <B> .",
+        "the {cloud is/clouds are} thick and white above <B> .",
+    ),
+    "desert": (
+        "it is a piece of <hue> desert with (wavy|curved|many) (ripples|stripes) on it .",
+        "the (vast|endless|wide) <hue> desert is (covered|decorated) with (beautiful|curved) sand dunes .",
+        "there are many (ripples|lines|wrinkles) in the (vast|dry|quiet) <hue> desert .",
+        "the wind makes the <hue> sand (rise and fall|look like waves) .",
+    ),
+    "forest": (
+        "many green trees are in a (dense|thick|lush) forest .",
+        "it is a piece of (dense|flourishing|dark) green forest with (tall|countless) trees .",
+        "the trees (grow|stand) so (thick|closely) that the ground can (hardly|not) be seen .",
+        "a (dense|lush) forest of green trees (covers|occupies) (the whole|most of the) land .",
+    ),
+    "island": (
+        "<M> with (lush|many) trees {is/are} in the <base> (sea|ocean) .",
+        "the green {island is/islands are} surrounded by (a ring|a circle) of sand and <base> (sea|ocean) water .",
+        "the {island lies/islands lie} alone in the (vast|calm) ocean with white (edges|shores) .",
+    ),
+    "lake": (
+        "the <hue> lake with an irregular (shape|shore) is surrounded by <B> .",
+        "there is a (quiet|clear) <hue> lake in the middle of <B> .",
+        "the water of the lake is <hue> and its bank is <base> .",
+        "a <hue> lake (lies|sits) (peacefully|quietly) in <B> with <A> .",
+    ),
+    "meadow": (
+        "it is a piece of <hue> meadow with (<A>|some plants) (scattered|on it) .",
+        "the <hue> (meadow|grassland) is (flat|smooth|broad) and (looks|seems) (like a carpet|quiet) with <A> .",
+        "<A> can be found (on|in) this (large|vast) piece of <hue> grassland .",
+    ),
+    "mountain": (
+        "it is a piece of <hue> (irregular|rugged|bare) (mountain|mountain range) with (ridges|valleys) .",
+        "the <hue> mountain has (many|steep) ridges and (deep|dark) valleys with <A> .",
+        "the (surface|terrain) of the <hue> (mountain|mountains) is (rugged|uneven) with light and shadow .",
+    ),
+    "rectangular farmland": (
+        "many pieces of <hue> (farmland|farmlands) are (arranged|placed) (neatly|together|closely) .",
+        "the (farmland|cropland) is divided into many (rectangular|square) blocks of different colors .",
+        "there are (neat|many) rectangular fields of <hue> (crops|cropland) in the (plain|countryside) .",
+    ),
+    "river": (
+        "a (curved|winding|long) <hue> river (flows|passes|winds) through <B> with <A> .",
+        "the <hue> river (flows|bends) (quietly|slowly) between two banks of <B> .",
+        "there is a (wide|curved) river with <hue> water in <B> .",
+        "both banks of the <hue> river are (covered by|made of) <B> .",
+    ),
+    "sea ice": (
+        "many pieces of white ice are floating on the (cold|dark|blue) sea .",
+        "the broken ice (floes|blocks) of different sizes (cover|drift on) the (dark|deep) blue sea .",
+        "lots of (ice|snow white) floes are (scattered|crowded) on the (frozen|cold) ocean surface .",
+    ),
+    "snowberg": (
+        "the mountain is (covered|capped) with thick white snow and some bare rocks .",
+        "white snow (covers|lies on) the (ridges|slopes) of the mountain with dark rocks (exposed|between) .",
+        "it is a (huge|beautiful|magnificent) snow mountain with (ridges|valleys) and <A> .",
+    ),
+    "terrace": (
+        "the <hue> terraces are (arranged|built) along the (slope|hill) like (stairs|steps) .",
+        "(many|layers of) <hue> terraced fields (wind|curve) (around|along) the hillside .",
+        "there are many curved (ridges|lines) between the <hue> terraces on the hill .",
+    ),
+    "wetland": (
+        "it is a piece of <hue> wetland with (winding|curved) streams and many (small|) ponds .",
+        "a (winding|curved) stream (passes|flows) through the <hue> (marsh|wetland) with (water|grass) .",
+        "many small (ponds|pools) are (scattered|dotted) in the (wet|soft) <hue> (marsh|wetland) .",
+    ),
+    "baseball diamond": (
+        "<N> with <hue> (clay|soil) {is/are} on the green (lawn|grass) with <A> .",
+        "{a baseball field is/several baseball fields are} (built|located) beside <A> .",
+        "the {diamond has/diamonds have} a <hue> infield and white (base|foul) lines .",
+    ),
+    "basketball court": (
+        "<M> with white lines {is/are} (next to|beside|near) <A> .",
+        "{a basketball court is/several basketball courts are} (arranged neatly|placed) on <B> .",
+        "the <hue> basketball {court has/courts have} a circle in the center and arcs at both ends .",
+    ),
+    "tennis court": (
+        "there {is/are} <N> arranged neatly with <A> beside .",
+        "{a tennis court is/several tennis courts are} (surrounded by|near) <A> .",
+        "<M> with white lines and nets {is/are} (built|located) on <B> .",
+        "the <hue> tennis {court lies/courts lie} side by side close to <A> .",
+    ),
+    "church": (
+        "a cross shaped church with a <hue> roof is (on|in) a round square .",
+        "the church with a <hue> roof and a (tower|bell tower) is surrounded by <A> .",
+        "this <hue> church is in the form of a cross with lawns (around|beside) it .",
+    ),
+    "commercial area": (
+        "many (tall|high) buildings stand along the streets in a (busy|prosperous|crowded) commercial area .",
+        "lots of buildings with <hue> roofs are arranged in blocks in the (commercial|downtown) (area|district) .",
+        "several streets cross in the commercial district with many (cars|vehicles) (running|passing) .",
+    ),
+    "dense residential area": (
+        "many (buildings|houses) are in a dense residential area (with <A>|) .",
+        "lots of houses with <hue> roofs are arranged (closely|compactly) in lines .",
+        "a (crowded|dense) residential area with <hue> roofs is divided by several (roads|streets) .",
+        "the houses (stand|are packed) so close that there are few plants between them .",
+    ),
+    "medium residential area": (
+        "many houses with <hue> roofs and green (trees|plants) are in a medium residential area .",
+        "the houses are arranged in (lines|rows) with (lawns|plants) between them along the road .",
+        "a medium density neighborhood with many houses and (green|lush) trees lies beside <A> .",
+    ),
+    "sparse residential area": (
+        "{a house/some houses} with <hue> {roof is/roofs are} surrounded by <A> in a sparse residential area .",
+        "<N> with <hue> {roof/roofs} {stands/stand} (alone|quietly) among (trees|plants) and <B> .",
+        "a narrow path leads to the <hue> {house/houses} in the (quiet|sparse) countryside .",
+    ),
+    "golf course": (
+        "it is a golf course with white (bunkers|sand bunkers) and <A> .",
+        "some (bunkers|sand pits) are scattered on the (smooth|light green) fairway of the golf course .",
+        "the golf course is (decorated|dotted) with <A> and (smooth|green) turfs .",
+    ),
+    "ground track field": (
+        "a football field is (in the middle of|surrounded by) a <hue> (running|) track in the playground .",
+        "the (playground|sports field) has <hue> tracks around a green football field .",
+        "a playground with <hue> tracks is (next to|beside|near) <A> .",
+    ),
+    "industrial area": (
+        "many <hue> (workshops|plants|buildings) are arranged (neatly|compactly) in an industrial area .",
+        "the industrial area has many (large|long) workshops with <hue> (striped|metal) roofs .",
+        "lots of <hue> (factories|workshops) stand along the road in the (industrial|factory) district .",
+    ),
+    "mobile home park": (
+        "lots of <hue> (mobile homes|trailers) are arranged in (neat|slanted) rows beside the roads .",
+        "many mobile homes are placed (closely|orderly) in the mobile home park with <A> .",
+        "it is a mobile home park with (rows|lines) of <hue> homes and some cars .",
+    ),
+    "palace": (
+        "the palace with <hue> roofs has a (yard|courtyard) and <A> .",
+        "a (magnificent|splendid|symmetrical) palace with <hue> roofs and (towers|domes) is surrounded by <A> .",
+        "several gardens and lawns are inside the (grand|old) palace .",
+    ),
+    "parking lot": (
+        "many cars are parked (neatly|orderly|in rows) in a parking lot (near <A>|) .",
+        "lots of (cars|vehicles) of different colors are in the (large|gray) parking (lot|area) .",
+        "the parking lot with white (lines|marks) is (filled|crowded|half filled) with cars .",
+    ),
+    "stadium": (
+        "a (large|huge|oval) stadium with <hue> (stands|seats) is near <A> .",
+        "there is a green football field inside the (oval|round) <hue> stadium .",
+        "the <hue> stadium is (oval|elliptical) and surrounded by <A> .",
+    ),
+    "storage tank": (
+        "<M> {is/are} (arranged neatly|placed) on <B> (beside <A>|) .",
+        "{a round storage tank is/several round storage tanks are} (built|placed) close to <A> .",
+        "the <hue> {tank is/tanks are} (round|cylindrical) and {stands/stand} on the (cement|flat) ground with <hue2> land around .",
+    ),
+    "thermal power station": (
+        "<N> (with|giving off) white (smoke|steam) {is/are} beside the plant of a thermal power station .",
+        "a thermal power station has <N> and a blue (workshop|plant) .",
+        "white (smoke|steam) is rising from the (huge|round) {cooling tower/cooling towers} of the power station .",
+    ),
 }
 
 # %% ../../nbs/lib/02_scenes/08_phrases.ipynb #cell-009
 def _phrase(f, rng, color=True):
     _, others = NOUNS[f.noun]
-    noun = others[int(rng.integers(len(others)))] if others and rng.random() < .35 else None
-    return noun_phrase(f, color and rng.random() < .65, noun, str(rng.choice(["several", "some"])), str(rng.choice(["many", "lots of", "many", "some", "many", "a number of"])), rng.random() < .22)
+    noun = others[int(rng.integers(len(others)))] if others and rng.random() < 0.35 else None
+    return noun_phrase(
+        f,
+        color and rng.random() < 0.65,
+        noun,
+        str(rng.choice(["several", "some"])),
+        str(rng.choice(["many", "lots of", "many", "some", "many", "a number of"])),
+        rng.random() < 0.22,
+    )
 
 # %% ../../nbs/lib/02_scenes/08_phrases.ipynb #cell-010
 def _ground(f, rng):
-    noun = f.noun if rng.random() < .6 or not NOUNS[f.noun][1] else NOUNS[f.noun][1][0][0]
-    color = f.color+" " if f.color and rng.random() < .75 else ""
-    return ("a piece of " if f.noun in ("meadow", "lawn", "bare land", "forest") and rng.random() < .5 else "the ")+color+noun
+    noun = f.noun if rng.random() < 0.6 or not NOUNS[f.noun][1] else NOUNS[f.noun][1][0][0]
+    color = f.color + " " if f.color and rng.random() < 0.75 else ""
+    return (
+        ("a piece of " if f.noun in ("meadow", "lawn", "bare land", "forest") and rng.random() < 0.5 else "the ")
+        + color
+        + noun
+    )
 
 # %% ../../nbs/lib/02_scenes/08_phrases.ipynb #cell-011
 def _slots(main, base, also, prep, rng, around=False):
-    if around: also = [f for f in also if f.count >= 5]
+    if around:
+        also = [f for f in also if f.count >= 5]
     order = [also[i] for i in rng.permutation(len(also))]
-    s = {"M":_phrase(main, rng), "N":_phrase(main, rng, False), "prep":prep, "hue":main.color or "white", "hue2":"green" if base and base.color == "green" else "brown"}
-    if base: s |= {"B":_ground(base, rng), "base":base.color or "open"}
-    if order: s["A"] = _phrase(order[0], rng)
-    elif base: s["A"] = s["B"]
-    if len(order) > 1: s["A2"] = _phrase(order[1], rng)
+    s = {
+        "M": _phrase(main, rng),
+        "N": _phrase(main, rng, False),
+        "prep": prep,
+        "hue": main.color or "white",
+        "hue2": "green" if base and base.color == "green" else "brown",
+    }
+    if base:
+        s |= {"B": _ground(base, rng), "base": base.color or "open"}
+    if order:
+        s["A"] = _phrase(order[0], rng)
+    elif base:
+        s["A"] = s["B"]
+    if len(order) > 1:
+        s["A2"] = _phrase(order[1], rng)
     return s
 
 # %% ../../nbs/lib/02_scenes/08_phrases.ipynb #cell-012
 def target_captions(
-    facts:list, # Facts of the picture
-    land:str, # Its class
-    rng:np.random.Generator, # Source of randomness
-) -> list: # Five captions
+    facts: list,  # Facts of the picture
+    land: str,  # Its class
+    rng: np.random.Generator,  # Source of randomness
+) -> list:  # Five captions
     "Five captions in the register of RISC; in one picture of six some of them are the same."
     from rsstudy.scenes.text import PREP
+
     main, base, also = split_facts(facts)
     crowd = [f for f in also if f.count >= 5]
-    fits = lambda t: ("surrounded by" not in t or "<A>" not in t or crowd or not also) and ("<B>" not in t and "<base>" not in t or base) and ("<A>" not in t or also or base) and ("<A2>" not in t or len(also) > 1)
+
+    def fits(t):
+        return (
+            ("surrounded by" not in t or "<A>" not in t or crowd or not also)
+            and (("<B>" not in t and "<base>" not in t) or base)
+            and ("<A>" not in t or also or base)
+            and ("<A2>" not in t or len(also) > 1)
+        )
+
     special = [t for t in SPECIAL[land] if fits(t)]
-    general = [t for t in (*COMMON, *(WITH_A*2 + WITH_AB if also else ()), *WITH_AA, *WITH_B) if fits(t)]
+    general = [t for t in (*COMMON, *(WITH_A * 2 + WITH_AB if also else ()), *WITH_AA, *WITH_B) if fits(t)]
     special, general = list(rng.permutation(special)), list(rng.permutation(general))
     k = min(len(special), int(rng.choice([2, 3, 3, 4])))
     pool = special[:k] + general
     brief = [t for t in SHORT if fits(t)]
-    pool = [str(rng.choice(brief)) if rng.random() < .17 else t for t in pool[:5]]
-    out = [expand(t, rng, _slots(main, base, also, PREP.get(main.noun, "on"), rng, "surrounded by" in t), main.count != 1 and main.count != 0) for t in pool]
+    pool = [str(rng.choice(brief)) if rng.random() < 0.17 else t for t in pool[:5]]
+    out = [
+        expand(
+            t,
+            rng,
+            _slots(main, base, also, PREP.get(main.noun, "on"), rng, "surrounded by" in t),
+            main.count != 1 and main.count != 0,
+        )
+        for t in pool
+    ]
     u = rng.random()
-    if u < .04: out = out[:1]*5
-    elif u < .17: out = out[:3] + [out[i] for i in rng.integers(0, 3, 2)]
+    if u < 0.04:
+        out = out[:1] * 5
+    elif u < 0.17:
+        out = out[:3] + [out[i] for i in rng.integers(0, 3, 2)]
     return [out[i] for i in rng.permutation(5)]

@@ -5,11 +5,13 @@
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-002
 from __future__ import annotations
 
-import numpy as np
 from math import pi
+
+import numpy as np
+
 from .canvas import Canvas, blob, box, oval, place
 from .nature import chance, ground, side_trees
-from .objects import draw_basketball_court, building, road, draw_tennis_court
+from .objects import building, draw_basketball_court, draw_tennis_court, road
 
 # %% auto #0
 __all__ = ['SPORTS', 'ring_trees', 'row', 'baseball_diamond', 'basketball_court', 'tennis_court', 'ground_track_field', 'stadium',
@@ -17,121 +19,183 @@ __all__ = ['SPORTS', 'ring_trees', 'row', 'baseball_diamond', 'basketball_court'
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-005
 def ring_trees(
-    c:Canvas, # Where the scene is drawn
-    n:int, # Number of trees to try
-    inner:float, # They stand further from the middle than this, world units (largest coordinate)
-    r=(4., 7.), # Range of the radius, world units
+    c: Canvas,  # Where the scene is drawn
+    n: int,  # Number of trees to try
+    inner: float,  # They stand further from the middle than this, world units (largest coordinate)
+    r=(4.0, 7.0),  # Range of the radius, world units
 ):
     "Trees around a square in the middle."
     side_trees(c, n, lambda p: abs(p).max(1) > inner, r)
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-006
 def row(
-    n:int, # Number of places
-    step:float, # Distance between them, world units
-) -> np.ndarray: # (n,) coordinates around 0
+    n: int,  # Number of places
+    step: float,  # Distance between them, world units
+) -> np.ndarray:  # (n,) coordinates around 0
     "Evenly spaced coordinates around the origin."
-    return (np.arange(n)-(n-1)/2)*step
+    return (np.arange(n) - (n - 1) / 2) * step
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-009
-def baseball_diamond(c:Canvas):
+def baseball_diamond(c: Canvas):
     "One, two or four baseball diamonds."
     r = c.rng
-    c.fill(c.tone("grass")*.92, "lawn")
-    n = int(r.choice([1, 1, 2, 4])); s = {1:1.5, 2:1.12, 4:.9}[n]
-    at = {1:[(0, 0)], 2:[(-46, 0), (46, 0)], 4:[(-50, -50), (50, -50), (-50, 50), (50, 50)]}[n]
+    c.fill(c.tone("grass") * 0.92, "lawn")
+    n = int(r.choice([1, 1, 2, 4]))
+    s = {1: 1.5, 2: 1.12, 4: 0.9}[n]
+    at = {1: [(0, 0)], 2: [(-46, 0), (46, 0)], 4: [(-50, -50), (50, -50), (-50, 50), (50, 50)]}[n]
     word, clay = c.pick("clay")
     for k, (x, y) in enumerate(at):
-        a = {1:r.uniform(0, 6), 2:(pi/2, -pi/2)[k % 2], 4:(3*pi/4, -3*pi/4, pi/4, -pi/4)[k % 4]}[n]
-        t = np.linspace(-pi/4, pi/4, 20)
-        fan = lambda q: np.r_[[(0, 28)], np.stack([q*np.sin(t), 28-q*np.cos(t)], 1)]
-        c.polygon(place(fan(64), x, y, a, s), clay*.95, "baseball diamond"); c.polygon(place(fan(60), x, y, a, s), c.tone("grass")*1.1, "baseball diamond")
+        a = {1: r.uniform(0, 6), 2: (pi / 2, -pi / 2)[k % 2], 4: (3 * pi / 4, -3 * pi / 4, pi / 4, -pi / 4)[k % 4]}[n]
+        t = np.linspace(-pi / 4, pi / 4, 20)
+
+        def fan(q):
+            return np.r_[[(0, 28)], np.stack([q * np.sin(t), 28 - q * np.cos(t)], 1)]
+
+        c.polygon(place(fan(64), x, y, a, s), clay * 0.95, "baseball diamond")
+        c.polygon(place(fan(60), x, y, a, s), c.tone("grass") * 1.1, "baseball diamond")
         c.polygon(place(fan(34), x, y, a, s), clay, "baseball diamond")
-        c.polygon(place(place(box(15, 15), 0, 14, pi/4), x, y, a, s), c.tone("grass")*1.12)
-        c.discs(place([(0, 27)], x, y, a, s), 6*s, clay); c.discs(place([(0, 14)], x, y, a, s), 2.6*s, clay)
+        c.polygon(place(place(box(15, 15), 0, 14, pi / 4), x, y, a, s), c.tone("grass") * 1.12)
+        c.discs(place([(0, 27)], x, y, a, s), 6 * s, clay)
+        c.discs(place([(0, 14)], x, y, a, s), 2.6 * s, clay)
         c.line(place([(-43, -15), (0, 28), (43, -15)], x, y, a, s), 1, c.tone("paint"))
-        for b in ((0, 28), (13, 15), (-13, 15), (0, 2)): c.discs(place([b], x, y, a, s), 1.2*s, (255, 255, 255))
-    c.fact("main", "baseball diamond", n, word); c.fact("base", "lawn", 1, "green")
-    if n < 4: ring_trees(c, 170, 94)
-    if chance(c, .4): c.line([(-160, 104), (160, 104)], 10, c.tone("asphalt"), "road"); c.fact("also", "road", 1, "gray")
+        for b in ((0, 28), (13, 15), (-13, 15), (0, 2)):
+            c.discs(place([b], x, y, a, s), 1.2 * s, (255, 255, 255))
+    c.fact("main", "baseball diamond", n, word)
+    c.fact("base", "lawn", 1, "green")
+    if n < 4:
+        ring_trees(c, 170, 94)
+    if chance(c, 0.4):
+        c.line([(-160, 104), (160, 104)], 10, c.tone("asphalt"), "road")
+        c.fact("also", "road", 1, "gray")
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-010
 def _courts(c, draw, noun, step):
     r, cols = c.rng, list(c.rng.permutation(["green", "blue", "red"]))
-    kind = str(r.choice(["lawn", "bare land"])); c.fill(c.tone("grass") if kind == "lawn" else c.tone("soil"), kind)
-    n = int(r.integers(1, 5)); s = {1:1.9, 2:1.6, 3:1.4, 4:1.2}[n]*(1.15 if noun == "tennis court" else 1)
-    at = [(0, 0)] if n == 1 else [(u, 0) for u in row(n, step*s)] if n < 4 else [(u, v) for u in (-step*s/2, step*s/2) for v in (-27*s, 27*s)]
-    for x, y in at: draw(c, x, y, 0, s, c.tone("court", cols[0]), c.tone("court", cols[1]))
-    c.fact("main", noun, n, str(cols[0])); c.fact("base", kind, 1, "green" if kind == "lawn" else "brown")
+    kind = str(r.choice(["lawn", "bare land"]))
+    c.fill(c.tone("grass") if kind == "lawn" else c.tone("soil"), kind)
+    n = int(r.integers(1, 5))
+    s = {1: 1.9, 2: 1.6, 3: 1.4, 4: 1.2}[n] * (1.15 if noun == "tennis court" else 1)
+    at = (
+        [(0, 0)]
+        if n == 1
+        else [(u, 0) for u in row(n, step * s)]
+        if n < 4
+        else [(u, v) for u in (-step * s / 2, step * s / 2) for v in (-27 * s, 27 * s)]
+    )
+    for x, y in at:
+        draw(c, x, y, 0, s, c.tone("court", cols[0]), c.tone("court", cols[1]))
+    c.fact("main", noun, n, str(cols[0]))
+    c.fact("base", kind, 1, "green" if kind == "lawn" else "brown")
     k = r.random()
-    if k < .5: side_trees(c, 150, lambda p: abs(p[:, 1]) > 84 if n == 4 else abs(p[:, 1]) > 64)
-    elif k < .75: road(c, [(-165, 98), (165, 98)], 14, traffic=4); c.fact("also", "road", 1, "gray")
-    else: building(c, 0, 98, 0, 90, 22, c.tone("roof", "gray")); c.fact("also", "building", 1, "gray")
+    if k < 0.5:
+        side_trees(c, 150, lambda p: abs(p[:, 1]) > 84 if n == 4 else abs(p[:, 1]) > 64)
+    elif k < 0.75:
+        road(c, [(-165, 98), (165, 98)], 14, traffic=4)
+        c.fact("also", "road", 1, "gray")
+    else:
+        building(c, 0, 98, 0, 90, 22, c.tone("roof", "gray"))
+        c.fact("also", "building", 1, "gray")
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-011
-def basketball_court(c:Canvas):
+def basketball_court(c: Canvas):
     "One to four basketball courts."
     _courts(c, draw_basketball_court, "basketball court", 32)
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-012
-def tennis_court(c:Canvas):
+def tennis_court(c: Canvas):
     "One to four tennis courts."
     _courts(c, draw_tennis_court, "tennis court", 27)
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-013
 def _track(c, x, y, a, s, rgb, name):
-    c.polygon(place(oval(150, 92, 48, .62), x, y, a, s), rgb, name)
-    for q in (4, 8, 12): c.line(place(np.r_[oval(150-q, 92-q, 48, .62), oval(150-q, 92-q, 48, .62)[:1]], x, y, a, s), .6, np.clip(rgb*1.25+20, 0, 255))
-    c.polygon(place(oval(132, 74, 48, .62), x, y, a, s), c.tone("grass"), name)
-    for i in range(6): c.polygon(place(box(15, 54)+((i-2.5)*15, 0), x, y, a, s), c.tone("grass")*(1.1, .92)[i % 2], "football field")
+    c.polygon(place(oval(150, 92, 48, 0.62), x, y, a, s), rgb, name)
+    for q in (4, 8, 12):
+        c.line(
+            place(np.r_[oval(150 - q, 92 - q, 48, 0.62), oval(150 - q, 92 - q, 48, 0.62)[:1]], x, y, a, s),
+            0.6,
+            np.clip(rgb * 1.25 + 20, 0, 255),
+        )
+    c.polygon(place(oval(132, 74, 48, 0.62), x, y, a, s), c.tone("grass"), name)
+    for i in range(6):
+        c.polygon(
+            place(box(15, 54) + ((i - 2.5) * 15, 0), x, y, a, s), c.tone("grass") * (1.1, 0.92)[i % 2], "football field"
+        )
     w = c.tone("paint")
-    for p in (box(90, 54), box(14, 26)+(-38, 0), box(14, 26)+(38, 0)): c.line(place(np.r_[p, p[:1]], x, y, a, s), .9, w)
-    c.line(place([(0, -27), (0, 27)], x, y, a, s), .9, w); o = oval(18, 18, 24); c.line(place(np.r_[o, o[:1]], x, y, a, s), .9, w)
+    for p in (box(90, 54), box(14, 26) + (-38, 0), box(14, 26) + (38, 0)):
+        c.line(place(np.r_[p, p[:1]], x, y, a, s), 0.9, w)
+    c.line(place([(0, -27), (0, 27)], x, y, a, s), 0.9, w)
+    o = oval(18, 18, 24)
+    c.line(place(np.r_[o, o[:1]], x, y, a, s), 0.9, w)
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-014
-def ground_track_field(c:Canvas):
+def ground_track_field(c: Canvas):
     "A running track around a football field."
     r = c.rng
     ground(c, "lawn", "bare land")
     word, rgb = c.pick("track")
     _track(c, *r.uniform(-6, 6, 2), 0, 1.15, rgb, "ground track field")
-    c.fact("main", "ground track field", 1, word); c.fact("also", "football field", 1, "green")
+    c.fact("main", "ground track field", 1, word)
+    c.fact("also", "football field", 1, "green")
     k = r.random()
-    if k < .5: side_trees(c, 240, lambda p: abs(p[:, 1]) > 66)
-    elif k < .8:
+    if k < 0.5:
+        side_trees(c, 240, lambda p: abs(p[:, 1]) > 66)
+    elif k < 0.8:
         n = int(r.integers(1, 4))
-        for x in row(n, 62): building(c, x, -80, 0, 50, 22, c.tone("roof", str(r.choice(["red", "gray", "white"]))))
+        for x in row(n, 62):
+            building(c, x, -80, 0, 50, 22, c.tone("roof", str(r.choice(["red", "gray", "white"]))))
         c.fact("also", "building", n, None)
     c.facts.sort(key=lambda f: f.role != "main")
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-015
-def stadium(c:Canvas):
+def stadium(c: Canvas):
     "Stands around a football field."
     r = c.rng
     c.fill(c.tone("concrete", "gray"), "square")
     word, rgb = c.pick("roof", ("white", "red", "blue", "gray"))
     w, h = r.uniform(165, 185), r.uniform(125, 145)
-    c.polygon(oval(w, h, 60, .8), rgb, "stadium", height=14)
-    for q, g in ((14, .82), (26, .95), (36, .74)): c.polygon(oval(w-q, h-q, 60, .8), rgb*g, "stadium")
-    for t in np.linspace(0, 2*pi, 36, endpoint=False): c.line([(w*.39*np.cos(t), h*.37*np.sin(t)), (w*.5*np.cos(t), h*.5*np.sin(t))], .8, rgb*.6)
-    _track(c, 0, 0, 0, .72, c.tone("track", "red"), "football field")
-    c.fact("main", "stadium", 1, word); c.fact("also", "football field", 1, "green")
-    if chance(c, .6): side_trees(c, 160, lambda p: (p[:, 0]/w*2)**2+(p[:, 1]/h*2)**2 > 1.5)
-    else: road(c, [(-165, 98), (165, 98)], 16, traffic=7); c.fact("also", "road", 1, "gray")
+    c.polygon(oval(w, h, 60, 0.8), rgb, "stadium", height=14)
+    for q, g in ((14, 0.82), (26, 0.95), (36, 0.74)):
+        c.polygon(oval(w - q, h - q, 60, 0.8), rgb * g, "stadium")
+    for t in np.linspace(0, 2 * pi, 36, endpoint=False):
+        c.line(
+            [(w * 0.39 * np.cos(t), h * 0.37 * np.sin(t)), (w * 0.5 * np.cos(t), h * 0.5 * np.sin(t))], 0.8, rgb * 0.6
+        )
+    _track(c, 0, 0, 0, 0.72, c.tone("track", "red"), "football field")
+    c.fact("main", "stadium", 1, word)
+    c.fact("also", "football field", 1, "green")
+    if chance(c, 0.6):
+        side_trees(c, 160, lambda p: (p[:, 0] / w * 2) ** 2 + (p[:, 1] / h * 2) ** 2 > 1.5)
+    else:
+        road(c, [(-165, 98), (165, 98)], 16, traffic=7)
+        c.fact("also", "road", 1, "gray")
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-016
-def golf_course(c:Canvas):
+def golf_course(c: Canvas):
     "Fairways, bunkers, sometimes a pond."
     r = c.rng
-    c.fill(c.tone("grass")*.8, "lawn")
-    c.polygon(place(blob(r, 72, .35), *r.uniform(-20, 20, 2)), c.tone("grass")*1.08, "golf course"); c.polygon(place(blob(r, 38, .4), *r.uniform(-70, 70, 2)), c.tone("grass")*1.08, "golf course")
-    n = int(r.integers(2, 7)); at = c.spots(n, 84, 38)
-    for x, y in at: c.polygon(place(blob(r, r.uniform(8, 13), .32), x, y), c.tone("sand", "white"), "bunker")
-    c.fact("main", "golf course", 1, "green"); c.fact("also", "bunker", len(at), "white")
-    if chance(c, .4):
+    c.fill(c.tone("grass") * 0.8, "lawn")
+    c.polygon(place(blob(r, 72, 0.35), *r.uniform(-20, 20, 2)), c.tone("grass") * 1.08, "golf course")
+    c.polygon(place(blob(r, 38, 0.4), *r.uniform(-70, 70, 2)), c.tone("grass") * 1.08, "golf course")
+    n = int(r.integers(2, 7))
+    at = c.spots(n, 84, 38)
+    for x, y in at:
+        c.polygon(place(blob(r, r.uniform(8, 13), 0.32), x, y), c.tone("sand", "white"), "bunker")
+    c.fact("main", "golf course", 1, "green")
+    c.fact("also", "bunker", len(at), "white")
+    if chance(c, 0.4):
         p = c.spots(1, 70, 1)[0]
-        if np.hypot(*(at-p).T).min() > 40: word, rgb = c.pick("water"); c.polygon(place(blob(r, 20, .3), *p), rgb, "pond"); c.fact("also", "pond", 1, word)
-    side_trees(c, 90, lambda p: np.min(np.hypot(p[:, None, 0]-at[:, 0], p[:, None, 1]-at[:, 1]), 1) > 24)
+        if np.hypot(*(at - p).T).min() > 40:
+            word, rgb = c.pick("water")
+            c.polygon(place(blob(r, 20, 0.3), *p), rgb, "pond")
+            c.fact("also", "pond", 1, word)
+    side_trees(c, 90, lambda p: np.min(np.hypot(p[:, None, 0] - at[:, 0], p[:, None, 1] - at[:, 1]), 1) > 24)
 
 # %% ../../nbs/lib/02_scenes/04_sports.ipynb #cell-017
-SPORTS = {"baseball diamond":baseball_diamond, "basketball court":basketball_court, "golf course":golf_course, "ground track field":ground_track_field, "stadium":stadium, "tennis court":tennis_court}
+SPORTS = {
+    "baseball diamond": baseball_diamond,
+    "basketball court": basketball_court,
+    "golf course": golf_course,
+    "ground track field": ground_track_field,
+    "stadium": stadium,
+    "tennis court": tennis_court,
+}

@@ -5,8 +5,10 @@
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-002
 from __future__ import annotations
 
-import numpy as np
 import re
+
+import numpy as np
+
 from .canvas import Fact
 
 # %% auto #0
@@ -14,116 +16,209 @@ __all__ = ['NOUNS', 'NUMBERS', 'PREP', 'SOURCE_TEMPLATES', 'PLAIN_TEMPLATES', 'D
            'article', 'noun_phrase', 'expand', 'words_of', 'split_facts', 'source_captions', 'describe', 'questions']
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-005
-NOUNS = { # singular -> (plural, other names as (singular, plural))
-    "plane":("planes", [("airplane", "airplanes"), ("aircraft", "aircraft")]), "ship":("ships", [("vessel", "vessels")]), "boat":("boats", [("yacht", "yachts")]),
-    "car":("cars", [("vehicle", "vehicles")]), "train":("trains", []), "house":("houses", [("residence", "residences"), ("villa", "villas")]), "building":("buildings", []),
-    "factory":("factories", [("workshop", "workshops")]), "mobile home":("mobile homes", [("trailer", "trailers")]), "church":("churches", []), "palace":("palaces", []), "tree":("trees", []),
-    "shrub":("shrubs", [("bush", "bushes")]), "storage tank":("storage tanks", [("oil tank", "oil tanks")]), "cooling tower":("cooling towers", [("chimney tower", "chimney towers")]), "chimney":("chimneys", []),
-    "tennis court":("tennis courts", []), "basketball court":("basketball courts", []), "baseball diamond":("baseball diamonds", [("baseball field", "baseball fields")]),
-    "football field":("football fields", [("soccer field", "soccer fields")]), "ground track field":("ground track fields", [("playground", "playgrounds")]), "stadium":("stadiums", []), "golf course":("golf courses", []),
-    "bunker":("bunkers", [("sand bunker", "sand bunkers")]), "swimming pool":("swimming pools", [("pool", "pools")]), "pond":("ponds", []), "lake":("lakes", []), "river":("rivers", []), "stream":("streams", [("brook", "brooks")]),
-    "island":("islands", [("islet", "islets")]), "beach":("beaches", [("shore", "shores")]), "wave":("waves", [("ripple", "ripples")]), "ripple":("ripples", [("dune", "dunes"), ("stripe", "stripes")]), "cloud":("clouds", []),
-    "forest":("forests", [("wood", "woods")]), "meadow":("meadows", [("grassland", "grasslands")]), "lawn":("lawns", [("turf", "turfs")]), "bare land":("bare lands", [("open ground", "open grounds")]),
-    "desert":("deserts", []), "mountain":("mountains", [("mountain range", "mountain ranges")]), "snowberg":("snowbergs", [("snow mountain", "snow mountains")]), "rock":("rocks", []), "wetland":("wetlands", [("marsh", "marshes")]),
-    "terrace":("terraces", [("terraced field", "terraced fields")]), "circular farmland":("circular farmlands", [("round field", "round fields")]), "rectangular farmland":("rectangular farmlands", [("cropland", "croplands")]),
-    "path":("paths", [("trail", "trails")]), "road":("roads", [("street", "streets")]), "freeway":("freeways", [("highway", "highways")]), "intersection":("intersections", [("crossroad", "crossroads")]),
-    "roundabout":("roundabouts", [("traffic circle", "traffic circles")]), "overpass":("overpasses", [("viaduct", "viaducts")]), "bridge":("bridges", []), "railway":("railways", [("rail track", "rail tracks")]),
-    "railway station":("railway stations", [("train station", "train stations")]), "runway":("runways", [("airstrip", "airstrips")]), "terminal":("terminals", [("terminal building", "terminal buildings")]), "apron":("aprons", [("tarmac", "tarmacs")]),
-    "parking lot":("parking lots", [("parking area", "parking areas")]), "pier":("piers", [("jetty", "jetties"), ("dock", "docks")]), "wharf":("wharves", [("quay", "quays")]), "garden":("gardens", []), "square":("squares", []),
-    "fountain":("fountains", []), "flower bed":("flower beds", []), "sea":("seas", [("ocean", "oceans")]), "ice":("ice", [("ice floe", "ice floes")]), "snow":("snow", []), "coal":("coal", []),
+NOUNS = {  # singular -> (plural, other names as (singular, plural))
+    "plane": ("planes", [("airplane", "airplanes"), ("aircraft", "aircraft")]),
+    "ship": ("ships", [("vessel", "vessels")]),
+    "boat": ("boats", [("yacht", "yachts")]),
+    "car": ("cars", [("vehicle", "vehicles")]),
+    "train": ("trains", []),
+    "house": ("houses", [("residence", "residences"), ("villa", "villas")]),
+    "building": ("buildings", []),
+    "factory": ("factories", [("workshop", "workshops")]),
+    "mobile home": ("mobile homes", [("trailer", "trailers")]),
+    "church": ("churches", []),
+    "palace": ("palaces", []),
+    "tree": ("trees", []),
+    "shrub": ("shrubs", [("bush", "bushes")]),
+    "storage tank": ("storage tanks", [("oil tank", "oil tanks")]),
+    "cooling tower": ("cooling towers", [("chimney tower", "chimney towers")]),
+    "chimney": ("chimneys", []),
+    "tennis court": ("tennis courts", []),
+    "basketball court": ("basketball courts", []),
+    "baseball diamond": ("baseball diamonds", [("baseball field", "baseball fields")]),
+    "football field": ("football fields", [("soccer field", "soccer fields")]),
+    "ground track field": ("ground track fields", [("playground", "playgrounds")]),
+    "stadium": ("stadiums", []),
+    "golf course": ("golf courses", []),
+    "bunker": ("bunkers", [("sand bunker", "sand bunkers")]),
+    "swimming pool": ("swimming pools", [("pool", "pools")]),
+    "pond": ("ponds", []),
+    "lake": ("lakes", []),
+    "river": ("rivers", []),
+    "stream": ("streams", [("brook", "brooks")]),
+    "island": ("islands", [("islet", "islets")]),
+    "beach": ("beaches", [("shore", "shores")]),
+    "wave": ("waves", [("ripple", "ripples")]),
+    "ripple": ("ripples", [("dune", "dunes"), ("stripe", "stripes")]),
+    "cloud": ("clouds", []),
+    "forest": ("forests", [("wood", "woods")]),
+    "meadow": ("meadows", [("grassland", "grasslands")]),
+    "lawn": ("lawns", [("turf", "turfs")]),
+    "bare land": ("bare lands", [("open ground", "open grounds")]),
+    "desert": ("deserts", []),
+    "mountain": ("mountains", [("mountain range", "mountain ranges")]),
+    "snowberg": ("snowbergs", [("snow mountain", "snow mountains")]),
+    "rock": ("rocks", []),
+    "wetland": ("wetlands", [("marsh", "marshes")]),
+    "terrace": ("terraces", [("terraced field", "terraced fields")]),
+    "circular farmland": ("circular farmlands", [("round field", "round fields")]),
+    "rectangular farmland": ("rectangular farmlands", [("cropland", "croplands")]),
+    "path": ("paths", [("trail", "trails")]),
+    "road": ("roads", [("street", "streets")]),
+    "freeway": ("freeways", [("highway", "highways")]),
+    "intersection": ("intersections", [("crossroad", "crossroads")]),
+    "roundabout": ("roundabouts", [("traffic circle", "traffic circles")]),
+    "overpass": ("overpasses", [("viaduct", "viaducts")]),
+    "bridge": ("bridges", []),
+    "railway": ("railways", [("rail track", "rail tracks")]),
+    "railway station": ("railway stations", [("train station", "train stations")]),
+    "runway": ("runways", [("airstrip", "airstrips")]),
+    "terminal": ("terminals", [("terminal building", "terminal buildings")]),
+    "apron": ("aprons", [("tarmac", "tarmacs")]),
+    "parking lot": ("parking lots", [("parking area", "parking areas")]),
+    "pier": ("piers", [("jetty", "jetties"), ("dock", "docks")]),
+    "wharf": ("wharves", [("quay", "quays")]),
+    "garden": ("gardens", []),
+    "square": ("squares", []),
+    "fountain": ("fountains", []),
+    "flower bed": ("flower beds", []),
+    "sea": ("seas", [("ocean", "oceans")]),
+    "ice": ("ice", [("ice floe", "ice floes")]),
+    "snow": ("snow", []),
+    "coal": ("coal", []),
 }
 NUMBERS = ("zero", "one", "two", "three", "four")
 
 
 def plural(
-    noun:str, # A singular noun of `NOUNS`
+    noun: str,  # A singular noun of `NOUNS`
 ) -> str:
     "The plural. Raises `ValueError` for an unknown noun."
-    if noun not in NOUNS: raise ValueError(f"noun {noun!r} is unknown, see rsstudy.scenes.text.NOUNS")
+    if noun not in NOUNS:
+        raise ValueError(f"noun {noun!r} is unknown, see rsstudy.scenes.text.NOUNS")
     return NOUNS[noun][0]
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-006
 def article(
-    words:str, # A noun phrase without article
+    words: str,  # A noun phrase without article
 ) -> str:
     "The phrase with `a` or `an` before it."
-    return ("an " if words[0] in "aeio" else "a ")+words
+    return ("an " if words[0] in "aeio" else "a ") + words
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-009
 def noun_phrase(
-    f:Fact, # What to name
-    color:bool=True, # With its colour, if it has one
-    noun:tuple|None=None, # Other (singular, plural) to use
-    few:str="several", # Word for five to nine
-    lots:str="many", # Word for ten and more
-    vague:bool=False, # Say `few` also for two to four
-) -> str: # For example "three white planes"
+    f: Fact,  # What to name
+    color: bool = True,  # With its colour, if it has one
+    noun: tuple | None = None,  # Other (singular, plural) to use
+    few: str = "several",  # Word for five to nine
+    lots: str = "many",  # Word for ten and more
+    vague: bool = False,  # Say `few` also for two to four
+) -> str:  # For example "three white planes"
     "Number, colour and noun."
     one, more = noun or (f.noun, plural(f.noun))
-    c = f.color+" " if color and f.color else ""
-    if f.count == 0: return c+one if not noun else c+more
-    if f.count == 1: return article(c+one)
-    if f.count <= 4 and not vague: return f"{NUMBERS[f.count]} {c}{more}"
+    c = f.color + " " if color and f.color else ""
+    if f.count == 0:
+        return c + one if not noun else c + more
+    if f.count == 1:
+        return article(c + one)
+    if f.count <= 4 and not vague:
+        return f"{NUMBERS[f.count]} {c}{more}"
     return f"{few if f.count < 10 else lots} {c}{more}"
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-012
 def expand(
-    template:str, # Template text
-    rng:np.random.Generator, # Source of randomness
-    slots:dict|None=None, # Slot name -> text
-    many:bool=False, # Is the main object plural?
-) -> str: # Text with single spaces
+    template: str,  # Template text
+    rng: np.random.Generator,  # Source of randomness
+    slots: dict | None = None,  # Slot name -> text
+    many: bool = False,  # Is the main object plural?
+) -> str:  # Text with single spaces
     "Fill a template. Raises `KeyError` for a slot without a value."
-    while (m := re.search(r"\(([^()]*)\)", template)):
-        template = template[:m.start()] + str(rng.choice(m[1].split("|"))) + template[m.end():]
+    while m := re.search(r"\(([^()]*)\)", template):
+        template = template[: m.start()] + str(rng.choice(m[1].split("|"))) + template[m.end() :]
     template = re.sub(r"\{([^/}]*)/([^}]*)\}", lambda m: m[2 if many else 1], template)
     template = re.sub(r"<([^>]*)>", lambda m: slots[m[1]], template)
     return " ".join(template.split())
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-013
 def words_of(
-    template:str, # Template text
-) -> set: # Every word it can produce, slots apart
+    template: str,  # Template text
+) -> set:  # Every word it can produce, slots apart
     "The vocabulary of a template."
     return set(re.sub(r"<[^>]*>|[(){}|/]", " ", template).split())
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-016
-PREP = {"beach":"beside", "bridge":"over", "island":"in", "cloud":"over", "car":"in", "lake":"in", "river":"in", "ship":"in", "boat":"in"} # main object -> preposition before its ground
-SOURCE_TEMPLATES = ("<M> <prep> <B>", "<M> and <A>", "<M> near <A>", "<M> with <A>", "<A> near <M>", "<L> with <M>", "<M> and <A> <prep> <B>", "<L> with <M> and <A>", "<M> in <L>")
+PREP = {
+    "beach": "beside",
+    "bridge": "over",
+    "island": "in",
+    "cloud": "over",
+    "car": "in",
+    "lake": "in",
+    "river": "in",
+    "ship": "in",
+    "boat": "in",
+}  # main object -> preposition before its ground
+SOURCE_TEMPLATES = (
+    "<M> <prep> <B>",
+    "<M> and <A>",
+    "<M> near <A>",
+    "<M> with <A>",
+    "<A> near <M>",
+    "<L> with <M>",
+    "<M> and <A> <prep> <B>",
+    "<L> with <M> and <A>",
+    "<M> in <L>",
+)
 PLAIN_TEMPLATES = ("<M> seen from above", "view of <M>", "<M> in the picture", "picture of <M>", "<M> only")
-DESCRIBE_TEMPLATES = ("the image shows <M> <prep> <B> with <A> and <A2> around", "the image shows <M> <prep> <B> with <A> around", "the image shows <M> with <A> and <A2> around", "the image shows <M> with <A> around",
-                      "the image shows <M> <prep> <B> and nothing else", "the image shows <M> and nothing else")
+DESCRIBE_TEMPLATES = (
+    "the image shows <M> <prep> <B> with <A> and <A2> around",
+    "the image shows <M> <prep> <B> with <A> around",
+    "the image shows <M> with <A> and <A2> around",
+    "the image shows <M> with <A> around",
+    "the image shows <M> <prep> <B> and nothing else",
+    "the image shows <M> and nothing else",
+)
 
 
 def split_facts(
-    facts:list, # All facts of a picture
-) -> tuple: # (main, base or None, list of the others)
+    facts: list,  # All facts of a picture
+) -> tuple:  # (main, base or None, list of the others)
     "The facts by their role."
-    return next(f for f in facts if f.role == "main"), next((f for f in facts if f.role == "base"), None), [f for f in facts if f.role == "also"]
+    return (
+        next(f for f in facts if f.role == "main"),
+        next((f for f in facts if f.role == "base"), None),
+        [f for f in facts if f.role == "also"],
+    )
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-017
 def _usable(templates, main, base, also, land):
     bad = set() if base else {"<B>"}
-    if not also: bad |= {"<A>"}
-    if len(also) < 2: bad |= {"<A2>"}
-    if main.noun == land or land == "airplane" or land.endswith(main.noun): bad |= {"<L>"}
+    if not also:
+        bad |= {"<A>"}
+    if len(also) < 2:
+        bad |= {"<A2>"}
+    if main.noun == land or land == "airplane" or land.endswith(main.noun):
+        bad |= {"<L>"}
     return [t for t in templates if not any(b in t for b in bad)]
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-018
 def _source_slots(main, base, also, land, rng):
     order = rng.permutation(len(also)) if also else []
-    s = {"M":noun_phrase(main), "L":article(land), "prep":PREP.get(main.noun, "on")}
-    if base: s["B"] = noun_phrase(base)
-    if len(order): s["A"] = noun_phrase(also[order[0]])
-    if len(order) > 1: s["A2"] = noun_phrase(also[order[1]])
+    s = {"M": noun_phrase(main), "L": article(land), "prep": PREP.get(main.noun, "on")}
+    if base:
+        s["B"] = noun_phrase(base)
+    if len(order):
+        s["A"] = noun_phrase(also[order[0]])
+    if len(order) > 1:
+        s["A2"] = noun_phrase(also[order[1]])
     return s
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-019
 def source_captions(
-    facts:list, # Facts of the picture
-    land:str, # Its class
-    rng:np.random.Generator, # Source of randomness
-) -> list: # Five captions
+    facts: list,  # Facts of the picture
+    land: str,  # Its class
+    rng: np.random.Generator,  # Source of randomness
+) -> list:  # Five captions
     "Five terse captions."
     main, base, also = split_facts(facts)
     pool = _usable(SOURCE_TEMPLATES, main, base, also, land)
@@ -132,42 +227,114 @@ def source_captions(
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-020
 def describe(
-    facts:list, # Facts of the picture
-    land:str, # Its class
-    rng:np.random.Generator, # Source of randomness
+    facts: list,  # Facts of the picture
+    land: str,  # Its class
+    rng: np.random.Generator,  # Source of randomness
 ) -> str:
     "One longer sentence with everything of note, for the task prefix `describe en`."
     main, base, also = split_facts(facts)
     return expand(_usable(DESCRIBE_TEMPLATES, main, base, also, "")[0], rng, _source_slots(main, base, also, land, rng))
 
 # %% ../../nbs/lib/02_scenes/07_text.ipynb #cell-023
-ALIKE = ({"sea", "lake", "river", "pond", "stream", "wetland"}, {"house", "building", "factory", "mobile home", "palace", "church", "terminal", "railway station"}, {"road", "freeway", "runway", "path", "intersection", "overpass", "roundabout", "apron", "parking lot", "bridge"},
-         {"meadow", "lawn", "golf course", "football field", "garden"}, {"tree", "forest", "shrub"}, {"ship", "boat"}, {"bare land", "desert", "beach", "square"}, {"rock", "mountain", "snowberg"}, {"ice", "snow", "cloud"},
-         {"football field", "ground track field", "stadium"}, {"car", "train"}, {"tennis court", "basketball court"}, {"storage tank", "cooling tower"}, {"pier", "wharf"})
-ASKED = ("river", "lake", "sea", "forest", "meadow", "beach", "road", "bridge", "building", "house", "car", "plane", "ship", "boat", "tree", "mountain", "railway", "runway", "storage tank", "tennis court", "football field", "stadium", "pond", "island", "church", "lawn", "farmland")
+ALIKE = (
+    {"sea", "lake", "river", "pond", "stream", "wetland"},
+    {"house", "building", "factory", "mobile home", "palace", "church", "terminal", "railway station"},
+    {"road", "freeway", "runway", "path", "intersection", "overpass", "roundabout", "apron", "parking lot", "bridge"},
+    {"meadow", "lawn", "golf course", "football field", "garden"},
+    {"tree", "forest", "shrub"},
+    {"ship", "boat"},
+    {"bare land", "desert", "beach", "square"},
+    {"rock", "mountain", "snowberg"},
+    {"ice", "snow", "cloud"},
+    {"football field", "ground track field", "stadium"},
+    {"car", "train"},
+    {"tennis court", "basketball court"},
+    {"storage tank", "cooling tower"},
+    {"pier", "wharf"},
+)
+ASKED = (
+    "river",
+    "lake",
+    "sea",
+    "forest",
+    "meadow",
+    "beach",
+    "road",
+    "bridge",
+    "building",
+    "house",
+    "car",
+    "plane",
+    "ship",
+    "boat",
+    "tree",
+    "mountain",
+    "railway",
+    "runway",
+    "storage tank",
+    "tennis court",
+    "football field",
+    "stadium",
+    "pond",
+    "island",
+    "church",
+    "lawn",
+    "farmland",
+)
 
 
 def questions(
-    facts:list, # Facts of the picture
-    seen:dict, # Noun -> visible share of the picture, 0 to 1
-    land:str, # Its class
-    rng:np.random.Generator, # Source of randomness
-) -> list: # Up to five (question, answer)
+    facts: list,  # Facts of the picture
+    seen: dict,  # Noun -> visible share of the picture, 0 to 1
+    land: str,  # Its class
+    rng: np.random.Generator,  # Source of randomness
+) -> list:  # Up to five (question, answer)
     "Questions that the picture answers."
     main, base, also = split_facts(facts)
     out = [(str(rng.choice(["what is this place", "what is shown here"])), land)]
     near = set(seen) | {f.noun for f in facts} | {land}
-    for n in list(near): near |= set().union(*(g for g in ALIKE if n in g))
-    if any("farmland" in n or "terrace" in n for n in near): near.add("farmland")
-    yes = [n for n, share in seen.items() if share > .02 and n in ASKED]
+    for n in list(near):
+        near |= set().union(*(g for g in ALIKE if n in g))
+    if any("farmland" in n or "terrace" in n for n in near):
+        near.add("farmland")
+    yes = [n for n, share in seen.items() if share > 0.02 and n in ASKED]
     no = [n for n in ASKED if n not in near]
     for _ in range(2):
-        pool, a = (yes, "yes") if yes and rng.random() < .62 else (no, "no")
-        n = str(rng.choice(pool)); pool.remove(n)
+        pool, a = (yes, "yes") if yes and rng.random() < 0.62 else (no, "no")
+        n = str(rng.choice(pool))
+        pool.remove(n)
         out.append((f"is there {article(n)}", a))
-        if not no: break
-    if main.count and (main.count > 1 or land in ("airplane", "ship", "cloud", "island", "storage tank", "bridge", "tennis court", "basketball court", "circular farmland", "baseball diamond", "sparse residential area")):
-        out.append((f"how many {plural(main.noun)} are there", NUMBERS[main.count] if main.count <= 4 else "several" if main.count < 10 else "many"))
+        if not no:
+            break
+    if main.count and (
+        main.count > 1
+        or land
+        in (
+            "airplane",
+            "ship",
+            "cloud",
+            "island",
+            "storage tank",
+            "bridge",
+            "tennis court",
+            "basketball court",
+            "circular farmland",
+            "baseball diamond",
+            "sparse residential area",
+        )
+    ):
+        out.append(
+            (
+                f"how many {plural(main.noun)} are there",
+                NUMBERS[main.count] if main.count <= 4 else "several" if main.count < 10 else "many",
+            )
+        )
     thing = main if main.color else base
-    if thing and thing.color: out.append((f"what color {'is' if thing.count < 2 else 'are'} the {thing.noun if thing.count < 2 else plural(thing.noun)}", thing.color))
+    if thing and thing.color:
+        out.append(
+            (
+                f"what color {'is' if thing.count < 2 else 'are'} the {thing.noun if thing.count < 2 else plural(thing.noun)}",
+                thing.color,
+            )
+        )
     return out

@@ -5,8 +5,10 @@
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-002
 from __future__ import annotations
 
-import numpy as np
 from math import pi
+
+import numpy as np
+
 from .built import ROOFS, lots
 from .canvas import Canvas, Fact, box, oval, place, wave
 from .nature import chance, ground, side_trees
@@ -18,222 +20,381 @@ __all__ = ['TRANSPORT', 'airplane', 'airport', 'runway', 'bridge', 'harbor', 'sh
            'intersection', 'roundabout', 'overpass', 'railway', 'railway_station']
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-005
-def airplane(c:Canvas):
+def airplane(c: Canvas):
     "Planes on an apron."
     r = c.rng
-    word, rgb = c.pick("asphalt", ("gray",)); c.fill(rgb*1.08, "apron")
-    for t in row(7, 44): c.line([(t, -165), (t, 165)], .6, rgb*.95); c.line([(-165, t), (165, t)], .6, rgb*.95)
-    c.line(wave(r, 20)+(0, r.uniform(-90, 90)), 1.4, c.tone("plane", "yellow"))
-    color, paint = c.pick("plane"); n = int(r.choice([1, 2, 3, 4, 6])); s = {1:r.uniform(2.4, 3.4), 2:1.8, 3:1.45, 4:1.3, 6:1.1}[n]
-    at = c.spots(n, {1:14, 2:56, 3:66, 4:72, 6:84}[n], 41*s, tries=300); a = r.uniform(0, 2*pi)
-    for x, y in at: plane(c, x, y, a+r.normal(0, .25), s, paint)
-    c.fact("main", "plane", len(at), color); c.fact("base", "apron", 1, "gray")
-    if chance(c, .4): c.polygon(box(400, 60)+(0, 130), c.tone("grass"), "lawn"); c.fact("also", "lawn", 1, "green")
+    word, rgb = c.pick("asphalt", ("gray",))
+    c.fill(rgb * 1.08, "apron")
+    for t in row(7, 44):
+        c.line([(t, -165), (t, 165)], 0.6, rgb * 0.95)
+        c.line([(-165, t), (165, t)], 0.6, rgb * 0.95)
+    c.line(wave(r, 20) + (0, r.uniform(-90, 90)), 1.4, c.tone("plane", "yellow"))
+    color, paint = c.pick("plane")
+    n = int(r.choice([1, 2, 3, 4, 6]))
+    s = {1: r.uniform(2.4, 3.4), 2: 1.8, 3: 1.45, 4: 1.3, 6: 1.1}[n]
+    at = c.spots(n, {1: 14, 2: 56, 3: 66, 4: 72, 6: 84}[n], 41 * s, tries=300)
+    a = r.uniform(0, 2 * pi)
+    for x, y in at:
+        plane(c, x, y, a + r.normal(0, 0.25), s, paint)
+    c.fact("main", "plane", len(at), color)
+    c.fact("base", "apron", 1, "gray")
+    if chance(c, 0.4):
+        c.polygon(box(400, 60) + (0, 130), c.tone("grass"), "lawn")
+        c.fact("also", "lawn", 1, "green")
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-006
-def _strip(c, y, w, length=340.):
+def _strip(c, y, w, length=340.0):
     rgb = c.tone("asphalt", "black" if c.style.domain == "source" else "gray")
-    c.polygon(box(length, w)+(0, y), rgb, "runway")
-    for e in (-w*.44, w*.44): c.line([(-length/2, y+e), (length/2, y+e)], .9, c.tone("paint"))
-    c.dashes([(-length/2, y), (length/2, y)], 1.4, c.tone("paint"), 11, 9)
+    c.polygon(box(length, w) + (0, y), rgb, "runway")
+    for e in (-w * 0.44, w * 0.44):
+        c.line([(-length / 2, y + e), (length / 2, y + e)], 0.9, c.tone("paint"))
+    c.dashes([(-length / 2, y), (length / 2, y)], 1.4, c.tone("paint"), 11, 9)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-007
-def airport(c:Canvas):
+def airport(c: Canvas):
     "Runways, a terminal and planes parked beside it."
     r = c.rng
     ground(c, "lawn", "bare land")
     n = int(r.integers(1, 3))
-    for y in (-70, -104)[:n]: _strip(c, y, 22)
-    c.polygon(box(280, 74)+(0, 38), c.tone("asphalt", "gray")*1.1, "apron")
-    for x in (-60, 40): c.polygon(box(12, 72)+(x, -30), c.tone("asphalt", "gray")*1.05, "apron")
-    building(c, 0, 56, 0, 156, 24, c.tone("roof", "white"), 10, 12, "terminal"); k = int(r.choice([2, 3, 4, 6])); color, rgb = c.pick("plane", ("white", "white", "blue"))
-    for x in row(k, 150/k): building(c, x-12, 42, 0, 5, 14, c.tone("roof", "gray"), 3, 0, "terminal"); plane(c, x, 26, pi, .82, rgb)
-    lots(c, 1, 150, .6, 0, 92) if chance(c, .7) else None
-    c.facts.insert(0, Fact("plane", k, color, "main")); c.facts.insert(1, Fact("terminal", 1, "white", "also")); c.fact("also", "runway", n, "gray" if c.style.domain == "target" else "black")
+    for y in (-70, -104)[:n]:
+        _strip(c, y, 22)
+    c.polygon(box(280, 74) + (0, 38), c.tone("asphalt", "gray") * 1.1, "apron")
+    for x in (-60, 40):
+        c.polygon(box(12, 72) + (x, -30), c.tone("asphalt", "gray") * 1.05, "apron")
+    building(c, 0, 56, 0, 156, 24, c.tone("roof", "white"), 10, 12, "terminal")
+    k = int(r.choice([2, 3, 4, 6]))
+    color, rgb = c.pick("plane", ("white", "white", "blue"))
+    for x in row(k, 150 / k):
+        building(c, x - 12, 42, 0, 5, 14, c.tone("roof", "gray"), 3, 0, "terminal")
+        plane(c, x, 26, pi, 0.82, rgb)
+    lots(c, 1, 150, 0.6, 0, 92) if chance(c, 0.7) else None
+    c.facts.insert(0, Fact("plane", k, color, "main"))
+    c.facts.insert(1, Fact("terminal", 1, "white", "also"))
+    c.fact("also", "runway", n, "gray" if c.style.domain == "target" else "black")
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-008
-def runway(c:Canvas):
+def runway(c: Canvas):
     "One or two runways with threshold marks."
     r = c.rng
     ground(c, "lawn", "bare land")
     n = int(r.choice([1, 1, 2]))
-    for y in ((0,) if n == 1 else (-42, 42)):
-        w = 52 if n == 1 else 34; _strip(c, y, w)
+    for y in (0,) if n == 1 else (-42, 42):
+        w = 52 if n == 1 else 34
+        _strip(c, y, w)
         for x0 in (-70,):
-            for e in row(8, w*.1): c.polygon(box(26, w*.055)+(x0, y+e), c.tone("paint"))
-            for e in (-w*.22, w*.22): c.polygon(box(22, w*.12)+(x0+56, y+e), c.tone("paint"))
+            for e in row(8, w * 0.1):
+                c.polygon(box(26, w * 0.055) + (x0, y + e), c.tone("paint"))
+            for e in (-w * 0.22, w * 0.22):
+                c.polygon(box(22, w * 0.12) + (x0 + 56, y + e), c.tone("paint"))
     c.facts.insert(0, Fact("runway", n, "black" if c.style.domain == "source" else "gray", "main"))
-    if chance(c, .4): plane(c, 58, -42 if n == 2 else 0, pi/2, .9, c.tone("plane", "white")); c.fact("also", "plane", 1, "white")
-    elif chance(c, .5): side_trees(c, 160, lambda p: abs(p[:, 1]) > 82)
+    if chance(c, 0.4):
+        plane(c, 58, -42 if n == 2 else 0, pi / 2, 0.9, c.tone("plane", "white"))
+        c.fact("also", "plane", 1, "white")
+    elif chance(c, 0.5):
+        side_trees(c, 160, lambda p: abs(p[:, 1]) > 82)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-010
-def bridge(c:Canvas):
+def bridge(c: Canvas):
     "A road bridge over a river."
     r = c.rng
-    word, rgb = c.pick("water"); c.fill(rgb, "river"); d = r.uniform(52, 74)
+    word, rgb = c.pick("water")
+    c.fill(rgb, "river")
+    d = r.uniform(52, 74)
     kind, col = str(r.choice(["meadow", "forest"])), None
     for e in (-1, 1):
-        edge = np.r_[wave(r, 7)+(0, e*d), [(180, e*190), (-180, e*190)]]
+        edge = np.r_[wave(r, 7) + (0, e * d), [(180, e * 190), (-180, e * 190)]]
         c.polygon(edge, c.tone("meadow") if kind == "meadow" else c.tone("canopy"), kind)
-    trees(c, (lambda p: p[(abs(p[:, 1]) > d+14) & (abs(p[:, 0]) > 26)])(r.uniform(-130, 130, (380 if kind == "forest" else 90, 2))), (4, 7), "tree", "tree")
-    n = int(r.choice([1, 1, 1, 2])); c.facts.append(Fact("bridge", n, None, "main"))
-    for x in ((r.uniform(-20, 20),) if n == 1 else (-34, 34)):
+    trees(
+        c,
+        (lambda p: p[(abs(p[:, 1]) > d + 14) & (abs(p[:, 0]) > 26)])(
+            r.uniform(-130, 130, (380 if kind == "forest" else 90, 2))
+        ),
+        (4, 7),
+        "tree",
+        "tree",
+    )
+    n = int(r.choice([1, 1, 1, 2]))
+    c.facts.append(Fact("bridge", n, None, "main"))
+    for x in (r.uniform(-20, 20),) if n == 1 else (-34, 34):
         w = 26 if n == 1 else 18
-        c.polygon(box(w+3, 2*d+16)+(x, 0), c.tone("concrete", "white"), "bridge", height=7)
-        road(c, [(x, -165), (x, 165)], w-6, "road", traffic=6); c.tag.polygon(((box(w, 2*d+10)+(x, 0))@c.turn*c.unit+112*c.unit).ravel().tolist(), fill=c.id("bridge"))
-        for y in np.arange(-d, d+1, 16): c.line([(x-w/2-1, y), (x-w/2+3, y)], 1.6, c.tone("concrete", "gray")*.7); c.line([(x+w/2-3, y), (x+w/2+1, y)], 1.6, c.tone("concrete", "gray")*.7)
-    c.fact("base", "river", 1, word); c.fact("also", "tree", 40, "green")
-    if chance(c, .4):
+        c.polygon(box(w + 3, 2 * d + 16) + (x, 0), c.tone("concrete", "white"), "bridge", height=7)
+        road(c, [(x, -165), (x, 165)], w - 6, "road", traffic=6)
+        c.tag.polygon(
+            ((box(w, 2 * d + 10) + (x, 0)) @ c.turn * c.unit + 112 * c.unit).ravel().tolist(), fill=c.id("bridge")
+        )
+        for y in np.arange(-d, d + 1, 16):
+            c.line([(x - w / 2 - 1, y), (x - w / 2 + 3, y)], 1.6, c.tone("concrete", "gray") * 0.7)
+            c.line([(x + w / 2 - 3, y), (x + w / 2 + 1, y)], 1.6, c.tone("concrete", "gray") * 0.7)
+    c.fact("base", "river", 1, word)
+    c.fact("also", "tree", 40, "green")
+    if chance(c, 0.4):
         k = int(r.integers(1, 4))
-        for i, t in enumerate(r.permutation([-80, -62, 66, 84])[:k]): ship(c, t, r.uniform(-d+24, d-24), pi/2+r.normal(0, .3), .62, c.tone("hull", "white"), "boat")
+        for i, t in enumerate(r.permutation([-80, -62, 66, 84])[:k]):
+            ship(c, t, r.uniform(-d + 24, d - 24), pi / 2 + r.normal(0, 0.3), 0.62, c.tone("hull", "white"), "boat")
         c.fact("also", "boat", k, "white")
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-011
-def harbor(c:Canvas):
+def harbor(c: Canvas):
     "Piers with rows of boats."
     r = c.rng
-    word, rgb = c.pick("sea"); c.fill(rgb, "sea")
-    c.polygon(box(400, 90)+(0, 138), c.tone("concrete", "gray"), "wharf"); n = 0
-    k = int(r.choice([2, 3])); hull = str(r.choice(["white", "white", "blue"]))
+    word, rgb = c.pick("sea")
+    c.fill(rgb, "sea")
+    c.polygon(box(400, 90) + (0, 138), c.tone("concrete", "gray"), "wharf")
+    n = 0
+    k = int(r.choice([2, 3]))
+    hull = str(r.choice(["white", "white", "blue"]))
     for x in row(k, 64 if k == 3 else 84):
-        c.polygon(box(8, 190)+(x, 0), c.tone("concrete", "white")*.95, "pier")
+        c.polygon(box(8, 190) + (x, 0), c.tone("concrete", "white") * 0.95, "pier")
         for y in np.arange(-86, 84, 16.5):
             for e in (-1, 1):
-                if r.random() < .84: ship(c, x+e*16, y, pi/2, r.uniform(.44, .56), c.tone("hull", hull if r.random() < .8 else str(r.choice(["red", "gray"]))), "boat"); n += 1
-    for x in row(8, 36): cars(c, [(x, 104)], pi/2, .9)
-    c.fact("main", "boat", n, hull); c.fact("base", "sea", 1, word); c.fact("also", "pier", k, None)
+                if r.random() < 0.84:
+                    ship(
+                        c,
+                        x + e * 16,
+                        y,
+                        pi / 2,
+                        r.uniform(0.44, 0.56),
+                        c.tone("hull", hull if r.random() < 0.8 else str(r.choice(["red", "gray"]))),
+                        "boat",
+                    )
+                    n += 1
+    for x in row(8, 36):
+        cars(c, [(x, 104)], pi / 2, 0.9)
+    c.fact("main", "boat", n, hull)
+    c.fact("base", "sea", 1, word)
+    c.fact("also", "pier", k, None)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-012
-def ship_scene(c:Canvas):
+def ship_scene(c: Canvas):
     "One to four ships at sea or at a wharf."
     r = c.rng
-    word, rgb = c.pick("sea"); c.fill(rgb, "sea")
-    n = int(r.integers(1, 5)); s = {1:r.uniform(2.4, 3.6), 2:2.05, 3:1.6, 4:1.4}[n]; color, hull = c.pick("hull"); a = r.uniform(0, 2*pi)
-    at = c.spots(n, {1:14, 2:52, 3:64, 4:74}[n], 43*s, tries=300)
-    dock = chance(c, .3)
-    if dock: c.polygon(box(400, 60)+(0, 140), c.tone("concrete", "gray"), "wharf")
+    word, rgb = c.pick("sea")
+    c.fill(rgb, "sea")
+    n = int(r.integers(1, 5))
+    s = {1: r.uniform(2.4, 3.6), 2: 2.05, 3: 1.6, 4: 1.4}[n]
+    color, hull = c.pick("hull")
+    a = r.uniform(0, 2 * pi)
+    at = c.spots(n, {1: 14, 2: 52, 3: 64, 4: 74}[n], 43 * s, tries=300)
+    dock = chance(c, 0.3)
+    if dock:
+        c.polygon(box(400, 60) + (0, 140), c.tone("concrete", "gray"), "wharf")
     for x, y in at:
-        t = a+r.normal(0, .2)
-        if chance(c, .6): c.polygon(place([(-3, 18), (3, 18), (9, 46), (-9, 46)], x, y, t, s), (255, 255, 255), None, 90, of="ship")
+        t = a + r.normal(0, 0.2)
+        if chance(c, 0.6):
+            c.polygon(place([(-3, 18), (3, 18), (9, 46), (-9, 46)], x, y, t, s), (255, 255, 255), None, 90, of="ship")
         ship(c, x, y, t, s, hull)
-    c.fact("main", "ship", len(at), color); c.fact("base", "sea", 1, word)
-    if dock: c.fact("also", "wharf", 1, "gray")
+    c.fact("main", "ship", len(at), color)
+    c.fact("base", "sea", 1, word)
+    if dock:
+        c.fact("also", "wharf", 1, "gray")
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-014
-def _verge(c:Canvas):
+def _verge(c: Canvas):
     "The ground beside roads: lawn with trees, or houses."
     r = c.rng
     kind, word = ground(c, "lawn", "bare land")
     return kind
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-015
-def freeway(c:Canvas):
+def freeway(c: Canvas):
     "A wide straight or bending freeway with two carriageways."
     r = c.rng
     _verge(c)
-    w = wave(r, r.choice([0, 0, 22]), turns=.8); tn = np.gradient(w, axis=0); nn = np.stack([-tn[:, 1], tn[:, 0]], 1)/np.hypot(*tn.T)[:, None]
-    for e in (-21, 21): road(c, w+e*nn, 34, "freeway", str("gray"), True, 0); [road_marks(c, w+(e+q)*nn) for q in (-9, 9)]
+    w = wave(r, r.choice([0, 0, 22]), turns=0.8)
+    tn = np.gradient(w, axis=0)
+    nn = np.stack([-tn[:, 1], tn[:, 0]], 1) / np.hypot(*tn.T)[:, None]
+    for e in (-21, 21):
+        road(c, w + e * nn, 34, "freeway", "gray", True, 0)
+        [road_marks(c, w + (e + q) * nn) for q in (-9, 9)]
     n = 0
     for e in (-29, -13, 13, 29):
-        i = r.integers(4, len(w)-4, 6); i = np.unique(i//3)*3; n += cars(c, (w+e*nn)[i], np.arctan2(tn[i, 1], tn[i, 0]), 1.15)
-    c.facts.insert(0, Fact("freeway", 1, "gray", "main")); c.fact("also", "car", n, None)
-    side_trees(c, 170, lambda p: abs(p[:, 1]-np.interp(p[:, 0], w[:, 0], w[:, 1])) > 56)
+        i = r.integers(4, len(w) - 4, 6)
+        i = np.unique(i // 3) * 3
+        n += cars(c, (w + e * nn)[i], np.arctan2(tn[i, 1], tn[i, 0]), 1.15)
+    c.facts.insert(0, Fact("freeway", 1, "gray", "main"))
+    c.fact("also", "car", n, None)
+    side_trees(c, 170, lambda p: abs(p[:, 1] - np.interp(p[:, 0], w[:, 0], w[:, 1])) > 56)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-016
 def road_marks(
-    c:Canvas, # Where to draw
-    line, # Polyline, (n, 2) world units
+    c: Canvas,  # Where to draw
+    line,  # Polyline, (n, 2) world units
 ):
     "A thin dashed lane line."
-    c.dashes(line, .9, c.tone("paint"), 6, 8)
+    c.dashes(line, 0.9, c.tone("paint"), 6, 8)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-017
-def intersection(c:Canvas):
+def intersection(c: Canvas):
     "Two crossing roads with zebra crossings."
     r = c.rng
-    c.fill(c.tone("grass"), "lawn"); w = 34
-    built = chance(c, .55)
+    c.fill(c.tone("grass"), "lawn")
+    w = 34
+    built = chance(c, 0.55)
     for x in (-78, 78):
         for y in (-78, 78):
-            if built: building(c, x*1.02, y*1.02, 0, r.uniform(52, 70), r.uniform(52, 70), c.tone("roof", str(r.choice(ROOFS[:4]))), 12)
-            else: trees(c, c.spots(14, 38, 11, (x, y)), (5, 8))
-    for p in ([(-165, 0), (165, 0)], [(0, -165), (0, 165)]): road(c, p, w, "intersection", "gray", True)
-    c.polygon(box(w, w), c.tone("asphalt", "gray"), "intersection"); n = 0
+            if built:
+                building(
+                    c,
+                    x * 1.02,
+                    y * 1.02,
+                    0,
+                    r.uniform(52, 70),
+                    r.uniform(52, 70),
+                    c.tone("roof", str(r.choice(ROOFS[:4]))),
+                    12,
+                )
+            else:
+                trees(c, c.spots(14, 38, 11, (x, y)), (5, 8))
+    for p in ([(-165, 0), (165, 0)], [(0, -165), (0, 165)]):
+        road(c, p, w, "intersection", "gray", True)
+    c.polygon(box(w, w), c.tone("asphalt", "gray"), "intersection")
+    n = 0
     for a in range(4):
-        for e in row(6, 5.4): c.polygon(place(box(9, 2.6)+(24, e), 0, 0, a*pi/2), c.tone("paint"))
-        d = np.array([34, 52, 70, 90]); d = d[r.random(4) < .6]; n += cars(c, place(np.stack([d, np.full(len(d), 8.5)], 1), 0, 0, a*pi/2) if len(d) else [], a*pi/2, 1.15)
-    c.fact("main", "intersection", 1, "gray"); c.fact("also", "building", 4, None) if built else c.fact("also", "tree", 40, "green")
-    if n: c.fact("also", "car", n, None)
+        for e in row(6, 5.4):
+            c.polygon(place(box(9, 2.6) + (24, e), 0, 0, a * pi / 2), c.tone("paint"))
+        d = np.array([34, 52, 70, 90])
+        d = d[r.random(4) < 0.6]
+        n += cars(
+            c, place(np.stack([d, np.full(len(d), 8.5)], 1), 0, 0, a * pi / 2) if len(d) else [], a * pi / 2, 1.15
+        )
+    c.fact("main", "intersection", 1, "gray")
+    c.fact("also", "building", 4, None) if built else c.fact("also", "tree", 40, "green")
+    if n:
+        c.fact("also", "car", n, None)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-018
-def roundabout(c:Canvas):
+def roundabout(c: Canvas):
     "A circular junction of three or four roads."
     r = c.rng
-    c.fill(c.tone("grass"), "lawn"); R = r.uniform(44, 56); k = int(r.choice([3, 4, 4])); a0 = r.uniform(0, 1)
-    for i in range(k): road(c, place([(R*.8, 0), (170, 0)], 0, 0, a0+i*2*pi/k), 22, "road", traffic=4)
-    c.discs((0, 0), R+13, c.tone("concrete", "gray"), "roundabout"); c.discs((0, 0), R+11, c.tone("asphalt", "gray"), "roundabout")
-    o = oval(2*R-2, 2*R-2, 60); c.dashes(np.r_[o, o[:1]], .9, c.tone("paint"), 5, 5)
-    c.discs((0, 0), R-12, c.tone("concrete", "white"), "roundabout"); c.discs((0, 0), R-14, c.tone("grass")*1.05, "roundabout")
-    t = r.uniform(0, 2*pi, 4); cars(c, np.stack([R*np.cos(t), R*np.sin(t)], 1), t+pi/2, 1)
+    c.fill(c.tone("grass"), "lawn")
+    R = r.uniform(44, 56)
+    k = int(r.choice([3, 4, 4]))
+    a0 = r.uniform(0, 1)
+    for i in range(k):
+        road(c, place([(R * 0.8, 0), (170, 0)], 0, 0, a0 + i * 2 * pi / k), 22, "road", traffic=4)
+    c.discs((0, 0), R + 13, c.tone("concrete", "gray"), "roundabout")
+    c.discs((0, 0), R + 11, c.tone("asphalt", "gray"), "roundabout")
+    o = oval(2 * R - 2, 2 * R - 2, 60)
+    c.dashes(np.r_[o, o[:1]], 0.9, c.tone("paint"), 5, 5)
+    c.discs((0, 0), R - 12, c.tone("concrete", "white"), "roundabout")
+    c.discs((0, 0), R - 14, c.tone("grass") * 1.05, "roundabout")
+    t = r.uniform(0, 2 * pi, 4)
+    cars(c, np.stack([R * np.cos(t), R * np.sin(t)], 1), t + pi / 2, 1)
     kind = str(r.choice(["tree", "fountain", "flower"]))
-    if kind == "tree": trees(c, c.spots(7, 22, 9), (5, 7))
-    elif kind == "fountain": c.discs((0, 0), 14, c.tone("concrete", "white"), "fountain"); c.discs((0, 0), 11, c.tone("pool"), "fountain"); c.discs((0, 0), 3, (255, 255, 255)); c.fact("also", "fountain", 1, "blue")
-    else: c.discs((0, 0), 20, c.tone("court", "red")*1.1, "flower bed"); c.discs((0, 0), 11, c.tone("plane", "yellow"), "flower bed"); c.fact("also", "flower bed", 1, "red")
+    if kind == "tree":
+        trees(c, c.spots(7, 22, 9), (5, 7))
+    elif kind == "fountain":
+        c.discs((0, 0), 14, c.tone("concrete", "white"), "fountain")
+        c.discs((0, 0), 11, c.tone("pool"), "fountain")
+        c.discs((0, 0), 3, (255, 255, 255))
+        c.fact("also", "fountain", 1, "blue")
+    else:
+        c.discs((0, 0), 20, c.tone("court", "red") * 1.1, "flower bed")
+        c.discs((0, 0), 11, c.tone("plane", "yellow"), "flower bed")
+        c.fact("also", "flower bed", 1, "red")
     c.facts.insert(0, Fact("roundabout", 1, "gray", "main"))
-    ang = lambda p: np.min(abs((np.arctan2(p[:, 1], p[:, 0])[:, None]-a0-np.arange(k)*2*pi/k+pi) % (2*pi)-pi), 1)*np.hypot(*p.T)
-    side_trees(c, 170, lambda p: (np.hypot(*p.T) > R+26) & (ang(p) > 24)); c.fact("also", "road", k, "gray")
+
+    def ang(p):
+        return np.min(
+            abs((np.arctan2(p[:, 1], p[:, 0])[:, None] - a0 - np.arange(k) * 2 * pi / k + pi) % (2 * pi) - pi), 1
+        ) * np.hypot(*p.T)
+
+    side_trees(c, 170, lambda p: (np.hypot(*p.T) > R + 26) & (ang(p) > 24))
+    c.fact("also", "road", k, "gray")
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-019
-def overpass(c:Canvas):
+def overpass(c: Canvas):
     "A road that crosses over another, sometimes with loop ramps."
     r = c.rng
-    _verge(c); a = r.uniform(1.1, 2.0); loops = chance(c, .6)
+    _verge(c)
+    a = r.uniform(1.1, 2.0)
+    loops = chance(c, 0.6)
     if loops:
         for q in range(4):
-            m = place([(46, 46)], 0, 0, q*pi/2)[0]; o = place(oval(62, 62, 40), *m); c.line(np.r_[o, o[:1]], 11, c.tone("concrete", "gray"), "overpass"); c.line(np.r_[o, o[:1]], 9, c.tone("asphalt", "gray"), "overpass")
-        a = pi/2
+            m = place([(46, 46)], 0, 0, q * pi / 2)[0]
+            o = place(oval(62, 62, 40), *m)
+            c.line(np.r_[o, o[:1]], 11, c.tone("concrete", "gray"), "overpass")
+            c.line(np.r_[o, o[:1]], 9, c.tone("asphalt", "gray"), "overpass")
+        a = pi / 2
     road(c, [(-165, 0), (165, 0)], 26, "road", "gray", True, 7)
-    up = place([(-165, 0), (165, 0)], 0, 0, a); c.polygon(place(box(330, 36), 0, 0, a), (0, 0, 0), None, 90 if c.style.shadow else 60)
-    c.line(up, 31, c.tone("concrete", "white"), "overpass"); road(c, up, 25, "overpass", "gray", True, 7)
+    up = place([(-165, 0), (165, 0)], 0, 0, a)
+    c.polygon(place(box(330, 36), 0, 0, a), (0, 0, 0), None, 90 if c.style.shadow else 60)
+    c.line(up, 31, c.tone("concrete", "white"), "overpass")
+    road(c, up, 25, "overpass", "gray", True, 7)
     c.facts.insert(0, Fact("overpass", 1, "gray", "main"))
-    side_trees(c, 130, lambda p: (np.hypot(*p.T) > (112 if loops else 40)) & (abs(p[:, 1]) > 26) & (abs(place(p, 0, 0, -a)[:, 1]) > 32)); c.fact("also", "car", 20, None)
+    side_trees(
+        c,
+        130,
+        lambda p: (
+            (np.hypot(*p.T) > (112 if loops else 40)) & (abs(p[:, 1]) > 26) & (abs(place(p, 0, 0, -a)[:, 1]) > 32)
+        ),
+    )
+    c.fact("also", "car", 20, None)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-021
-def _rails(c, y, x0=-165., x1=165.):
-    rail, tie = (70, 66, 66), c.tone("rock", "brown")*.62
-    c.polygon(box(x1-x0, 11)+((x0+x1)/2, y), c.tone("rock", "gray")*.92, "railway")
-    for x in np.arange(x0, x1, 5.): c.line([(x, y-4), (x, y+4)], 1.6, tie)
-    for e in (-2.4, 2.4): c.line([(x0, y+e), (x1, y+e)], .9, rail)
+def _rails(c, y, x0=-165.0, x1=165.0):
+    rail, tie = (70, 66, 66), c.tone("rock", "brown") * 0.62
+    c.polygon(box(x1 - x0, 11) + ((x0 + x1) / 2, y), c.tone("rock", "gray") * 0.92, "railway")
+    for x in np.arange(x0, x1, 5.0):
+        c.line([(x, y - 4), (x, y + 4)], 1.6, tie)
+    for e in (-2.4, 2.4):
+        c.line([(x0, y + e), (x1, y + e)], 0.9, rail)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-022
-def railway(c:Canvas):
+def railway(c: Canvas):
     "One to four parallel tracks, sometimes with a train."
     r = c.rng
-    ground(c, "lawn", "bare land"); n = int(r.integers(1, 5)); ys = row(n, 15)
-    c.polygon(box(340, n*15+8), c.tone("rock", "gray"), "railway")
-    for y in ys: _rails(c, y)
+    ground(c, "lawn", "bare land")
+    n = int(r.integers(1, 5))
+    ys = row(n, 15)
+    c.polygon(box(340, n * 15 + 8), c.tone("rock", "gray"), "railway")
+    for y in ys:
+        _rails(c, y)
     c.facts.insert(0, Fact("railway", n, "gray", "main"))
-    if chance(c, .5): word = str(r.choice(["red", "blue", "white"])); train(c, r.uniform(-30, 30), float(r.choice(ys)), 0, int(r.integers(3, 6)), c.tone("car", word)); c.fact("also", "train", 1, word)
-    if chance(c, .6): side_trees(c, 200, lambda p: abs(p[:, 1]) > n*8+16)
+    if chance(c, 0.5):
+        word = str(r.choice(["red", "blue", "white"]))
+        train(c, r.uniform(-30, 30), float(r.choice(ys)), 0, int(r.integers(3, 6)), c.tone("car", word))
+        c.fact("also", "train", 1, word)
+    if chance(c, 0.6):
+        side_trees(c, 200, lambda p: abs(p[:, 1]) > n * 8 + 16)
     else:
-        for x in row(6, 36): house(c, x, 74, 0, 26, 20, c.tone("roof", str(r.choice(["red", "gray", "blue"]))))
+        for x in row(6, 36):
+            house(c, x, 74, 0, 26, 20, c.tone("roof", str(r.choice(["red", "gray", "blue"]))))
         c.fact("also", "house", 6, None)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-023
-def railway_station(c:Canvas):
+def railway_station(c: Canvas):
     "A station hall over many tracks."
     r = c.rng
-    c.fill(c.tone("concrete", "gray"), "square"); ys = row(8, 15)
+    c.fill(c.tone("concrete", "gray"), "square")
+    ys = row(8, 15)
     c.polygon(box(340, 128), c.tone("rock", "gray"), "railway")
-    for y in ys: _rails(c, y)
+    for y in ys:
+        _rails(c, y)
     word, rgb = c.pick("roof", ("white", "blue", "gray", "red"))
     k = int(r.integers(1, 4))
-    for y in r.permutation(ys)[:k]: train(c, float(r.choice([-1, 1]))*120, y, 0, 4, c.tone("car", str(r.choice(["white", "blue", "red"]))))
-    for i in range(5): c.polygon(box(26, 142)+((i-2)*26, 0), rgb*(1, .86)[i % 2], "railway station", height=12)
+    for y in r.permutation(ys)[:k]:
+        train(c, float(r.choice([-1, 1])) * 120, y, 0, 4, c.tone("car", str(r.choice(["white", "blue", "red"]))))
+    for i in range(5):
+        c.polygon(box(26, 142) + ((i - 2) * 26, 0), rgb * (1, 0.86)[i % 2], "railway station", height=12)
     building(c, 0, 88, 0, 150, 30, rgb, 12, 0, "railway station")
-    cars(c, [(x, 120+14*k) for x in row(14, 18) for k in (-1, 0) if r.random() < .6], 0, 1)
-    c.fact("main", "railway station", 1, word); c.fact("also", "railway", 8, "gray"); c.fact("also", "train", k, None)
+    cars(c, [(x, 120 + 14 * k) for x in row(14, 18) for k in (-1, 0) if r.random() < 0.6], 0, 1)
+    c.fact("main", "railway station", 1, word)
+    c.fact("also", "railway", 8, "gray")
+    c.fact("also", "train", k, None)
 
 # %% ../../nbs/lib/02_scenes/06_transport.ipynb #cell-024
-TRANSPORT = {"airplane":airplane, "airport":airport, "bridge":bridge, "freeway":freeway, "harbor":harbor, "intersection":intersection, "overpass":overpass, "railway":railway,
-             "railway station":railway_station, "roundabout":roundabout, "runway":runway, "ship":ship_scene}
+TRANSPORT = {
+    "airplane": airplane,
+    "airport": airport,
+    "bridge": bridge,
+    "freeway": freeway,
+    "harbor": harbor,
+    "intersection": intersection,
+    "overpass": overpass,
+    "railway": railway,
+    "railway station": railway_station,
+    "roundabout": roundabout,
+    "runway": runway,
+    "ship": ship_scene,
+}

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import io
-import numpy as np
-from PIL import Image
 from copy import deepcopy
 from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
 from .canvas import Canvas, make_style
 from .world import DOMAINS, DRAW, _jobs, label_masks, read_world
 
@@ -19,34 +21,48 @@ __all__ = ['FIXED', 'TwoCanvases', 'Pair', 'draw_pair', 'jpeg', 'scene_pairs']
 # %% ../../nbs/lib/02_scenes/11_without.ipynb #cell-005
 class TwoCanvases(Canvas):
     "A canvas that draws its picture a second time without one noun, on `bare`."
-    def __init__(self,
-        rng:np.random.Generator, # As for `Canvas`
-        style, # As for `Canvas`
-        size:int=224, # As for `Canvas`
-        without:str="plane", # Singular noun that `bare` leaves out
+
+    def __init__(
+        self,
+        rng: np.random.Generator,  # As for `Canvas`
+        style,  # As for `Canvas`
+        size: int = 224,  # As for `Canvas`
+        without: str = "plane",  # Singular noun that `bare` leaves out
     ):
         super().__init__(rng, style, size)
-        self.without, self.grounds, self.bare, self.parts = without, set(), Canvas(rng, style, size), Canvas(rng, style, size)
+        self.without, self.grounds, self.bare, self.parts = (
+            without,
+            set(),
+            Canvas(rng, style, size),
+            Canvas(rng, style, size),
+        )
 
     def _same(self, draw, name, of, *args, **kw):
         "Draw on this canvas, and on `bare` unless the stroke belongs to the noun."
         gone = (of or name) == self.without if of or name else self._painted_on(draw, *args)
         getattr(Canvas, draw)(self, *args, name=name, **kw)
-        self.bare.names = self.names # one list of names for both label maps
-        if not gone: getattr(self.bare, draw)(*args, name=name, **kw)
+        self.bare.names = self.names  # one list of names for both label maps
+        if not gone:
+            getattr(self.bare, draw)(*args, name=name, **kw)
 
     def _painted_on(self, draw, *args):
         "Does more than half of an unnamed stroke lie on the noun?"
-        if self.without not in self.names: return False
+        if self.without not in self.names:
+            return False
         self.parts.ids.paste(0, (0, 0, self.size, self.size))
         self.parts.names = ["ground", "stroke"]
         getattr(self.parts, draw)(*args, name="stroke")
         under = self.labels()[self.parts.labels() == 1]
-        return len(under) > 0 and (under == self.names.index(self.without)).mean() > .5
+        return len(under) > 0 and (under == self.names.index(self.without)).mean() > 0.5
 
-    def polygon(self, points, rgb, name=None, alpha=255, height=0., of=None): self._same("polygon", name, of, points, rgb, alpha=alpha, height=height)
-    def line(self, points, width, rgb, name=None, alpha=255): self._same("line", name, None, points, width, rgb, alpha=alpha)
-    def discs(self, centers, radii, rgbs, name=None, height=0.): self._same("discs", name, None, centers, radii, rgbs, height=height)
+    def polygon(self, points, rgb, name=None, alpha=255, height=0.0, of=None):
+        self._same("polygon", name, of, points, rgb, alpha=alpha, height=height)
+
+    def line(self, points, width, rgb, name=None, alpha=255):
+        self._same("line", name, None, points, width, rgb, alpha=alpha)
+
+    def discs(self, centers, radii, rgbs, name=None, height=0.0):
+        self._same("discs", name, None, centers, radii, rgbs, height=height)
 
     def fill(self, rgb, name):
         self.grounds.add(name)
@@ -55,78 +71,93 @@ class TwoCanvases(Canvas):
     def paste(self, picture, labels=None, name=None):
         super().paste(picture, labels, name)
         self.bare.names = self.names
-        self.bare.image.paste(self.image); self.bare.ids.paste(self.ids)
+        self.bare.image.paste(self.image)
+        self.bare.ids.paste(self.ids)
         self.grounds |= {self.names[i] for i in np.unique(self.labels())}
 
-    def finish_both(self) -> tuple[np.ndarray, np.ndarray]: # (size, size, 3) uint8 each
+    def finish_both(self) -> tuple[np.ndarray, np.ndarray]:  # (size, size, 3) uint8 each
         "The picture and the picture without the noun, under the same texture and noise."
         self.bare.rng, self.bare.rough = deepcopy(self.rng), self.rough
         return self.finish(), self.bare.finish()
 
 # %% ../../nbs/lib/02_scenes/11_without.ipynb #cell-006
-FIXED = {"bridge":"the road that it carries would stay and cross the water"}
+FIXED = {"bridge": "the road that it carries would stay and cross the water"}
+
+
 @dataclass(frozen=True)
 class Pair:
     "A scene with and without a noun."
-    image:np.ndarray # The scene, (H, W, 3) uint8
-    without:np.ndarray # The scene without the noun, (H, W, 3) uint8; the same outside `changed`, bit for bit
-    noun:str # What was left out, singular
-    mask:np.ndarray # Where it was visible, (H, W) bool
-    changed:np.ndarray # Where the two pictures differ, (H, W) bool: the object, its shadow and parts, a soft edge
+
+    image: np.ndarray  # The scene, (H, W, 3) uint8
+    without: np.ndarray  # The scene without the noun, (H, W, 3) uint8; the same outside `changed`, bit for bit
+    noun: str  # What was left out, singular
+    mask: np.ndarray  # Where it was visible, (H, W) bool
+    changed: np.ndarray  # Where the two pictures differ, (H, W) bool: the object, its shadow and parts, a soft edge
 
     @property
     def outside(self) -> float:
         "Share of the changed pixels that lie more than 2 pixels from the mask: shadows, wakes and steam. From 0 to 1."
         from scipy.ndimage import binary_dilation
+
         return float((self.changed & ~binary_dilation(self.mask, iterations=2)).sum() / max(1, self.changed.sum()))
 
 # %% ../../nbs/lib/02_scenes/11_without.ipynb #cell-007
 def draw_pair(
-    seed, # As for `rsstudy.scenes.world.draw_scene`
-    domain:str, # "source" or "target"
-    land:str, # Class, one of `rsstudy.scenes.world.LANDS`
-    noun:str, # What to leave out, singular, as in the scene's masks
-    size:int=224, # Width and height, pixels
+    seed,  # As for `rsstudy.scenes.world.draw_scene`
+    domain: str,  # "source" or "target"
+    land: str,  # Class, one of `rsstudy.scenes.world.LANDS`
+    noun: str,  # What to leave out, singular, as in the scene's masks
+    size: int = 224,  # Width and height, pixels
 ) -> Pair:
     """Draw one scene with and without a noun; `image` is that of `draw_scene`, bit for bit.
 
     Raises `ValueError` where the noun cannot be left out: it is not in the picture, it is the ground, or nothing sensible would remain (`FIXED`)."""
-    if noun in FIXED: raise ValueError(f"{noun} cannot be left out of a scene: {FIXED[noun]}.")
+    if noun in FIXED:
+        raise ValueError(f"{noun} cannot be left out of a scene: {FIXED[noun]}.")
     rng = np.random.default_rng([*np.atleast_1d(seed).tolist(), DOMAINS.index(domain), 0])
     c = TwoCanvases(rng, make_style(domain, rng), size, noun)
     DRAW[land](c)
     mask = c.labels() == c.names.index(noun) if noun in c.names else np.zeros((size, size), bool)
-    if not mask.any(): raise ValueError(f"there is no {noun} in this scene of class {land}; there are: {', '.join(n for n in label_masks(c.labels(), c.names))}.")
-    if noun in c.grounds: raise ValueError(f"{noun} is the ground of this scene of class {land}: nothing lies below it.")
+    if not mask.any():
+        raise ValueError(
+            f"there is no {noun} in this scene of class {land}; there are: {', '.join(n for n in label_masks(c.labels(), c.names))}."
+        )
+    if noun in c.grounds:
+        raise ValueError(f"{noun} is the ground of this scene of class {land}: nothing lies below it.")
     image, without = c.finish_both()
     return Pair(image, without, noun, mask, (image != without).any(-1))
 
 # %% ../../nbs/lib/02_scenes/11_without.ipynb #cell-012
 def jpeg(
-    image:np.ndarray, # (H, W, 3) uint8
-    quality:int=90, # As in `rsstudy.scenes.world`
-) -> np.ndarray: # (H, W, 3) uint8
+    image: np.ndarray,  # (H, W, 3) uint8
+    quality: int = 90,  # As in `rsstudy.scenes.world`
+) -> np.ndarray:  # (H, W, 3) uint8
     "What a picture looks like after it was saved in a world."
-    b = io.BytesIO(); Image.fromarray(image).save(b, "jpeg", quality=quality)
+    b = io.BytesIO()
+    Image.fromarray(image).save(b, "jpeg", quality=quality)
     return np.asarray(Image.open(b))
 
 # %% ../../nbs/lib/02_scenes/11_without.ipynb #cell-013
 def scene_pairs(
-    world, # A world's folder, or what was loaded from it (with an attribute `folder`)
-    image_ids, # Names of images, with or without ".jpg"
-    most:float=.5, # Largest share of the picture that a noun may cover, from 0 to 1
-    least:float=.002, # Smallest
-) -> dict[str, list[Pair]]: # By image name without ".jpg": one pair for every noun that can be left out
+    world,  # A world's folder, or what was loaded from it (with an attribute `folder`)
+    image_ids,  # Names of images, with or without ".jpg"
+    most: float = 0.5,  # Largest share of the picture that a noun may cover, from 0 to 1
+    least: float = 0.002,  # Smallest
+) -> dict[str, list[Pair]]:  # By image name without ".jpg": one pair for every noun that can be left out
     """The counterfactuals of scenes: each image as it is on disk, and without each of its objects.
 
     A noun counts if leaving it out changes at least 90 % of its pixels: else something else of its looks remains. Raises `ValueError` where the folder is no world, `KeyError`
     for an image that it does not hold."""
     folder = getattr(world, "folder", world)
     rec = read_world(folder)
-    if rec is None: raise ValueError(f"{folder} holds no whole built-in world: only what rsstudy.scenes.world.ensure_world has written can be drawn again.")
-    jobs, out = {name:(land, seed) for name, _, land, seed in _jobs(rec)}, {}
+    if rec is None:
+        raise ValueError(
+            f"{folder} holds no whole built-in world: only what rsstudy.scenes.world.ensure_world has written can be drawn again."
+        )
+    jobs, out = {name: (land, seed) for name, _, land, seed in _jobs(rec)}, {}
     for name in (str(i).removesuffix(".jpg") for i in image_ids):
-        if name not in jobs: raise KeyError(f"{folder} has no image {name!r}")
+        if name not in jobs:
+            raise KeyError(f"{folder} has no image {name!r}")
         out[name] = list(_pairs(*jobs[name], rec["domain"], rec["size"], most, least))
     return out
 
@@ -136,8 +167,10 @@ def _pairs(land, seed, domain, size, most, least):
     c = TwoCanvases(rng, make_style(domain, rng), size, "")
     DRAW[land](c)
     for i, noun in enumerate(c.names):
-        if noun in c.grounds or noun in FIXED or noun == "ground" or not least <= (c.labels() == i).mean() <= most: continue
+        if noun in c.grounds or noun in FIXED or noun == "ground" or not least <= (c.labels() == i).mean() <= most:
+            continue
         p = draw_pair(seed, domain, land, noun, size)
-        if p.changed[p.mask].mean() < .9: continue
+        if p.changed[p.mask].mean() < 0.9:
+            continue
         image = jpeg(p.image)
         yield Pair(image, np.where(p.changed[..., None], p.without, image), noun, p.mask, p.changed)

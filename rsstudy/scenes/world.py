@@ -9,13 +9,15 @@ import csv
 import fcntl
 import hashlib
 import json
-import numpy as np
 import os
 import shutil
-from PIL import Image
 from dataclasses import astuple, dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
 from .built import BUILT
 from .canvas import Canvas, Fact, make_style
 from .nature import NATURE
@@ -28,30 +30,51 @@ __all__ = ['GROUPS', 'DRAW', 'LANDS', 'GROUP_OF', 'DOMAINS', 'RECIPE', 'WHOLE', 
            'recipe', 'ensure_world', 'read_world', 'scene_masks', 'layout', 'truth', 'is_world', 'scene_facts']
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-005
-GROUPS = {"nature":NATURE, "urban":BUILT, "transport":TRANSPORT}
-DRAW = {land:f for group in GROUPS.values() for land, f in group.items()}
+GROUPS = {"nature": NATURE, "urban": BUILT, "transport": TRANSPORT}
+DRAW = {land: f for group in GROUPS.values() for land, f in group.items()}
 LANDS = tuple(sorted(DRAW))
-GROUP_OF = {land:g for g, members in GROUPS.items() for land in members}
+GROUP_OF = {land: g for g, members in GROUPS.items() for land in members}
 DOMAINS = ("source", "target")
-RECIPE = "scenes.v1" # Raise it when a picture or a text changes
+RECIPE = "scenes.v1"  # Raise it when a picture or a text changes
 # `WHOLE`: objects whose mask includes what lies on or in them
-WHOLE = {"stadium":("football field",), "ground track field":("football field",), "parking lot":("car",), "bridge":("car",), "freeway":("car",), "road":("car",), "intersection":("car",), "overpass":("car",),
-         "roundabout":("car", "fountain", "flower bed"), "railway":("train",), "golf course":("bunker",), "island":("tree",), "garden":("swimming pool",), "meadow":("tree", "path"), "snowberg":("rock",), "mountain":("snow", "path"),
-         "wetland":("pond", "stream"), "desert":("shrub",), "beach":(), "sea":("boat", "ship"), "river":("boat",)}
+WHOLE = {
+    "stadium": ("football field",),
+    "ground track field": ("football field",),
+    "parking lot": ("car",),
+    "bridge": ("car",),
+    "freeway": ("car",),
+    "road": ("car",),
+    "intersection": ("car",),
+    "overpass": ("car",),
+    "roundabout": ("car", "fountain", "flower bed"),
+    "railway": ("train",),
+    "golf course": ("bunker",),
+    "island": ("tree",),
+    "garden": ("swimming pool",),
+    "meadow": ("tree", "path"),
+    "snowberg": ("rock",),
+    "mountain": ("snow", "path"),
+    "wetland": ("pond", "stream"),
+    "desert": ("shrub",),
+    "beach": (),
+    "sea": ("boat", "ship"),
+    "river": ("boat",),
+}
 
 
 @dataclass(frozen=True)
 class Scene:
     """One picture and everything that is known about it."""
-    image:np.ndarray # (H, W, 3) uint8
-    land:str # Class, one of `LANDS`
-    domain:str # "source" or "target"
-    captions:list # Five captions
-    description:str # One longer sentence (source register)
-    questions:list # [(question, answer)] (source domain; empty in the target domain)
-    labels:np.ndarray # (H, W) uint8 label map
-    names:list # Name of each label
-    facts:list = field(default_factory=list) # What was noted while drawing
+
+    image: np.ndarray  # (H, W, 3) uint8
+    land: str  # Class, one of `LANDS`
+    domain: str  # "source" or "target"
+    captions: list  # Five captions
+    description: str  # One longer sentence (source register)
+    questions: list  # [(question, answer)] (source domain; empty in the target domain)
+    labels: np.ndarray  # (H, W) uint8 label map
+    names: list  # Name of each label
+    facts: list = field(default_factory=list)  # What was noted while drawing
 
     @property
     def masks(self) -> dict:
@@ -60,80 +83,117 @@ class Scene:
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-006
 def label_masks(
-    labels:np.ndarray, # Label map, (H, W) integer
-    names:list, # Name of each label
-) -> dict: # Singular noun -> bool (H, W)
+    labels: np.ndarray,  # Label map, (H, W) integer
+    names: list,  # Name of each label
+) -> dict:  # Singular noun -> bool (H, W)
     "Masks by noun; an object that carries others (`WHOLE`) includes them."
-    at = {n:i for i, n in enumerate(names) if n != "ground"}
+    at = {n: i for i, n in enumerate(names) if n != "ground"}
     size, out = np.bincount(labels.ravel(), minlength=len(names)), {}
     for n, i in at.items():
-        if size[i]: out[n] = np.isin(labels, [i]+[at[k] for k in WHOLE.get(n, ()) if k in at]) if n in WHOLE else labels == i
+        if size[i]:
+            out[n] = np.isin(labels, [i] + [at[k] for k in WHOLE.get(n, ()) if k in at]) if n in WHOLE else labels == i
     return out
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-007
 def draw_scene(
-    seed, # Integer or sequence of integers
-    domain:str="source", # "source" or "target"
-    land:str|None=None, # Class, one of `LANDS`; None: drawn at random
-    size:int=224, # Width and height, pixels
+    seed,  # Integer or sequence of integers
+    domain: str = "source",  # "source" or "target"
+    land: str | None = None,  # Class, one of `LANDS`; None: drawn at random
+    size: int = 224,  # Width and height, pixels
 ) -> Scene:
     """Draw one scene and write its texts; the same arguments give the same scene, bit for bit.
 
     Raises `ValueError` for an unknown domain or class.
     """
-    if domain not in DOMAINS: raise ValueError(f"domain {domain!r} is unknown, allowed: {', '.join(DOMAINS)}")
-    if land is not None and land not in DRAW: raise ValueError(f"land {land!r} is unknown, allowed: {', '.join(LANDS)}")
+    if domain not in DOMAINS:
+        raise ValueError(f"domain {domain!r} is unknown, allowed: {', '.join(DOMAINS)}")
+    if land is not None and land not in DRAW:
+        raise ValueError(f"land {land!r} is unknown, allowed: {', '.join(LANDS)}")
     key = [*np.atleast_1d(seed).tolist(), DOMAINS.index(domain)]
     rng, words = np.random.default_rng([*key, 0]), np.random.default_rng([*key, 1])
     land = land or str(rng.choice(LANDS))
     c = Canvas(rng, make_style(domain, rng), size)
     DRAW[land](c)
-    share = np.bincount(c.labels().ravel(), minlength=len(c.names))/size**2
-    seen = {n:float(s) for n, s in zip(c.names, share) if s > 0 and n != "ground"}
-    facts = [f for f in c.facts if f.role == "main" or f.noun not in c.names or seen.get(f.noun, 0) > .0015]
-    if "circular farmland" in seen or "rectangular farmland" in seen: seen["farmland"] = .2
+    share = np.bincount(c.labels().ravel(), minlength=len(c.names)) / size**2
+    seen = {n: float(s) for n, s in zip(c.names, share) if s > 0 and n != "ground"}
+    facts = [f for f in c.facts if f.role == "main" or f.noun not in c.names or seen.get(f.noun, 0) > 0.0015]
+    if "circular farmland" in seen or "rectangular farmland" in seen:
+        seen["farmland"] = 0.2
     captions = (source_captions if domain == "source" else target_captions)(facts, land, words)
-    return Scene(c.finish(), land, domain, captions, describe(facts, land, words), questions(facts, seen, land, words) if domain == "source" else [], c.labels().copy(), list(c.names), facts)
+    return Scene(
+        c.finish(),
+        land,
+        domain,
+        captions,
+        describe(facts, land, words),
+        questions(facts, seen, land, words) if domain == "source" else [],
+        c.labels().copy(),
+        list(c.names),
+        facts,
+    )
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-010
 SPLITS = ("train", "val", "test")
+
+
 def recipe(
-    domain:str, # "source" or "target"
-    counts:dict, # Split -> number of images
-    seed:int, # World seed
-    size:int=224, # Width and height, pixels
-) -> dict: # What identifies a world
+    domain: str,  # "source" or "target"
+    counts: dict,  # Split -> number of images
+    seed: int,  # World seed
+    size: int = 224,  # Width and height, pixels
+) -> dict:  # What identifies a world
     "Everything a world's content depends on."
-    return {"recipe":RECIPE, "domain":domain, "counts":{s:int(counts[s]) for s in SPLITS}, "seed":int(seed), "size":int(size), "jpeg_quality":90, "lands":len(LANDS)}
+    return {
+        "recipe": RECIPE,
+        "domain": domain,
+        "counts": {s: int(counts[s]) for s in SPLITS},
+        "seed": int(seed),
+        "size": int(size),
+        "jpeg_quality": 90,
+        "lands": len(LANDS),
+    }
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-011
 def _jobs(rec):
     number = dict.fromkeys(GROUPS, 0)
     for k, split in enumerate(SPLITS):
         for i in range(rec["counts"][split]):
-            order = np.random.default_rng([rec["seed"], k, i//len(LANDS), 9]).permutation(len(LANDS))
-            land = LANDS[order[i % len(LANDS)]]; g = GROUP_OF[land]; number[g] += 1
+            order = np.random.default_rng([rec["seed"], k, i // len(LANDS), 9]).permutation(len(LANDS))
+            land = LANDS[order[i % len(LANDS)]]
+            g = GROUP_OF[land]
+            number[g] += 1
             yield f"{g}_{number[g]}", split, land, (rec["seed"], k, i)
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-012
 def _make(job, folder, domain, size):
     name, split, land, seed = job
     s = draw_scene(seed, domain, land, size)
-    Image.fromarray(s.image).save(folder/"resized"/f"{name}.jpg", quality=90)
+    Image.fromarray(s.image).save(folder / "resized" / f"{name}.jpg", quality=90)
     used = sorted(set(np.unique(s.labels).tolist()))
-    Image.fromarray(np.searchsorted(used, s.labels).astype(np.uint8)).save(folder/"masks"/f"{name}.png")
-    return name, split, land, s.captions, s.description, s.questions, [s.names[i] for i in used], [astuple(f) for f in s.facts]
+    Image.fromarray(np.searchsorted(used, s.labels).astype(np.uint8)).save(folder / "masks" / f"{name}.png")
+    return (
+        name,
+        split,
+        land,
+        s.captions,
+        s.description,
+        s.questions,
+        [s.names[i] for i in used],
+        [astuple(f) for f in s.facts],
+    )
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-013
 def ensure_world(
-    folder, # Where the world is to be
-    domain:str, # "source" or "target"
-    train:int, val:int, test:int, # Images per split
-    seed:int=0, # World seed
-    progress:bool=True, # Show a progress bar?
-    size:int=224, # Width and height, pixels
-    workers:int=1, # Processes; the result is the same for any number
-) -> Path: # `folder`
+    folder,  # Where the world is to be
+    domain: str,  # "source" or "target"
+    train: int,
+    val: int,
+    test: int,  # Images per split
+    seed: int = 0,  # World seed
+    progress: bool = True,  # Show a progress bar?
+    size: int = 224,  # Width and height, pixels
+    workers: int = 1,  # Processes; the result is the same for any number
+) -> Path:  # `folder`
     """Write a world in RISCM's layout, or leave it alone if it is there with the same recipe.
 
     `captions.csv` (source, split, image, caption_1 .. caption_5), `resized/*.jpg`, `masks/*.png` with `masks.json` (label names per image), `questions.csv`
@@ -141,138 +201,219 @@ def ensure_world(
     drawing, per image) and `world.json` (recipe, digest of the tables, counts). Anything stale or partial
     at `folder` is replaced. Raises `ValueError` for an unknown domain, a count below 0, or a folder that holds something else.
     """
-    if domain not in DOMAINS: raise ValueError(f"domain {domain!r} is unknown, allowed: {', '.join(DOMAINS)}")
-    if min(train, val, test) < 0: raise ValueError(f"train, val and test are {train}, {val} and {test} images, allowed: 0 or more")
+    if domain not in DOMAINS:
+        raise ValueError(f"domain {domain!r} is unknown, allowed: {', '.join(DOMAINS)}")
+    if min(train, val, test) < 0:
+        raise ValueError(f"train, val and test are {train}, {val} and {test} images, allowed: 0 or more")
     folder, rec = Path(folder), recipe(domain, dict(train=train, val=val, test=test), seed, size)
-    there = lambda: (old := read_world(folder)) and {k:old.get(k) for k in rec} == rec
-    if there(): return folder
-    if folder.exists() and any(folder.iterdir()) and not (folder/"world.json").exists(): raise ValueError(f"{folder} is not empty and holds no world.json, give an empty or new folder")
+
+    def there():
+        return (old := read_world(folder)) and {k: old.get(k) for k in rec} == rec
+
+    if there():
+        return folder
+    if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
+        raise ValueError(f"{folder} is not empty and holds no world.json, give an empty or new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX) # free again when its process ends, however it ends
-        if not there(): _draw_world(folder, rec, domain, size, progress, workers) # else another process drew it meanwhile
+        fcntl.flock(lock, fcntl.LOCK_EX)  # free again when its process ends, however it ends
+        if not there():
+            _draw_world(folder, rec, domain, size, progress, workers)  # else another process drew it meanwhile
     return folder
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-014
 def _draw_world(folder, rec, domain, size, progress, workers):
     tmp, old = (folder.with_name(f".{folder.name}.{what}.part") for what in ("new", "old"))
-    for stale in folder.parent.glob(f".{folder.name}.*.part"): shutil.rmtree(stale, ignore_errors=True) # left by a killed process
-    (tmp/"resized").mkdir(parents=True); (tmp/"masks").mkdir()
+    for stale in folder.parent.glob(f".{folder.name}.*.part"):
+        shutil.rmtree(stale, ignore_errors=True)  # left by a killed process
+    (tmp / "resized").mkdir(parents=True)
+    (tmp / "masks").mkdir()
     jobs, make = list(_jobs(rec)), partial(_make, folder=tmp, domain=domain, size=size)
     try:
         from joblib import Parallel, delayed
         from tqdm import tqdm
+
         bar = partial(tqdm, total=len(jobs), desc=f"drawing the {domain} world", disable=not progress, mininterval=1)
-        rows = list(bar(Parallel(workers, return_as='generator', batch_size=16, idle_worker_timeout=5)(delayed(make)(j) for j in jobs))) # joblib: its processes do not run the caller's script again
+        rows = list(
+            bar(
+                Parallel(workers, return_as="generator", batch_size=16, idle_worker_timeout=5)(
+                    delayed(make)(j) for j in jobs
+                )
+            )
+        )  # joblib: its processes do not run the caller's script again
         _tables(tmp, rec, rows)
-        if folder.exists(): os.replace(folder, old) # in one step, too: nobody sees half a world
+        if folder.exists():
+            os.replace(folder, old)  # in one step, too: nobody sees half a world
         os.replace(tmp, folder)
     finally:
-        for part in (tmp, old): shutil.rmtree(part, ignore_errors=True)
+        for part in (tmp, old):
+            shutil.rmtree(part, ignore_errors=True)
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-015
 def _tables(tmp, rec, rows):
-    with open(tmp/"captions.csv", "w", newline="", encoding="utf-8") as f:
-        w = csv.writer(f); w.writerow(["source", "split", "image"]+[f"caption_{i}" for i in range(1, 6)])
-        for n, split, land, caps, *_ in rows: w.writerow([GROUP_OF[land], split, n+".jpg", *caps])
-    with open(tmp/"questions.csv", "w", newline="", encoding="utf-8") as f:
-        w = csv.writer(f); w.writerow(["image", "split", "kind", "question", "answer"])
+    with open(tmp / "captions.csv", "w", newline="", encoding="utf-8") as f:
+        w = csv.writer(f)
+        w.writerow(["source", "split", "image"] + [f"caption_{i}" for i in range(1, 6)])
+        for n, split, land, caps, *_ in rows:
+            w.writerow([GROUP_OF[land], split, n + ".jpg", *caps])
+    with open(tmp / "questions.csv", "w", newline="", encoding="utf-8") as f:
+        w = csv.writer(f)
+        w.writerow(["image", "split", "kind", "question", "answer"])
         for n, split, land, _, text, qa, *_ in rows:
-            w.writerow([n+".jpg", split, "describe", "", text])
-            for q, a in qa: w.writerow([n+".jpg", split, "answer", q, a])
-    (tmp/"masks.json").write_text(json.dumps({r[0]:r[6] for r in rows}))
-    (tmp/"lands.json").write_text(json.dumps({r[0]:r[2] for r in rows}))
-    (tmp/"facts.json").write_text(json.dumps({r[0]:r[7] for r in rows}))
-    digest = hashlib.sha256(b"".join((tmp/n).read_bytes() for n in ("captions.csv", "questions.csv", "masks.json"))).hexdigest()[:16]
-    (tmp/"world.json").write_text(json.dumps({**rec, "digest":digest, "images":len(rows)}, indent=1))
+            w.writerow([n + ".jpg", split, "describe", "", text])
+            for q, a in qa:
+                w.writerow([n + ".jpg", split, "answer", q, a])
+    (tmp / "masks.json").write_text(json.dumps({r[0]: r[6] for r in rows}))
+    (tmp / "lands.json").write_text(json.dumps({r[0]: r[2] for r in rows}))
+    (tmp / "facts.json").write_text(json.dumps({r[0]: r[7] for r in rows}))
+    digest = hashlib.sha256(
+        b"".join((tmp / n).read_bytes() for n in ("captions.csv", "questions.csv", "masks.json"))
+    ).hexdigest()[:16]
+    (tmp / "world.json").write_text(json.dumps({**rec, "digest": digest, "images": len(rows)}, indent=1))
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-016
 def read_world(
-    folder, # A folder, perhaps with a world
-) -> dict|None: # Its `world.json`, or None if there is no complete world
+    folder,  # A folder, perhaps with a world
+) -> dict | None:  # Its `world.json`, or None if there is no complete world
     "What world lies in a folder; None if a table is missing or the number of pictures is not what it should be."
     folder = Path(folder)
-    try: info = json.loads((folder/"world.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError): return None
-    if not all((folder/n).exists() for n in ("captions.csv", "questions.csv", "masks.json", "lands.json", "facts.json")): return None # a world of an earlier version is drawn again
-    count = lambda d, ext: sum(e.name.endswith(ext) for e in os.scandir(folder/d)) if (folder/d).is_dir() else 0
+    try:
+        info = json.loads((folder / "world.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+    if not all(
+        (folder / n).exists() for n in ("captions.csv", "questions.csv", "masks.json", "lands.json", "facts.json")
+    ):
+        return None  # a world of an earlier version is drawn again
+
+    def count(d, ext):
+        return sum(e.name.endswith(ext) for e in os.scandir(folder / d)) if (folder / d).is_dir() else 0
+
     return info if count("resized", ".jpg") == count("masks", ".png") == info.get("images") else None
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-017
 def scene_masks(
-    folder, # A world written by `ensure_world`
-    image_id:str, # Image name, with or without ".jpg"
-) -> dict: # Word -> bool (H, W)
+    folder,  # A world written by `ensure_world`
+    image_id: str,  # Image name, with or without ".jpg"
+) -> dict:  # Word -> bool (H, W)
     """True masks under every word that a caption may use: singular, plural, synonyms, and the single words of names such as `tennis court`.
 
     Raises `FileNotFoundError` if the world or the image is missing.
     """
     folder, name = Path(folder), str(image_id).removesuffix(".jpg")
-    path = folder/"masks"/f"{name}.png"
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: {folder} is no world with an image {name!r}, write one with rsstudy.scenes.world.ensure_world")
-    names = _read(folder/"masks.json")[name]
+    path = folder / "masks" / f"{name}.png"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: {folder} is no world with an image {name!r}, write one with rsstudy.scenes.world.ensure_world"
+        )
+    names = _read(folder / "masks.json")[name]
     out = {}
     for noun, mask in label_masks(np.asarray(Image.open(path)), names).items():
         more, others = NOUNS[noun]
-        for word in {w for pair in ((noun, more), *others) for phrase in pair for w in (phrase, phrase.split()[-1], *([phrase.split()[0]] if phrase.split()[0] not in _VAGUE else []))}:
+        for word in {
+            w
+            for pair in ((noun, more), *others)
+            for phrase in pair
+            for w in (phrase, phrase.split()[-1], *([phrase.split()[0]] if phrase.split()[0] not in _VAGUE else []))
+        }:
             out[word] = out[word] | mask if word in out else mask
     return out
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-018
 @lru_cache(8)
-def _parsed(path, stamp): return json.loads(Path(path).read_text())
+def _parsed(path, stamp):
+    return json.loads(Path(path).read_text())
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-019
-def _read(path): return _parsed(str(path), path.stat().st_mtime_ns) # again only if the file has changed
+def _read(path):
+    return _parsed(str(path), path.stat().st_mtime_ns)  # again only if the file has changed
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-020
-_VAGUE = ("ground", "open", "round", "mobile", "circular", "rectangular", "swimming", "train", "bare", "flower", "sand", "mountain", "ice", "snow")
+_VAGUE = (
+    "ground",
+    "open",
+    "round",
+    "mobile",
+    "circular",
+    "rectangular",
+    "swimming",
+    "train",
+    "bare",
+    "flower",
+    "sand",
+    "mountain",
+    "ice",
+    "snow",
+)
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-022
 def layout(
-    masks:dict, # Noun -> bool (H, W)
-) -> tuple: # ({A: {B: 0 to 1}}: how far B lies around A, {A: {B: pixels}}: the gap between them); measured at half the size
+    masks: dict,  # Noun -> bool (H, W)
+) -> (
+    tuple
+):  # ({A: {B: 0 to 1}}: how far B lies around A, {A: {B: pixels}}: the gap between them); measured at half the size
     "How the objects of a picture lie to each other."
     from scipy.ndimage import distance_transform_edt
+
     small = {n: m[::2, ::2] for n, m in masks.items() if m[::2, ::2].any()}
-    if not small: return {}, {}
-    met = {n: np.mean([a for flip in (slice(None), slice(None, None, -1)) for a in (np.maximum.accumulate(m[flip], 0)[flip], np.maximum.accumulate(m[:, flip], 1)[:, flip])], 0) for n, m in small.items()}
-    far = {n: 2*distance_transform_edt(~m) for n, m in small.items()}
-    table = lambda f: {a: {b: round(float(f(small[a], b)), 3) for b in small if b != a} for a in small}
+    if not small:
+        return {}, {}
+    met = {
+        n: np.mean(
+            [
+                a
+                for flip in (slice(None), slice(None, None, -1))
+                for a in (np.maximum.accumulate(m[flip], 0)[flip], np.maximum.accumulate(m[:, flip], 1)[:, flip])
+            ],
+            0,
+        )
+        for n, m in small.items()
+    }
+    far = {n: 2 * distance_transform_edt(~m) for n, m in small.items()}
+
+    def table(f):
+        return {a: {b: round(float(f(small[a], b)), 3) for b in small if b != a} for a in small}
+
     return table(lambda m, b: met[b][m].mean()), table(lambda m, b: far[b][m].min())
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-023
 def truth(
-    land:str, # Class of the scene
-    facts:list, # Its `Fact`s
-    masks:dict, # Noun -> bool (H, W)
-) -> dict: # `land`, `facts`, `seen` (noun -> share of the picture, 0 to 1), `around` and `gap` (see `layout`)
+    land: str,  # Class of the scene
+    facts: list,  # Its `Fact`s
+    masks: dict,  # Noun -> bool (H, W)
+) -> dict:  # `land`, `facts`, `seen` (noun -> share of the picture, 0 to 1), `around` and `gap` (see `layout`)
     "All that is known of a scene, in one dict; of a `Scene` s it is `truth(s.land, s.facts, s.masks)`."
     around, gap = layout(masks)
-    return dict(land=land, facts=list(facts), seen={n: float(m.mean()) for n, m in masks.items()}, around=around, gap=gap)
+    return dict(
+        land=land, facts=list(facts), seen={n: float(m.mean()) for n, m in masks.items()}, around=around, gap=gap
+    )
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-024
 def is_world(
-    folder, # A folder, or None
-) -> bool: # Was it written whole by `ensure_world`, facts included?
+    folder,  # A folder, or None
+) -> bool:  # Was it written whole by `ensure_world`, facts included?
     "Is the truth of these images known?"
     return folder is not None and read_world(folder) is not None
 
 # %% ../../nbs/lib/02_scenes/10_world.ipynb #cell-025
 def scene_facts(
-    world, # A world's folder, or what was loaded from it (with an attribute `folder`, such as `rsstudy.data.load.CaptionData`)
-    image_ids, # Names of images, with or without ".jpg"
-) -> list: # A dict an image, see `truth`
+    world,  # A world's folder, or what was loaded from it (with an attribute `folder`, such as `rsstudy.data.load.CaptionData`)
+    image_ids,  # Names of images, with or without ".jpg"
+) -> list:  # A dict an image, see `truth`
     """What is true of scenes, in the order asked for.
 
     Raises `ValueError` where the folder is no world, `KeyError` for an image that it does not hold.
     """
     folder = getattr(world, "folder", world)
-    if not is_world(folder): raise ValueError(f"{folder} holds no whole built-in world: facts are known only of what rsstudy.scenes.world.ensure_world has written")
+    if not is_world(folder):
+        raise ValueError(
+            f"{folder} holds no whole built-in world: facts are known only of what rsstudy.scenes.world.ensure_world has written"
+        )
     folder, out = Path(folder), []
-    facts, lands, names = (_read(folder/f"{n}.json") for n in ("facts", "lands", "masks"))
+    facts, lands, names = (_read(folder / f"{n}.json") for n in ("facts", "lands", "masks"))
     for name in (str(i).removesuffix(".jpg") for i in image_ids):
-        if name not in facts: raise KeyError(f"{folder} has no image {name!r}")
-        labels = np.asarray(Image.open(folder/"masks"/f"{name}.png"))
+        if name not in facts:
+            raise KeyError(f"{folder} has no image {name!r}")
+        labels = np.asarray(Image.open(folder / "masks" / f"{name}.png"))
         out.append(truth(lands[name], [Fact(*f) for f in facts[name]], label_masks(labels, names[name])))
     return out

@@ -7,9 +7,11 @@ __all__ = ['find_record', 'record_rows', 'licence', 'data_lines', 'usage', 'card
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-002
 import json
-import numpy as np
 from collections import Counter
 from pathlib import Path
+
+import numpy as np
+
 from ..common.code import versions
 from ..common.settings import Profile
 from ..data.splits import OFFICIAL
@@ -20,207 +22,462 @@ from ..report.tuning import COLUMNS
 from ..stats.rows import score_rows
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-005
-def _folders(P, folder): # where results of a run may lie: beside its runs/, and where the profile says
+def _folders(P, folder):  # where results of a run may lie: beside its runs/, and where the profile says
     beside = Path(folder).resolve()
-    return list(dict.fromkeys([*([beside.parents[3]/P.results/P.name] if len(beside.parents) > 3 else []), P.results_dir]))
+    return list(
+        dict.fromkeys([*([beside.parents[3] / P.results / P.name] if len(beside.parents) > 3 else []), P.results_dir])
+    )
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-006
 def _read(path):
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error: raise ValueError(f'{path} is not JSON: {error}') from None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-007
 def find_record(
-    P:Profile, # Names the results folder
-    facts:dict, # `method` and `seed` of the tuned folder
-    folder:str|Path, # Tuned weights
-) -> dict|None: # file, settings, device, versions, code, entry (the method's), run (this one), base (the untuned base's entry, None where it was not scored on the same images), sources; None: not scored
+    P: Profile,  # Names the results folder
+    facts: dict,  # `method` and `seed` of the tuned folder
+    folder: str | Path,  # Tuned weights
+) -> (
+    dict | None
+):  # file, settings, device, versions, code, entry (the method's), run (this one), base (the untuned base's entry, None where it was not scored on the same images), sources; None: not scored
     "The scored run whose weights these are. Raises `ValueError` where a results file is no JSON."
-    own = Path(folder)/'run.json'
-    if not own.is_file(): return None
+    own = Path(folder) / "run.json"
+    if not own.is_file():
+        return None
     trained = _read(own)
-    for path in (p for there in _folders(P, folder) for p in sorted(there.glob('*.json'))):
-        text = path.read_text(encoding='utf-8')
-        if '"methods"' not in text or f'"{facts["method"]}"' not in text: continue
+    for path in (p for there in _folders(P, folder) for p in sorted(there.glob("*.json"))):
+        text = path.read_text(encoding="utf-8")
+        if '"methods"' not in text or f'"{facts["method"]}"' not in text:
+            continue
         result = _read(path)
-        entry = result['methods'].get(facts['method']) if isinstance(result.get('methods'), dict) else None
-        for run in entry['runs'] if entry else ():
-            if run['seed'] != facts.get('seed') or run.get('cost') != trained['cost'] or run['history']['losses'] != trained['history']['losses']: continue
-            results, baseline = {path.stem: result}, path.with_name('02_baseline.json')
-            if baseline.is_file() and (first := _read(baseline))['image_ids'] == result['image_ids']: results = {'02_baseline': first} | results
+        entry = result["methods"].get(facts["method"]) if isinstance(result.get("methods"), dict) else None
+        for run in entry["runs"] if entry else ():
+            if (
+                run["seed"] != facts.get("seed")
+                or run.get("cost") != trained["cost"]
+                or run["history"]["losses"] != trained["history"]["losses"]
+            ):
+                continue
+            results, baseline = {path.stem: result}, path.with_name("02_baseline.json")
+            if baseline.is_file() and (first := _read(baseline))["image_ids"] == result["image_ids"]:
+                results = {"02_baseline": first} | results
             methods, sources = gather(results)
-            entry, manifest = methods[facts['method']], result['manifest']
-            return dict(file=f'{path.parent.parent.name}/{path.parent.name}/{path.name}', settings=manifest['settings'], device=manifest['device'], versions=manifest['versions'], code=run['code'],
-                entry=entry, run=next(r for r in entry['runs'] if r['seed'] == facts['seed']), base=methods.get('none'), sources=sources)
+            entry, manifest = methods[facts["method"]], result["manifest"]
+            return dict(
+                file=f"{path.parent.parent.name}/{path.parent.name}/{path.name}",
+                settings=manifest["settings"],
+                device=manifest["device"],
+                versions=manifest["versions"],
+                code=run["code"],
+                entry=entry,
+                run=next(r for r in entry["runs"] if r["seed"] == facts["seed"]),
+                base=methods.get("none"),
+                sources=sources,
+            )
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-009
 def _cell(row, percent=False):
-    if row is None or row['value'] is None: return '-'
-    say = (lambda v: f'{100*v:.0f} %') if percent else (lambda v: f'{v:.3f}')
-    return say(row['value']) + ('' if row['low'] is None else f' [{say(row["low"])}, {say(row["high"])}]')
+    if row is None or row["value"] is None:
+        return "-"
+    say = (lambda v: f"{100 * v:.0f} %") if percent else (lambda v: f"{v:.3f}")
+    return say(row["value"]) + ("" if row["low"] is None else f" [{say(row['low'])}, {say(row['high'])}]")
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-010
 def record_rows(
-    record:dict, # Of `find_record`
-    resamples:int=1000, # Bootstrap resamples
-) -> list[dict]: # As `rsstudy.stats.rows.score_rows`: method `tuned` or `none`, metric, seed, value, low, high, n
+    record: dict,  # Of `find_record`
+    resamples: int = 1000,  # Bootstrap resamples
+) -> list[dict]:  # As `rsstudy.stats.rows.score_rows`: method `tuned` or `none`, metric, seed, value, low, high, n
     "Every score of this run, of the method over its seeds, and of the untuned base, with 95 % intervals."
-    methods = dict(tuned=record['entry']) | (dict(none=record['base']) if record['base'] else {})
-    return score_rows(methods, {'all': np.arange(len(record['sources']))}, resamples)
+    methods = dict(tuned=record["entry"]) | (dict(none=record["base"]) if record["base"] else {})
+    return score_rows(methods, {"all": np.arange(len(record["sources"]))}, resamples)
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-011
 def _scored(record, rows):
-    seed, seeds = record['run']['seed'], [r['seed'] for r in record['entry']['runs']]
-    find = lambda method, metric, seed: next((r for r in rows if (r['method'], r['metric'], r['seed']) == (method, metric, seed)), None)
-    names = [n for stem in COLUMNS for n in dict.fromkeys(r['metric'] for r in rows if r['method'] == 'tuned') if family(n) == stem]
-    several = f'{record["entry"]["label"]}, mean of seeds {", ".join(map(str, seeds))}'
-    head = ['', f'**this model** (seed {seed})', *([several] if len(seeds) > 1 else []), *(['untuned base'] if record['base'] else [])]
-    lines = ['| ' + ' | '.join(head) + ' |', '|---|' + '---:|'*(len(head) - 1)]
+    seed, seeds = record["run"]["seed"], [r["seed"] for r in record["entry"]["runs"]]
+
+    def find(method, metric, seed):
+        return next((r for r in rows if (r["method"], r["metric"], r["seed"]) == (method, metric, seed)), None)
+
+    names = [
+        n
+        for stem in COLUMNS
+        for n in dict.fromkeys(r["metric"] for r in rows if r["method"] == "tuned")
+        if family(n) == stem
+    ]
+    several = f"{record['entry']['label']}, mean of seeds {', '.join(map(str, seeds))}"
+    head = [
+        "",
+        f"**this model** (seed {seed})",
+        *([several] if len(seeds) > 1 else []),
+        *(["untuned base"] if record["base"] else []),
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for name in names:
-        cells = [_cell(find('tuned', name, seed)), *([_cell(find('tuned', name, None))] if len(seeds) > 1 else []), *([_cell(find('none', name, None))] if record['base'] else [])]
-        lines.append(f'| {metric_label(name)} (`{name}`) | ' + ' | '.join(cells) + ' |')
-    return [f'{len(record["sources"])} test images, higher is better, with 95 % intervals: over the images for one run, over images and seeds for the mean.', '', *lines, '',
-        f'Computed by rsstudy, which the names in brackets belong to: a name holds the variant and its version. Numbers and captions of all test images are in `{record["file"]}` of the study.']
+        cells = [
+            _cell(find("tuned", name, seed)),
+            *([_cell(find("tuned", name, None))] if len(seeds) > 1 else []),
+            *([_cell(find("none", name, None))] if record["base"] else []),
+        ]
+        lines.append(f"| {metric_label(name)} (`{name}`) | " + " | ".join(cells) + " |")
+    return [
+        f"{len(record['sources'])} test images, higher is better, with 95 % intervals: over the images for one run, over images and seeds for the mean.",
+        "",
+        *lines,
+        "",
+        f"Computed by rsstudy, which the names in brackets belong to: a name holds the variant and its version. Numbers and captions of all test images are in `{record['file']}` of the study.",
+    ]
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-012
 def _failures(record, rows):
-    mine = {r['metric']: r for r in rows if r['method'] == 'tuned' and r['seed'] == record['run']['seed']}
-    base = {r['metric']: r for r in rows if r['method'] == 'none' and r['seed'] is None}
-    against = lambda name: f' (untuned base: {_cell(base.get(name), True)})' if name in base else ''
+    mine = {r["metric"]: r for r in rows if r["method"] == "tuned" and r["seed"] == record["run"]["seed"]}
+    base = {r["metric"]: r for r in rows if r["method"] == "none" and r["seed"] is None}
+
+    def against(name):
+        return f" (untuned base: {_cell(base.get(name), True)})" if name in base else ""
+
     said = []
-    if row := mine.get('hallucinated-chair.v1'): said.append(f'It names things that are not there: **{_cell(row, True)}** of the objects in its test captions are named by none of the image\'s references{against("hallucinated-chair.v1")}'
-        + (f', and {_cell(any_, True)} of its captions hold at least one of these{against("hallucinated_any-chair.v1")}' if (any_ := mine.get('hallucinated_any-chair.v1')) else '') + '.')
-    wrong = [f'{word} {_cell(mine[name], True)}' for word, name in (('counts', 'count_error.v1'), ('colours', 'colour_error.v1'), ('spatial relations', 'relation_error.v1')) if name in mine]
-    if wrong: said.append(f'Share of what it says that is wrong: {", ".join(wrong)}.')
-    before = record['base']['runs'][0].get('transfer', {}) if record['base'] else {}
-    known = {name: t for name, t in record['run'].get('transfer', {}).items() if t.get('value') is not None}
-    tasks = [f'{name.replace("_", " ")} {t["value"]:.3f}' + (f', before tuning {before[name]["value"]:.3f}' if before.get(name, {}).get('value') is not None else '') + f' ({t["metric"]}, {t["n"]} items)' for name, t in known.items()]
-    if tasks: said.append(f'What became of the base\'s own tasks: {"; ".join(tasks)}.')
-    if reason := record['run']['history'].get('collapse'): said.append(f'Its training was ended early by the guard against collapse: {reason}.')
+    if row := mine.get("hallucinated-chair.v1"):
+        said.append(
+            f"It names things that are not there: **{_cell(row, True)}** of the objects in its test captions are named by none of the image's references{against('hallucinated-chair.v1')}"
+            + (
+                f", and {_cell(any_, True)} of its captions hold at least one of these{against('hallucinated_any-chair.v1')}"
+                if (any_ := mine.get("hallucinated_any-chair.v1"))
+                else ""
+            )
+            + "."
+        )
+    wrong = [
+        f"{word} {_cell(mine[name], True)}"
+        for word, name in (
+            ("counts", "count_error.v1"),
+            ("colours", "colour_error.v1"),
+            ("spatial relations", "relation_error.v1"),
+        )
+        if name in mine
+    ]
+    if wrong:
+        said.append(f"Share of what it says that is wrong: {', '.join(wrong)}.")
+    before = record["base"]["runs"][0].get("transfer", {}) if record["base"] else {}
+    known = {name: t for name, t in record["run"].get("transfer", {}).items() if t.get("value") is not None}
+    tasks = [
+        f"{name.replace('_', ' ')} {t['value']:.3f}"
+        + (f", before tuning {before[name]['value']:.3f}" if before.get(name, {}).get("value") is not None else "")
+        + f" ({t['metric']}, {t['n']} items)"
+        for name, t in known.items()
+    ]
+    if tasks:
+        said.append(f"What became of the base's own tasks: {'; '.join(tasks)}.")
+    if reason := record["run"]["history"].get("collapse"):
+        said.append(f"Its training was ended early by the guard against collapse: {reason}.")
     return said
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-013
 def _cost(record):
-    cost, device = record['run']['cost'], record['device']
-    energy = f'{cost["energy_joules"]/3600:.3g} Wh' if cost.get('energy_joules') is not None else 'not told by the device'
-    return [f'Tuned on {device}: {short_number(cost["trainable_parameters"])} trained parameters, {cost["seconds"]:.0f} s, {short_number(cost["peak_memory_bytes"], "B")} of memory at the most, '
-        f'{short_number(cost["adapter_bytes"], "B")} of weights, energy {energy}. The choice of the learning rate and the scoring are not in these seconds.']
+    cost, device = record["run"]["cost"], record["device"]
+    energy = (
+        f"{cost['energy_joules'] / 3600:.3g} Wh" if cost.get("energy_joules") is not None else "not told by the device"
+    )
+    return [
+        f"Tuned on {device}: {short_number(cost['trainable_parameters'])} trained parameters, {cost['seconds']:.0f} s, {short_number(cost['peak_memory_bytes'], 'B')} of memory at the most, "
+        f"{short_number(cost['adapter_bytes'], 'B')} of weights, energy {energy}. The choice of the learning rate and the scoring are not in these seconds."
+    ]
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-015
 def licence(
-    base:str, # Base model: paligemma-nano, a name on the hub, or the name of a folder
-) -> tuple[str, str]: # Identifier for the hub, sentence
+    base: str,  # Base model: paligemma-nano, a name on the hub, or the name of a folder
+) -> tuple[str, str]:  # Identifier for the hub, sentence
     "Under which licence the tuned weights may be passed on."
-    if base == 'paligemma-nano': return 'apache-2.0', 'The weights are under Apache-2.0, as the base `paligemma-nano` is.'
-    if 'gemma' in base.lower(): return 'gemma', 'A derivative of PaliGemma: use and distribution are under the Gemma Terms of Use (<https://ai.google.dev/gemma/terms>), which must go along with every copy.'
-    return 'other', f'The licence is that of the base model `{base}`, which the export cannot know: ask whoever gave it to you.'
+    if base == "paligemma-nano":
+        return "apache-2.0", "The weights are under Apache-2.0, as the base `paligemma-nano` is."
+    if "gemma" in base.lower():
+        return (
+            "gemma",
+            "A derivative of PaliGemma: use and distribution are under the Gemma Terms of Use (<https://ai.google.dev/gemma/terms>), which must go along with every copy.",
+        )
+    return (
+        "other",
+        f"The licence is that of the base model `{base}`, which the export cannot know: ask whoever gave it to you.",
+    )
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-016
 def data_lines(
-    settings:dict|None, # Of the run; None: not recorded
-    sources:list[str], # Source of each test image
-) -> tuple[str|None, list[str]]: # Data set's name on the hub if it has one, sentences
+    settings: dict | None,  # Of the run; None: not recorded
+    sources: list[str],  # Source of each test image
+) -> tuple[str | None, list[str]]:  # Data set's name on the hub if it has one, sentences
     "What the model was tuned on, and whose that is."
-    if settings is None: return None, ['What it was tuned on is not recorded with its weights.']
-    data, found = settings['data'], Counter(sources)
-    split = f'Split `{settings["split"]}`; training captions: `{settings["caption_choice"]}`' + (f'; {settings["train_images"]:,} training images' if settings['train_images'] else '; all training images') + '.'
-    if data == 'scenes': return None, [f'Scenes of the world that rsstudy draws (land cover and objects with five captions each, procedural, no photograph among them; Apache-2.0). {split}']
-    hub = data.removeprefix('hub:') if data.startswith('hub:') else None
-    where = f'`{hub}` on the hub' if hub else 'a folder in the layout of RISC (`captions.csv` and images)'
-    if set(found) - {'unknown'} <= OFFICIAL.keys() and (set(found) != {'unknown'} or 'riscm' in data.lower()):
-        tell = ', '.join(f'{n:,} of {s}' for s, n in sorted(found.items()) if s != 'unknown')
-        return hub, [f'RISC(M), as {where}: aerial images with five English captions each from NWPU-Captions (Cheng et al. 2022), RSICD (Lu et al. 2017) and UCM-Captions (Qu et al. 2016)' + (f'; test images: {tell}' if tell else '') + f'. {split}',
-            'Images and captions are not part of this model and have licences of their own, for research in the main: look at those of the three sources before any other use.']
-    return hub, [f'{where[0].upper()}{where[1:]}, whose licence its owner knows. {split}']
+    if settings is None:
+        return None, ["What it was tuned on is not recorded with its weights."]
+    data, found = settings["data"], Counter(sources)
+    split = (
+        f"Split `{settings['split']}`; training captions: `{settings['caption_choice']}`"
+        + (f"; {settings['train_images']:,} training images" if settings["train_images"] else "; all training images")
+        + "."
+    )
+    if data == "scenes":
+        return None, [
+            f"Scenes of the world that rsstudy draws (land cover and objects with five captions each, procedural, no photograph among them; Apache-2.0). {split}"
+        ]
+    hub = data.removeprefix("hub:") if data.startswith("hub:") else None
+    where = f"`{hub}` on the hub" if hub else "a folder in the layout of RISC (`captions.csv` and images)"
+    if set(found) - {"unknown"} <= OFFICIAL.keys() and (set(found) != {"unknown"} or "riscm" in data.lower()):
+        tell = ", ".join(f"{n:,} of {s}" for s, n in sorted(found.items()) if s != "unknown")
+        return hub, [
+            f"RISC(M), as {where}: aerial images with five English captions each from NWPU-Captions (Cheng et al. 2022), RSICD (Lu et al. 2017) and UCM-Captions (Qu et al. 2016)"
+            + (f"; test images: {tell}" if tell else "")
+            + f". {split}",
+            "Images and captions are not part of this model and have licences of their own, for research in the main: look at those of the three sources before any other use.",
+        ]
+    return hub, [f"{where[0].upper()}{where[1:]}, whose licence its owner knows. {split}"]
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-017
-_TOLD = dict(lora='Low-rank adaptation (Hu et al. 2022)', qlora='Low-rank adaptation on a base in 4-bit NormalFloat (Dettmers et al. 2023)', dora='Weight-decomposed low-rank adaptation (Liu et al. 2024)',
-    lora_vision='Low-rank adaptation (Hu et al. 2022) of decoder, vision tower and projector', prompt='Prompt tuning (Lester et al. 2021) on reserved tokens of the vocabulary', adapter='Bottleneck adapters (Houlsby et al. 2019)',
-    adapter_pfeiffer='Bottleneck adapters, one a layer (Pfeiffer et al. 2021)', full='Full fine-tuning')
+_TOLD = dict(
+    lora="Low-rank adaptation (Hu et al. 2022)",
+    qlora="Low-rank adaptation on a base in 4-bit NormalFloat (Dettmers et al. 2023)",
+    dora="Weight-decomposed low-rank adaptation (Liu et al. 2024)",
+    lora_vision="Low-rank adaptation (Hu et al. 2022) of decoder, vision tower and projector",
+    prompt="Prompt tuning (Lester et al. 2021) on reserved tokens of the vocabulary",
+    adapter="Bottleneck adapters (Houlsby et al. 2019)",
+    adapter_pfeiffer="Bottleneck adapters, one a layer (Pfeiffer et al. 2021)",
+    full="Full fine-tuning",
+)
+
+
 def _method(facts, record):
-    plan, say = record['entry'].get('plan') if record else None, lambda v: f'`{v}`' if isinstance(v, str) else str(v)
-    settings = ''.join(f'; {k} {say(v)}' for k, v in facts['settings'].items() if v is not False)
-    trained = ([f'learning rate {facts["lr"]:g}'] if facts.get('lr') is not None else []) + ([f'{plan["epochs"]} epochs of {plan["batch_images"]} images a step'] if plan else []) + ([f'seed {facts["seed"]}'] if facts.get('seed') is not None else [])
-    return [f'{_TOLD[facts["family"]]}{settings}. ' + (f'Trained with {", ".join(trained)}.' if trained else 'How it was trained is not recorded with its weights.'),
-        f'Prompt: `{facts["prompt"]}`. Captions of at most {facts["decoding"]["max_new_tokens"]} tokens, ' + ('greedy.' if facts['decoding']['num_beams'] == 1 else f'beam search with {facts["decoding"]["num_beams"]} beams.'),
-        f'Base: `{facts["base"]}`, version `{facts["base_version"]}`' + (f', in `{facts["base_folder"]}/` of this folder.' if facts['base_folder'] else '.' if not facts['merged'] else ', merged with what was tuned.')]
+    plan, say = record["entry"].get("plan") if record else None, lambda v: f"`{v}`" if isinstance(v, str) else str(v)
+    settings = "".join(f"; {k} {say(v)}" for k, v in facts["settings"].items() if v is not False)
+    trained = (
+        ([f"learning rate {facts['lr']:g}"] if facts.get("lr") is not None else [])
+        + ([f"{plan['epochs']} epochs of {plan['batch_images']} images a step"] if plan else [])
+        + ([f"seed {facts['seed']}"] if facts.get("seed") is not None else [])
+    )
+    return [
+        f"{_TOLD[facts['family']]}{settings}. "
+        + (
+            f"Trained with {', '.join(trained)}." if trained else "How it was trained is not recorded with its weights."
+        ),
+        f"Prompt: `{facts['prompt']}`. Captions of at most {facts['decoding']['max_new_tokens']} tokens, "
+        + (
+            "greedy."
+            if facts["decoding"]["num_beams"] == 1
+            else f"beam search with {facts['decoding']['num_beams']} beams."
+        ),
+        f"Base: `{facts['base']}`, version `{facts['base_version']}`"
+        + (
+            f", in `{facts['base_folder']}/` of this folder."
+            if facts["base_folder"]
+            else "."
+            if not facts["merged"]
+            else ", merged with what was tuned."
+        ),
+    ]
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-019
 def usage(
-    facts:dict, # form (`peft`, `adapter` or `merged`), base, base_folder, base_version, dtype, quantised, prompt, activation, repo
-) -> str: # Python
+    facts: dict,  # form (`peft`, `adapter` or `merged`), base, base_folder, base_version, dtype, quantised, prompt, activation, repo
+) -> str:  # Python
     "How to caption an image with the exported model, without rsstudy."
-    own = '' if facts['form'] == 'merged' else 'base' if facts['base_folder'] else facts['base']
-    imports = [*(['import bitsandbytes'] if facts['quantised'] else []), 'from PIL import Image', *(['from peft import PeftModel'] if facts['form'] == 'peft' else []),
-        f'from transformers import {"BitsAndBytesConfig, " if facts["quantised"] else ""}GenerationConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor',
-        *(['from adapter import add_adapters  # adapter.py of this folder: plain torch, to be read before it is run'] if facts['form'] == 'adapter' else [])]
-    where = 'folder, subfolder="base"' if facts['base_folder'] else 'folder' if not own else f'"{own}"' + (f', revision="{facts["base_version"]}"' if facts['base_version'] != 'unknown' else '')
-    four = [f'four_bits = BitsAndBytesConfig({", ".join(f"{k}={json.dumps(v) if v is not True else v}" for k, v in facts["quantised"].items())})'] if facts['quantised'] else []
-    if four and facts['dtype'] == 'float32': four = ['bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # on a CPU it would compute in bfloat16 and not, as in training, in float32', *four]
+    own = "" if facts["form"] == "merged" else "base" if facts["base_folder"] else facts["base"]
+    imports = [
+        *(["import bitsandbytes"] if facts["quantised"] else []),
+        "from PIL import Image",
+        *(["from peft import PeftModel"] if facts["form"] == "peft" else []),
+        f"from transformers import {'BitsAndBytesConfig, ' if facts['quantised'] else ''}GenerationConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor",
+        *(
+            ["from adapter import add_adapters  # adapter.py of this folder: plain torch, to be read before it is run"]
+            if facts["form"] == "adapter"
+            else []
+        ),
+    ]
+    where = (
+        'folder, subfolder="base"'
+        if facts["base_folder"]
+        else "folder"
+        if not own
+        else f'"{own}"' + (f', revision="{facts["base_version"]}"' if facts["base_version"] != "unknown" else "")
+    )
+    four = (
+        [
+            f"four_bits = BitsAndBytesConfig({', '.join(f'{k}={json.dumps(v) if v is not True else v}' for k, v in facts['quantised'].items())})"
+        ]
+        if facts["quantised"]
+        else []
+    )
+    if four and facts["dtype"] == "float32":
+        four = [
+            "bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # on a CPU it would compute in bfloat16 and not, as in training, in float32",
+            *four,
+        ]
     model = f'PaliGemmaForConditionalGeneration.from_pretrained({where}, dtype="{facts["dtype"]}"{", quantization_config=four_bits" if four else ""})'
-    if facts['form'] == 'peft': model = f'PeftModel.from_pretrained({model}, folder)'
-    if facts['form'] == 'adapter': model = f'add_adapters({model}, f"{{folder}}/adapter.safetensors", "{facts["activation"]}")'
-    hub = facts.get('repo') if facts['form'] != 'adapter' else None
-    return '\n'.join([*imports, f'folder, image = "{hub or "."}", Image.open("image.png").convert("RGB")' + ('  # this folder' + (', or its name on the hub' if facts['form'] != 'adapter' else '') if not hub else ''), *four, '',
-        'processor = PaliGemmaProcessor.from_pretrained(folder)', f'model = {model}',
-        f'inputs = processor(images=image, text={json.dumps("<image>" + facts["prompt"], ensure_ascii=False)}, return_tensors="pt").to(model.device, model.dtype)',
-        'ids = model.generate(**inputs, generation_config=GenerationConfig.from_pretrained(folder))',
-        'caption = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()'])
+    if facts["form"] == "peft":
+        model = f"PeftModel.from_pretrained({model}, folder)"
+    if facts["form"] == "adapter":
+        model = f'add_adapters({model}, f"{{folder}}/adapter.safetensors", "{facts["activation"]}")'
+    hub = facts.get("repo") if facts["form"] != "adapter" else None
+    return "\n".join(
+        [
+            *imports,
+            f'folder, image = "{hub or "."}", Image.open("image.png").convert("RGB")'
+            + (
+                "  # this folder" + (", or its name on the hub" if facts["form"] != "adapter" else "")
+                if not hub
+                else ""
+            ),
+            *four,
+            "",
+            "processor = PaliGemmaProcessor.from_pretrained(folder)",
+            f"model = {model}",
+            f'inputs = processor(images=image, text={json.dumps("<image>" + facts["prompt"], ensure_ascii=False)}, return_tensors="pt").to(model.device, model.dtype)',
+            "ids = model.generate(**inputs, generation_config=GenerationConfig.from_pretrained(folder))",
+            'caption = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()',
+        ]
+    )
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-021
-def _notes(facts): # what is unusual in how this method travels
-    merged = ['The scores below were taken before merging, which changes nothing but the last digits.'] if facts['merged'] and facts['family'] != 'full' else []
+def _notes(facts):  # what is unusual in how this method travels
+    merged = (
+        ["The scores below were taken before merging, which changes nothing but the last digits."]
+        if facts["merged"] and facts["family"] != "full"
+        else []
+    )
     return merged + _method_notes(facts)
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-022
 def _method_notes(facts):
-    repo = facts.get('repo') or 'OWNER/NAME'
-    if facts['family'] == 'prompt':
-        return ['The `<unused..>` tokens in the prompt stand for trained vectors. Where the model speaks, the same vectors would stand in its output layer (PaliGemma ties the two), and it would say these tokens; it was trained with an output layer that lacks them. '
-            '`generation_config.json` restores that: `suppress_tokens` names them and `renormalize_logits` shares their probability out among the others. Generate with it, as the lines above do. (peft warns that `lm_head.trainable_tokens_delta` is missing: that is the tied layer, which has no vectors of its own.)']
-    if facts['form'] == 'adapter':
-        return ['peft has no bottleneck adapter. `adapter.py` in this folder is the class it was trained with, in plain torch; the lines above import it from the folder they run in. '
-            f'Nothing is run from a hub, and `trust_remote_code` is not needed: get the folder first, `hf download {repo} --local-dir .`, and read the file.']
-    if facts['family'] == 'qlora' and facts['form'] == 'merged':
-        return ['The adapter was trained on a base in 4 bits and is merged into that base, read back into full precision: not into the published weights, on which it was not trained, and not rounded to 4 bits again.']
-    if facts['quantised']: return ['The base is loaded in 4 bits by bitsandbytes, on a GPU or a CPU. Its kernels round differently from device to device: now and then a word differs.']
+    repo = facts.get("repo") or "OWNER/NAME"
+    if facts["family"] == "prompt":
+        return [
+            "The `<unused..>` tokens in the prompt stand for trained vectors. Where the model speaks, the same vectors would stand in its output layer (PaliGemma ties the two), and it would say these tokens; it was trained with an output layer that lacks them. "
+            "`generation_config.json` restores that: `suppress_tokens` names them and `renormalize_logits` shares their probability out among the others. Generate with it, as the lines above do. (peft warns that `lm_head.trainable_tokens_delta` is missing: that is the tied layer, which has no vectors of its own.)"
+        ]
+    if facts["form"] == "adapter":
+        return [
+            "peft has no bottleneck adapter. `adapter.py` in this folder is the class it was trained with, in plain torch; the lines above import it from the folder they run in. "
+            f"Nothing is run from a hub, and `trust_remote_code` is not needed: get the folder first, `hf download {repo} --local-dir .`, and read the file."
+        ]
+    if facts["family"] == "qlora" and facts["form"] == "merged":
+        return [
+            "The adapter was trained on a base in 4 bits and is merged into that base, read back into full precision: not into the published weights, on which it was not trained, and not rounded to 4 bits again."
+        ]
+    if facts["quantised"]:
+        return [
+            "The base is loaded in 4 bits by bitsandbytes, on a GPU or a CPU. Its kernels round differently from device to device: now and then a word differs."
+        ]
     return []
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-023
 def _limits(facts, record, rows):
-    nano = facts['base'] == 'paligemma-nano'
-    scenes = record is not None and record['settings']['data'] == 'scenes'
-    said = ['Its base is a small model of PaliGemma\'s architecture, pre-trained on drawn scenes alone: it is for trying methods and tools, not for describing photographs.'] if nano and scenes else [
-        'Its base is a small model of PaliGemma\'s architecture that was pre-trained on drawn scenes: it is for comparing methods, and far from what PaliGemma itself does.'] if nano else []
-    said += [f'It sees every image at {facts["pixels"]} x {facts["pixels"]} pixels, whatever its size and ground resolution, and answers in English, in the manner of its training captions.']
-    return said + (_failures(record, rows) if record else ['How often it names what is not there, and what it has forgotten, was not measured.'])
+    nano = facts["base"] == "paligemma-nano"
+    scenes = record is not None and record["settings"]["data"] == "scenes"
+    said = (
+        [
+            "Its base is a small model of PaliGemma's architecture, pre-trained on drawn scenes alone: it is for trying methods and tools, not for describing photographs."
+        ]
+        if nano and scenes
+        else [
+            "Its base is a small model of PaliGemma's architecture that was pre-trained on drawn scenes: it is for comparing methods, and far from what PaliGemma itself does."
+        ]
+        if nano
+        else []
+    )
+    said += [
+        f"It sees every image at {facts['pixels']} x {facts['pixels']} pixels, whatever its size and ground resolution, and answers in English, in the manner of its training captions."
+    ]
+    return said + (
+        _failures(record, rows)
+        if record
+        else ["How often it names what is not there, and what it has forgotten, was not measured."]
+    )
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-024
 def _header(facts, record, rows, dataset):
     from huggingface_hub import EvalResult, ModelCardData
-    mine = [r for r in rows if r['method'] == 'tuned' and record and r['seed'] == record['run']['seed'] and r['value'] is not None]
-    scores = [EvalResult(task_type='image-to-text', dataset_type=dataset or record['settings']['data'].split('/')[-1], dataset_name=dataset or record['settings']['data'].split('/')[-1], dataset_split='test', metric_type=family(r['metric']), metric_name=r['metric'], metric_value=round(r['value'], 4))
-        for stem in COLUMNS for r in mine if family(r['metric']) == stem]
-    return ModelCardData(language='en', license=licence(facts['base'])[0], library_name='peft' if facts['form'] == 'peft' else 'transformers', pipeline_tag='image-to-text',
-        base_model=facts['base'] if '/' in facts['base'] else None, datasets=[dataset] if dataset else None, metrics=[family(e.metric_type) for e in scores] or None,
-        tags=['image-captioning', 'remote-sensing', 'paligemma', facts['family'], 'rsstudy'], model_name=facts['name'], eval_results=scores or None, license_name=licence(facts['base'])[0] if licence(facts['base'])[0] == 'other' else None).to_yaml()
+
+    mine = [
+        r
+        for r in rows
+        if r["method"] == "tuned" and record and r["seed"] == record["run"]["seed"] and r["value"] is not None
+    ]
+    scores = [
+        EvalResult(
+            task_type="image-to-text",
+            dataset_type=dataset or record["settings"]["data"].split("/")[-1],
+            dataset_name=dataset or record["settings"]["data"].split("/")[-1],
+            dataset_split="test",
+            metric_type=family(r["metric"]),
+            metric_name=r["metric"],
+            metric_value=round(r["value"], 4),
+        )
+        for stem in COLUMNS
+        for r in mine
+        if family(r["metric"]) == stem
+    ]
+    return ModelCardData(
+        language="en",
+        license=licence(facts["base"])[0],
+        library_name="peft" if facts["form"] == "peft" else "transformers",
+        pipeline_tag="image-to-text",
+        base_model=facts["base"] if "/" in facts["base"] else None,
+        datasets=[dataset] if dataset else None,
+        metrics=[family(e.metric_type) for e in scores] or None,
+        tags=["image-captioning", "remote-sensing", "paligemma", facts["family"], "rsstudy"],
+        model_name=facts["name"],
+        eval_results=scores or None,
+        license_name=licence(facts["base"])[0] if licence(facts["base"])[0] == "other" else None,
+    ).to_yaml()
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-025
 def card_text(
-    facts:dict, # What the export knows of the model: `usage`'s facts, and name, method, family, label, settings, lr, seed, decoding, pixels, merged, code
-    record:dict|None, # Of `find_record`
-    resamples:int=1000, # Bootstrap resamples of the intervals
-) -> str: # Markdown with the hub's header
+    facts: dict,  # What the export knows of the model: `usage`'s facts, and name, method, family, label, settings, lr, seed, decoding, pixels, merged, code
+    record: dict | None,  # Of `find_record`
+    resamples: int = 1000,  # Bootstrap resamples of the intervals
+) -> str:  # Markdown with the hub's header
     "The model card."
     rows = record_rows(record, resamples) if record else []
-    dataset, data = data_lines(record['settings'] if record else None, record['sources'] if record else [])
-    made = record['versions'] if record else versions()
-    sections = {f'{facts["base"].split("/")[-1]}, {facts["label"]}: captions of aerial images': [
-            f'A captioner of images from above: `{facts["base"]}`, tuned by {facts["label"]}' + (', the change merged into its weights' if facts['merged'] and facts['method'] != 'full' else '') + '. Made by the study rsstudy, which compares ways of tuning PaliGemma and how far their explanations can be trusted.'],
-        '# How to use': ['```python', usage(facts), '```', '', 'On a GPU add `.to("cuda")` to the model.' if not facts['quantised'] else 'This needs `pip install bitsandbytes`.', *(f'\n{note}' for note in _notes(facts)),
-            f'\nWith rsstudy installed: `rsstudy caption IMAGES --model {facts.get("repo") or "FOLDER"}`.'],
-        '# Data': data, '# Method': _method(facts, record), '# Scores': _scored(record, rows) if record else ['**Not scored**: no results file of the study holds this very run. Score it on images with human captions before believing it.'],
-        '# Cost': _cost(record) if record else ['Not recorded.'], '# Limits': ['- ' + line for line in _limits(facts, record, rows)],
-        '# Licence': [licence(facts['base'])[1]],
-        '# Made with': [', '.join(f'{k} {v}' for k, v in made.items() if k in ('python', 'torch', 'transformers', 'peft', 'bitsandbytes')) + f'; rsstudy at commit `{record["code"] if record else facts["code"]}`. `method.json` holds all of this for programs.']}
-    return f'---\n{_header(facts, record, rows, dataset)}\n---\n\n' + '\n\n'.join(f'#{title if title.startswith("#") else " " + title}\n\n' + ('\n' if lines[0][:2] in ('``', '- ') or '|' in ''.join(lines) else '\n\n').join(lines) for title, lines in sections.items()) + '\n'
+    dataset, data = data_lines(record["settings"] if record else None, record["sources"] if record else [])
+    made = record["versions"] if record else versions()
+    sections = {
+        f"{facts['base'].split('/')[-1]}, {facts['label']}: captions of aerial images": [
+            f"A captioner of images from above: `{facts['base']}`, tuned by {facts['label']}"
+            + (", the change merged into its weights" if facts["merged"] and facts["method"] != "full" else "")
+            + ". Made by the study rsstudy, which compares ways of tuning PaliGemma and how far their explanations can be trusted."
+        ],
+        "# How to use": [
+            "```python",
+            usage(facts),
+            "```",
+            "",
+            'On a GPU add `.to("cuda")` to the model.'
+            if not facts["quantised"]
+            else "This needs `pip install bitsandbytes`.",
+            *(f"\n{note}" for note in _notes(facts)),
+            f"\nWith rsstudy installed: `rsstudy caption IMAGES --model {facts.get('repo') or 'FOLDER'}`.",
+        ],
+        "# Data": data,
+        "# Method": _method(facts, record),
+        "# Scores": _scored(record, rows)
+        if record
+        else [
+            "**Not scored**: no results file of the study holds this very run. Score it on images with human captions before believing it."
+        ],
+        "# Cost": _cost(record) if record else ["Not recorded."],
+        "# Limits": ["- " + line for line in _limits(facts, record, rows)],
+        "# Licence": [licence(facts["base"])[1]],
+        "# Made with": [
+            ", ".join(
+                f"{k} {v}" for k, v in made.items() if k in ("python", "torch", "transformers", "peft", "bitsandbytes")
+            )
+            + f"; rsstudy at commit `{record['code'] if record else facts['code']}`. `method.json` holds all of this for programs."
+        ],
+    }
+    return (
+        f"---\n{_header(facts, record, rows, dataset)}\n---\n\n"
+        + "\n\n".join(
+            f"#{title if title.startswith('#') else ' ' + title}\n\n"
+            + ("\n" if lines[0][:2] in ("``", "- ") or "|" in "".join(lines) else "\n\n").join(lines)
+            for title, lines in sections.items()
+        )
+        + "\n"
+    )

@@ -13,10 +13,12 @@ import inspect
 import json
 import os
 import shutil
-import torch
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+
 from ..common.code import code_revision, versions
 from ..common.files import file_in_the_way, hub_reachable, write_json
 from ..common.settings import Profile, profile_names
@@ -36,73 +38,104 @@ from ..tuning.saved import read_facts
 def _dequantised(model, P):
     "A plain base with the weights that a 4-bit one computes with, and LoRA's change added."
     from bitsandbytes.functional import dequantize_4bit
+
     plain, _ = load_base(P)
     for name, module in core(model).named_modules():
-        layer = getattr(module, 'base_layer', module)
-        if not hasattr(layer.weight if hasattr(layer, 'weight') else None, 'quant_state') or name.endswith('base_layer'): continue
+        layer = getattr(module, "base_layer", module)
+        if not hasattr(layer.weight if hasattr(layer, "weight") else None, "quant_state") or name.endswith(
+            "base_layer"
+        ):
+            continue
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        if hasattr(module, 'get_delta_weight'): weight = weight + module.get_delta_weight('default')
+        if hasattr(module, "get_delta_weight"):
+            weight = weight + module.get_delta_weight("default")
         plain.get_submodule(name).weight.copy_(weight)
     return plain
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-006
 def check_mergeable(
-    name:str, # Of the method
-    family:str, # Of `family_of`
+    name: str,  # Of the method
+    family: str,  # Of `family_of`
 ):
     "Raises `ValueError` for a bottleneck adapter."
-    if family.startswith('adapter'): raise ValueError(f"'{name}' cannot be merged: a bottleneck adapter is no sum of weights; export it without --merge")
+    if family.startswith("adapter"):
+        raise ValueError(
+            f"'{name}' cannot be merged: a bottleneck adapter is no sum of weights; export it without --merge"
+        )
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-007
 @torch.no_grad()
 def merged_model(
-    captioner:Captioner, # Tuned, as `load_folder` gives it
-    method:Method, # Its method
-    P:Profile, # Names its base
-): # PaliGemma without a wrapper
+    captioner: Captioner,  # Tuned, as `load_folder` gives it
+    method: Method,  # Its method
+    P: Profile,  # Names its base
+):  # PaliGemma without a wrapper
     "The tuned model as plain PaliGemma. Raises `ValueError` for a bottleneck adapter."
     model, family = captioner.model, family_of(method.name, methods(P))
     check_mergeable(method.name, family)
-    if any(hasattr(p, 'quant_state') for p in model.parameters()): return _dequantised(model, P)
-    if family == 'prompt':
+    if any(hasattr(p, "quant_state") for p in model.parameters()):
+        return _dequantised(model, P)
+    if family == "prompt":
         plain = core(model)
         layer = plain.model.language_model.embed_tokens
-        layer.base_layer.weight[layer.token_indices['default']] = layer.trainable_tokens_delta['default'].to(layer.base_layer.weight.dtype)
+        layer.base_layer.weight[layer.token_indices["default"]] = layer.trainable_tokens_delta["default"].to(
+            layer.base_layer.weight.dtype
+        )
         plain.model.language_model.embed_tokens = layer.base_layer
         return plain
-    return model.merge_and_unload(safe_merge=True) if hasattr(model, 'merge_and_unload') else model
+    return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-009
 def add_adapters(
-    model, # PaliGemma; changed in place
-    path, # adapter.safetensors
-    activation='gelu', # gelu, relu or silu
+    model,  # PaliGemma; changed in place
+    path,  # adapter.safetensors
+    activation="gelu",  # gelu, relu or silu
 ):
     "The model with the trained adapters of a file behind the layers that it names."
     from safetensors.torch import load_file
+
     weights = load_file(path)
-    for name in [n.removesuffix('.adapter.down.weight') for n in weights if n.endswith('.adapter.down.weight')]:
-        parent, _, child = name.rpartition('.')
-        layer, (m, d) = model.get_submodule(name), weights[name + '.adapter.down.weight'].shape
-        setattr(model.get_submodule(parent), child, Adapted(layer, Bottleneck(d, m, activation).to(layer.weight.device)))
+    for name in [n.removesuffix(".adapter.down.weight") for n in weights if n.endswith(".adapter.down.weight")]:
+        parent, _, child = name.rpartition(".")
+        layer, (m, d) = model.get_submodule(name), weights[name + ".adapter.down.weight"].shape
+        setattr(
+            model.get_submodule(parent), child, Adapted(layer, Bottleneck(d, m, activation).to(layer.weight.device))
+        )
     wrong = model.load_state_dict(weights, strict=False).unexpected_keys
-    if wrong: raise ValueError(f'{path} names layers that the model lacks: {wrong[:2]}')
+    if wrong:
+        raise ValueError(f"{path} names layers that the model lacks: {wrong[:2]}")
     return model.eval()
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-010
-def adapter_source() -> str: # Python
+def adapter_source() -> str:  # Python
     "The file adapter.py of an export."
     head = '"""Bottleneck adapters (Houlsby et al. 2019) for PaliGemma, in plain torch."""\nimport torch\nfrom torch import nn\n\nACTIVATIONS = dict(gelu=nn.functional.gelu, relu=nn.functional.relu, silu=nn.functional.silu)\n'
-    return '\n\n'.join([head, *(inspect.getsource(part).rstrip() for part in (Bottleneck, Adapted, add_adapters))]) + '\n'
+    return (
+        "\n\n".join([head, *(inspect.getsource(part).rstrip() for part in (Bottleneck, Adapted, add_adapters))]) + "\n"
+    )
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-012
-FORM = 'rsstudy-export.v1' # `export` in method.json
+FORM = "rsstudy-export.v1"  # `export` in method.json
+
+
 def _decoding(captioner, settings, forbidden):
     "The settings of generation that the captions were written with."
     import copy
+
     tokenizer, config = captioner.processor.tokenizer, copy.deepcopy(core(captioner.model).generation_config)
-    config.update(do_sample=False, top_k=None, top_p=None, temperature=None, max_length=None, max_new_tokens=settings['max_new_tokens'], num_beams=settings['num_beams'], eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    if forbidden: config.update(suppress_tokens=forbidden, renormalize_logits=True)
+    config.update(
+        do_sample=False,
+        top_k=None,
+        top_p=None,
+        temperature=None,
+        max_length=None,
+        max_new_tokens=settings["max_new_tokens"],
+        num_beams=settings["num_beams"],
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if forbidden:
+        config.update(suppress_tokens=forbidden, renormalize_logits=True)
     config._from_model_config = False
     return config
 
@@ -110,104 +143,147 @@ def _decoding(captioner, settings, forbidden):
 def _copy_base(source, target):
     target.mkdir()
     for path in sorted(Path(source).iterdir()):
-        if path.is_file() and path.suffix in ('.json', '.safetensors', '.model', '.jinja'): shutil.copyfile(path, target/path.name)
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".jinja"):
+            shutil.copyfile(path, target / path.name)
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-014
 def _write(temporary, captioner, method, facts, P):
     "Everything but card and method.json."
     from safetensors.torch import save_file
+
     model = captioner.model
     captioner.processor.save_pretrained(temporary)
-    if facts['form'] == 'merged':
+    if facts["form"] == "merged":
         plain = merged_model(captioner, method, P)
-        plain.generation_config = facts['generation']
-        plain.to(getattr(torch, facts['dtype'])).save_pretrained(temporary)
-    elif facts['form'] == 'peft':
+        plain.generation_config = facts["generation"]
+        plain.to(getattr(torch, facts["dtype"])).save_pretrained(temporary)
+    elif facts["form"] == "peft":
         for config in model.peft_config.values():
-            config.base_model_name_or_path = './base' if facts['base_folder'] else facts['base']
-            if not facts['base_folder'] and facts['base_version'] != 'unknown': config.revision = facts['base_version']
+            config.base_model_name_or_path = "./base" if facts["base_folder"] else facts["base"]
+            if not facts["base_folder"] and facts["base_version"] != "unknown":
+                config.revision = facts["base_version"]
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Model has `tie_word_embeddings=True`') # what this warns of, the card says
+            warnings.filterwarnings(
+                "ignore", "Model has `tie_word_embeddings=True`"
+            )  # what this warns of, the card says
             model.save_pretrained(temporary, save_embedding_layers=False)
     else:
-        save_file(method.tensors(model), temporary/'adapter.safetensors')
-        (temporary/'adapter.py').write_text(adapter_source(), encoding='utf-8')
-    facts['generation'].save_pretrained(temporary)
-    if facts['base_folder']: _copy_base(NANO if P.base_model == 'paligemma-nano' else P.base_model, temporary/facts['base_folder'])
+        save_file(method.tensors(model), temporary / "adapter.safetensors")
+        (temporary / "adapter.py").write_text(adapter_source(), encoding="utf-8")
+    facts["generation"].save_pretrained(temporary)
+    if facts["base_folder"]:
+        _copy_base(NANO if P.base_model == "paligemma-nano" else P.base_model, temporary / facts["base_folder"])
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-016
 def _is_export(folder):
     "Does a folder hold an earlier export, and nothing that was put there since?"
-    try: facts = json.loads((folder/'method.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError): return False
-    return isinstance(facts, dict) and facts.get('export') == FORM and {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file() and p.parent.name != '__pycache__'} <= {*facts.get('files', ()), 'method.json'}
+    try:
+        facts = json.loads((folder / "method.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(facts, dict)
+        and facts.get("export") == FORM
+        and {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"}
+        <= {*facts.get("files", ()), "method.json"}
+    )
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-017
 def check_target(
-    target:Path, # Folder to be written
-    run:Path, # Folder that is exported, which must survive
-    force:bool=False, # May something else stand there?
+    target: Path,  # Folder to be written
+    run: Path,  # Folder that is exported, which must survive
+    force: bool = False,  # May something else stand there?
 ):
     "Raises `NotADirectoryError`, `FileExistsError` or `ValueError` where an export cannot go."
-    if blocked := file_in_the_way(target): raise NotADirectoryError(f'--out {target}: {blocked} is a file')
+    if blocked := file_in_the_way(target):
+        raise NotADirectoryError(f"--out {target}: {blocked} is a file")
     full, source = target.resolve(), run.resolve()
-    if full in (source, *source.parents) or full in (Path.cwd(), *Path.cwd().parents, Path.home()): raise ValueError(f'--out {target} holds the run or the current folder: give a folder for the export alone')
+    if full in (source, *source.parents) or full in (Path.cwd(), *Path.cwd().parents, Path.home()):
+        raise ValueError(f"--out {target} holds the run or the current folder: give a folder for the export alone")
     if target.is_dir() and any(target.iterdir()) and not force and not _is_export(target):
-        raise FileExistsError(f'--out {target} is not empty and holds more than an earlier export: give another folder, or --force to move it aside')
+        raise FileExistsError(
+            f"--out {target} is not empty and holds more than an earlier export: give another folder, or --force to move it aside"
+        )
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-018
 @contextmanager
 def replaced_folder(
-    target:Path, # Folder to be written, seen by `check_target`
+    target: Path,  # Folder to be written, seen by `check_target`
 ):
     "An empty folder to write to; it takes the name `target` when the block ends well and is removed when it does not. Raises `OSError` saying so where the disk is full."
     from safetensors import SafetensorError
-    temporary, old = (target.with_name(f'.{os.getpid()}-{word}-{target.name}') for word in ('new', 'old'))
+
+    temporary, old = (target.with_name(f".{os.getpid()}-{word}-{target.name}") for word in ("new", "old"))
     try:
         temporary.mkdir(parents=True)
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
-        for path in temporary.rglob('*'): path.chmod((0o777 if path.is_dir() else 0o666) & ~mask) # safetensors writes for its owner alone
+        for path in temporary.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)  # safetensors writes for its owner alone
         if target.exists():
-            if any(target.iterdir()) and not _is_export(target): old = next(p for i in range(1, 10_000) if not (p := target.with_name(f'{target.name}.{i}')).exists())
+            if any(target.iterdir()) and not _is_export(target):
+                old = next(p for i in range(1, 10_000) if not (p := target.with_name(f"{target.name}.{i}")).exists())
             os.replace(target, old)
         os.replace(temporary, target)
-        if old.name.startswith('.'): shutil.rmtree(old, ignore_errors=True)
+        if old.name.startswith("."):
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        if getattr(error, 'errno', None) not in (errno.ENOSPC, errno.EDQUOT) and 'No space left' not in str(error): raise
-        raise OSError(f'the disk of {target.parent} is full: {shutil.disk_usage(target.parent).free/1e6:,.0f} MB are free, which is too little for the export') from None
-    finally: shutil.rmtree(temporary, ignore_errors=True)
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
+            raise
+        raise OSError(
+            f"the disk of {target.parent} is full: {shutil.disk_usage(target.parent).free / 1e6:,.0f} MB are free, which is too little for the export"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-020
 def check_repo(
-    repo:str, # NAME or OWNER/NAME
+    repo: str,  # NAME or OWNER/NAME
 ):
     "Raises `ValueError` for what the hub would not take as a name."
     from huggingface_hub.utils import HFValidationError, validate_repo_id
-    try: validate_repo_id(repo)
-    except HFValidationError as error: raise ValueError(f"--push '{repo}' is no name of a repository: give OWNER/NAME, of letters, digits, '-', '_' and '.'") from error
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(
+            f"--push '{repo}' is no name of a repository: give OWNER/NAME, of letters, digits, '-', '_' and '.'"
+        ) from error
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-021
 def push_export(
-    folder:str|Path, # An export
-    repo:str, # NAME or OWNER/NAME
-    private:bool=False, # Made private, if it is new?
-) -> str: # OWNER/NAME
+    folder: str | Path,  # An export
+    repo: str,  # NAME or OWNER/NAME
+    private: bool = False,  # Made private, if it is new?
+) -> str:  # OWNER/NAME
     "Sends an export to the hub. Raises `RuntimeError` with what to do where that fails; the export stays."
     from huggingface_hub import HfApi, get_token
+
     check_repo(repo)
-    stays = f'; the export is in {folder}'
-    if not hub_reachable(): raise RuntimeError(f'the hub cannot be reached from here: push from a machine with a network, or unset HF_HUB_OFFLINE{stays}')
-    if not get_token(): raise RuntimeError(f'--push needs a login: make a write token, run `hf auth login` (or set HF_TOKEN), then export again{stays}')
+    stays = f"; the export is in {folder}"
+    if not hub_reachable():
+        raise RuntimeError(
+            f"the hub cannot be reached from here: push from a machine with a network, or unset HF_HUB_OFFLINE{stays}"
+        )
+    if not get_token():
+        raise RuntimeError(
+            f"--push needs a login: make a write token, run `hf auth login` (or set HF_TOKEN), then export again{stays}"
+        )
     try:
         api = HfApi()
         made = api.create_repo(repo, private=private or None, exist_ok=True)
-        open_ = private and not api.repo_info(made.repo_id).private # one that exists keeps its own visibility
-        if not open_: api.upload_folder(repo_id=made.repo_id, folder_path=str(folder), commit_message='rsstudy export')
-    except Exception as error: # whatever the network or the hub has against it
-        raise RuntimeError(f"'{repo}' could not be pushed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.150}): look at the token's rights with `hf auth whoami`{stays}") from error
-    if open_: raise RuntimeError(f"'{repo}' exists and is public, so nothing was sent: make it private in its settings on the hub, or give another name{stays}")
+        open_ = private and not api.repo_info(made.repo_id).private  # one that exists keeps its own visibility
+        if not open_:
+            api.upload_folder(repo_id=made.repo_id, folder_path=str(folder), commit_message="rsstudy export")
+    except Exception as error:  # whatever the network or the hub has against it
+        raise RuntimeError(
+            f"'{repo}' could not be pushed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.150}): look at the token's rights with `hf auth whoami`{stays}"
+        ) from error
+    if open_:
+        raise RuntimeError(
+            f"'{repo}' exists and is public, so nothing was sent: make it private in its settings on the hub, or give another name{stays}"
+        )
     return made.repo_id
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-023
@@ -217,67 +293,121 @@ def _run_folder(P, run):
     if folder is None:
         folder = Path(run).expanduser()
         if not folder.is_dir():
-            if len(folder.parts) > 1: raise FileNotFoundError(f'there is no folder {folder} to export')
-            raise ValueError(f"unknown run '{run}': give a folder of tuned weights such as runs/{P.name}/weights/lora-seed0, or a method: {', '.join(n for n in methods(P) if n != 'none')}")
-    elif not (folder/'adapter.safetensors').is_file():
-        name, _, seed = folder.name.rpartition('-seed')
-        there = sorted(p.parent.name for p in folder.parent.glob(f'{name}-seed*/adapter.safetensors'))
-        raise FileNotFoundError(f"'{name}' with seed {seed} has not been tuned under the profile {P.name}" + (f' (there are {", ".join(there)})' if there else '') + f': `rsstudy tune {name} --profile {P.name}` does that')
+            if len(folder.parts) > 1:
+                raise FileNotFoundError(f"there is no folder {folder} to export")
+            raise ValueError(
+                f"unknown run '{run}': give a folder of tuned weights such as runs/{P.name}/weights/lora-seed0, or a method: {', '.join(n for n in methods(P) if n != 'none')}"
+            )
+    elif not (folder / "adapter.safetensors").is_file():
+        name, _, seed = folder.name.rpartition("-seed")
+        there = sorted(p.parent.name for p in folder.parent.glob(f"{name}-seed*/adapter.safetensors"))
+        raise FileNotFoundError(
+            f"'{name}' with seed {seed} has not been tuned under the profile {P.name}"
+            + (f" (there are {', '.join(there)})" if there else "")
+            + f": `rsstudy tune {name} --profile {P.name}` does that"
+        )
     profile = folder.resolve().parent.parent.name
-    if folder.resolve().parent.name == 'weights' and profile in profile_names() and profile != P.name:
-        raise ValueError(f'{folder} was tuned under the profile {profile}, not {P.name}: leave --profile out, or give that')
+    if folder.resolve().parent.name == "weights" and profile in profile_names() and profile != P.name:
+        raise ValueError(
+            f"{folder} was tuned under the profile {profile}, not {P.name}: leave --profile out, or give that"
+        )
     return folder
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-024
 def _facts(P, folder, merge, repo, record, name):
     "What card, usage and method.json say of the model."
     own = read_facts(folder)
-    if 'export' in own: raise ValueError(f'{folder} is an export already: export the run that it was made of')
+    if "export" in own:
+        raise ValueError(f"{folder} is an export already: export the run that it was made of")
     method = method_of(P, own)
-    there, known = dataclasses.replace(P, base_model=own.get('base', P.base_model)), family_of(method.name, methods(P))
-    if merge: check_mergeable(method.name, known)
-    settings = record['settings'] if record else dataclasses.asdict(P)
-    device = record['device'] if record else None
-    dtype = torch.float32 if known == 'full' else pick_dtype(settings['precision']) if device is None or settings['precision'] != 'auto' else torch.float32 if device.startswith('CPU') else torch.bfloat16
-    there = dataclasses.replace(there, precision=str(dtype).removeprefix('torch.'))
+    there, known = dataclasses.replace(P, base_model=own.get("base", P.base_model)), family_of(method.name, methods(P))
+    if merge:
+        check_mergeable(method.name, known)
+    settings = record["settings"] if record else dataclasses.asdict(P)
+    device = record["device"] if record else None
+    dtype = (
+        torch.float32
+        if known == "full"
+        else pick_dtype(settings["precision"])
+        if device is None or settings["precision"] != "auto"
+        else torch.float32
+        if device.startswith("CPU")
+        else torch.bfloat16
+    )
+    there = dataclasses.replace(there, precision=str(dtype).removeprefix("torch."))
     options = method.base_options(there)
-    form = 'merged' if merge or known == 'full' else 'adapter' if known.startswith('adapter') else 'peft'
-    carried = form != 'merged' and (there.base_model == 'paligemma-nano' or Path(there.base_model).is_dir())
-    quantised = {k: v for k, v in options['quantization_config'].to_diff_dict().items() if k not in ('quant_method', '_load_in_4bit')} if form == 'peft' and 'quantization_config' in options else None
-    return method, there, own | dict(export=FORM, form=form, merged=form == 'merged', family=known, label=record['entry']['label'] if record else method.label, profile=P.name, name=name, repo=repo,
-        base=Path(there.base_model).name if Path(there.base_model).is_dir() else there.base_model, base_version=base_version(there.base_model), base_folder='base' if carried else None,
-        dtype=there.precision, quantised=quantised, activation=own['settings'].get('activation'), decoding={k: settings[k] for k in ('max_new_tokens', 'num_beams')},
-        code=code_revision(), versions=versions(), scores=record['run']['scores'] if record else None, scored=record['file'] if record else None)
+    form = "merged" if merge or known == "full" else "adapter" if known.startswith("adapter") else "peft"
+    carried = form != "merged" and (there.base_model == "paligemma-nano" or Path(there.base_model).is_dir())
+    quantised = (
+        {
+            k: v
+            for k, v in options["quantization_config"].to_diff_dict().items()
+            if k not in ("quant_method", "_load_in_4bit")
+        }
+        if form == "peft" and "quantization_config" in options
+        else None
+    )
+    return (
+        method,
+        there,
+        own
+        | dict(
+            export=FORM,
+            form=form,
+            merged=form == "merged",
+            family=known,
+            label=record["entry"]["label"] if record else method.label,
+            profile=P.name,
+            name=name,
+            repo=repo,
+            base=Path(there.base_model).name if Path(there.base_model).is_dir() else there.base_model,
+            base_version=base_version(there.base_model),
+            base_folder="base" if carried else None,
+            dtype=there.precision,
+            quantised=quantised,
+            activation=own["settings"].get("activation"),
+            decoding={k: settings[k] for k in ("max_new_tokens", "num_beams")},
+            code=code_revision(),
+            versions=versions(),
+            scores=record["run"]["scores"] if record else None,
+            scored=record["file"] if record else None,
+        ),
+    )
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-025
 def export_run(
-    P:Profile, # Under which it was tuned
-    run:str|Path, # A method (`lora`: seed 0), a run (`lora-seed1`), or a folder of tuned weights
-    out:str|Path|None=None, # Folder to write; by default exported/RUN, with -merged where it is
-    merge:bool=False, # One set of weights in place of base and adapter?
-    push:str|None=None, # OWNER/NAME on the hub, to send it to
-    private:bool=False, # Is that repository private, if it is new?
-    force:bool=False, # Move aside what stands in `out` and is no earlier export?
-) -> Path: # The export
+    P: Profile,  # Under which it was tuned
+    run: str | Path,  # A method (`lora`: seed 0), a run (`lora-seed1`), or a folder of tuned weights
+    out: str | Path | None = None,  # Folder to write; by default exported/RUN, with -merged where it is
+    merge: bool = False,  # One set of weights in place of base and adapter?
+    push: str | None = None,  # OWNER/NAME on the hub, to send it to
+    private: bool = False,  # Is that repository private, if it is new?
+    force: bool = False,  # Move aside what stands in `out` and is no earlier export?
+) -> Path:  # The export
     """Writes a tuned model as everyone's tools read it, with its card; see the top of this page.
 
     Raises `ValueError`, `FileNotFoundError`, `FileExistsError`, `NotADirectoryError`, `OSError` and `RuntimeError`, each one sentence with what is to be done.
     """
-    if push: check_repo(push)
+    if push:
+        check_repo(push)
     folder = _run_folder(P, str(run))
-    name = folder.resolve().name + ('-merged' if merge else '')
-    target = Path(out).expanduser() if out else Path('exported')/name
+    name = folder.resolve().name + ("-merged" if merge else "")
+    target = Path(out).expanduser() if out else Path("exported") / name
     record = find_record(P, read_facts(folder), folder)
     method, there, facts = _facts(P, folder, merge, push, record, name)
     check_target(target, folder, force)
     captioner = load_folder(there, folder)
-    forbidden = method.soft_tokens(captioner.processor.tokenizer) if facts['family'] == 'prompt' else None
-    facts['pixels'], facts['generation'] = core(captioner.model).config.vision_config.image_size, _decoding(captioner, facts['decoding'], forbidden)
+    forbidden = method.soft_tokens(captioner.processor.tokenizer) if facts["family"] == "prompt" else None
+    facts["pixels"], facts["generation"] = (
+        core(captioner.model).config.vision_config.image_size,
+        _decoding(captioner, facts["decoding"], forbidden),
+    )
     with replaced_folder(target) as temporary:
         _write(temporary, captioner, method, facts, there)
-        facts.pop('generation')
-        (temporary/'README.md').write_text(card_text(facts, record), encoding='utf-8')
-        facts['files'] = sorted(str(p.relative_to(temporary)) for p in temporary.rglob('*') if p.is_file())
-        write_json(temporary/'method.json', facts)
-    if push: push_export(target, push, private)
+        facts.pop("generation")
+        (temporary / "README.md").write_text(card_text(facts, record), encoding="utf-8")
+        facts["files"] = sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
+        write_json(temporary / "method.json", facts)
+    if push:
+        push_export(target, push, private)
     return target

@@ -17,21 +17,31 @@ import socket
 import sys
 import tempfile
 import time
-from PIL import Image
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from PIL import Image
+
 from ..attribution.attributions import label
 from ..common.settings import Profile, load_profile
 from ..explain.image import USUAL
 from ..runner.study import terminable
 from ..scenes.world import draw_scene
 from rsstudy.sharing.serving import (
-    KEPT, MOST_MB, Models, SIDE, caption_of, explanation_of, sent_image, page_sentence, served_models,
+    KEPT,
+    MOST_MB,
+    SIDE,
+    Models,
+    caption_of,
+    explanation_of,
+    page_sentence,
+    sent_image,
+    served_models,
 )
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-005
-EXAMPLES = dict(airport=0, bridge=1, stadium=2) # class of the built-in world -> seed; drawn on the spot
-QUICK = USUAL[:2] # methods that are chosen at first: a few seconds, where the sampled ones take longer
+EXAMPLES = dict(airport=0, bridge=1, stadium=2)  # class of the built-in world -> seed; drawn on the spot
+QUICK = USUAL[:2]  # methods that are chosen at first: a few seconds, where the sampled ones take longer
 STYLE = """
 .gradio-container{max-width:76rem!important;margin:auto}
 #head>div,#or>div,#explanation>div{padding:0!important}#or{font-size:.9rem;margin-bottom:-.6rem}
@@ -43,193 +53,309 @@ STYLE = """
 #explanation:empty{display:none}:focus-visible{outline:3px solid var(--primary-500)!important;outline-offset:2px}
 @media (max-width:46rem){.gradio-container{padding:.75rem!important}#explanation iframe{height:144rem}}
 """
-POLICY = "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; " \
+POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
     "connect-src 'self' data: blob:; media-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'"
+)
 
 
 class Guard:
     "Puts the policy on every answer, and answers to its own names only; an ASGI middleware."
-    def __init__(self,
-        app, # What is guarded
-        names:list[str]=None, # Names and addresses of the server; None: any
+
+    def __init__(
+        self,
+        app,  # What is guarded
+        names: list[str] | None = None,  # Names and addresses of the server; None: any
     ):
         self.app, self.names = app, names
 
     async def __call__(self, scope, receive, send):
-        if scope['type'] == 'http' and self.names and urlsplit('//' + dict(scope['headers']).get(b'host', b'').decode('latin-1')).hostname not in self.names:
-            await send(dict(type='http.response.start', status=403, headers=[(b'content-type', b'text/plain')]))
-            return await send(dict(type='http.response.body', body=b'this server answers to its own names only'))
-        more = (b'content-security-policy', POLICY.encode()), (b'referrer-policy', b'no-referrer'), (b'x-content-type-options', b'nosniff')
+        if (
+            scope["type"] == "http"
+            and self.names
+            and urlsplit("//" + dict(scope["headers"]).get(b"host", b"").decode("latin-1")).hostname not in self.names
+        ):
+            await send(dict(type="http.response.start", status=403, headers=[(b"content-type", b"text/plain")]))
+            return await send(dict(type="http.response.body", body=b"this server answers to its own names only"))
+        more = (
+            (b"content-security-policy", POLICY.encode()),
+            (b"referrer-policy", b"no-referrer"),
+            (b"x-content-type-options", b"nosniff"),
+        )
+
         async def guarded(message):
-            if message['type'] == 'http.response.start': message['headers'] = [*message['headers'], *more]
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *more]
             await send(message)
+
         await self.app(scope, receive, guarded)
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-006
 @functools.cache
 def uploads_folder() -> tempfile.TemporaryDirectory:
     "Where Gradio keeps the files of this process: a folder of our own, which is removed when the process ends."
-    folder = tempfile.TemporaryDirectory(prefix='rsstudy-serve-', ignore_cleanup_errors=True)
-    os.environ |= dict(GRADIO_TEMP_DIR=folder.name, GRADIO_ANALYTICS_ENABLED='False')
+    folder = tempfile.TemporaryDirectory(prefix="rsstudy-serve-", ignore_cleanup_errors=True)
+    os.environ |= dict(GRADIO_TEMP_DIR=folder.name, GRADIO_ANALYTICS_ENABLED="False")
     return folder
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-007
 def _theme(gr):
     "Fonts of the system; greys and blues that are easy to read on their grounds, in the light and in the dark."
-    theme = gr.themes.Default(primary_hue='blue', neutral_hue='slate', font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
-    soft = [f'{name}_text_color{end}' for name, end in (('body', '_subdued'), ('block_info', ''), ('block_title', ''), ('block_label', ''))]
-    button = dict(button_primary_background_fill='*primary_600', button_primary_background_fill_hover='*primary_700')
-    both = {f'{name}{dark}': shade for name, shade in button.items() for dark in ('', '_dark')}
-    return theme.set(**both, **{name: '*neutral_600' for name in soft}, **{f'{name}_dark': '*neutral_300' for name in soft})
+    theme = gr.themes.Default(
+        primary_hue="blue",
+        neutral_hue="slate",
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+    soft = [
+        f"{name}_text_color{end}"
+        for name, end in (("body", "_subdued"), ("block_info", ""), ("block_title", ""), ("block_label", ""))
+    ]
+    button = dict(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
+    both = {f"{name}{dark}": shade for name, shade in button.items() for dark in ("", "_dark")}
+    return theme.set(
+        **both, **{name: "*neutral_600" for name in soft}, **{f"{name}_dark": "*neutral_300" for name in soft}
+    )
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-008
 def demo(
-    P:Profile=None, # Models, prompt and budgets; None: the profile `nano`
-    models:list[str]=None, # As for `load_captioner`; None: the base and every method that has been tuned
-    seed:int=0, # Of the methods' runs
-    most_mb:float=MOST_MB, # Largest upload, MB
-): # gradio.Blocks
+    P: Profile = None,  # Models, prompt and budgets; None: the profile `nano`
+    models: list[str] | None = None,  # As for `load_captioner`; None: the base and every method that has been tuned
+    seed: int = 0,  # Of the methods' runs
+    most_mb: float = MOST_MB,  # Largest upload, MB
+):  # gradio.Blocks
     """The page; `demo().launch()` shows it. Private: without telemetry or a public link unless `launch` is told otherwise.
 
     Raises `RuntimeError` where Gradio is not installed, and as `served_models`.
     """
-    if importlib.util.find_spec('gradio') is None: raise RuntimeError("the page needs Gradio, which is not installed: pip install 'rsstudy[serve]'")
-    P, folder = P or load_profile('nano'), Path(uploads_folder().name)
-    if not 0 < most_mb <= 1000: raise ValueError(f'--max-mb must be above 0 and at most 1000, got {most_mb:g}')
+    if importlib.util.find_spec("gradio") is None:
+        raise RuntimeError("the page needs Gradio, which is not installed: pip install 'rsstudy[serve]'")
+    P, folder = P or load_profile("nano"), Path(uploads_folder().name)
+    if not 0 < most_mb <= 1000:
+        raise ValueError(f"--max-mb must be above 0 and at most 1000, got {most_mb:g}")
     offered = Models(P, served_models(P, models, seed), seed)
     import gradio as gr
     from starlette.middleware import Middleware
-    with gr.Blocks(title='Captions of aerial images', analytics_enabled=False, delete_cache=(600, 3600)) as page: _build(gr, page, offered, folder, most_mb)
+
+    with gr.Blocks(title="Captions of aerial images", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        _build(gr, page, offered, folder, most_mb)
     page.offered = offered
     page.queue(max_size=32)
-    off = dict(share=False, footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False)
-    page.launch = functools.partial(page.launch, **off, max_file_size=int(most_mb * 2**20), css=STYLE, theme=_theme(gr), app_kwargs=dict(middleware=[Middleware(Guard)]))
+    off = dict(
+        share=False,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+    )
+    page.launch = functools.partial(
+        page.launch,
+        **off,
+        max_file_size=int(most_mb * 2**20),
+        css=STYLE,
+        theme=_theme(gr),
+        app_kwargs=dict(middleware=[Middleware(Guard)]),
+    )
     return page
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-010
 def told(
-    work, # Function of what the page sends
-): # The same function
+    work,  # Function of what the page sends
+):  # The same function
     "Turns what goes wrong into a message on the page; the server goes on."
+
     @functools.wraps(work)
     def safely(*args):
         import gradio as gr
-        try: return work(*args)
+
+        try:
+            return work(*args)
         except Exception as error:
             said = page_sentence(error)
-            raise gr.Error(html.escape(said[:1].upper() + said[1:]) + '.', duration=None, print_exception=False) from None
+            raise gr.Error(
+                html.escape(said[:1].upper() + said[1:]) + ".", duration=None, print_exception=False
+            ) from None
+
     return safely
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-011
 def _build(gr, page, offered, folder, most_mb):
     "Lays the page out and says what happens."
-    first, more, loading = next(iter(offered.names)), len(offered.names) > 1, f'Loaded when it is first used; the {KEPT} used last stay in memory.'
-    gr.HTML('<h1>Caption an aerial image</h1><p>The image stays on the server that shows this page, and is deleted after about an hour.</p>', elem_id='head')
+    first, more, loading = (
+        next(iter(offered.names)),
+        len(offered.names) > 1,
+        f"Loaded when it is first used; the {KEPT} used last stay in memory.",
+    )
+    gr.HTML(
+        "<h1>Caption an aerial image</h1><p>The image stays on the server that shows this page, and is deleted after about an hour.</p>",
+        elem_id="head",
+    )
     with gr.Row():
         with gr.Column(min_width=300):
-            picture = gr.Image(label='Image', sources=['upload', 'clipboard'], format='png', height=320, buttons=[], elem_id='picture', alt_text='Your image',
-                placeholder=f'Drop an image here, or click to choose one\nPNG, JPEG, TIFF or WebP, at most {most_mb:g} MB')
-            gr.HTML('Or take one that is drawn on the spot:', elem_id='or')
-            with gr.Row(elem_id='examples'): examples = [_example(gr, folder, land) for land in EXAMPLES]
+            picture = gr.Image(
+                label="Image",
+                sources=["upload", "clipboard"],
+                format="png",
+                height=320,
+                buttons=[],
+                elem_id="picture",
+                alt_text="Your image",
+                placeholder=f"Drop an image here, or click to choose one\nPNG, JPEG, TIFF or WebP, at most {most_mb:g} MB",
+            )
+            gr.HTML("Or take one that is drawn on the spot:", elem_id="or")
+            with gr.Row(elem_id="examples"):
+                examples = [_example(gr, folder, land) for land in EXAMPLES]
         with gr.Column(min_width=300):
-            model = gr.Radio(list(offered.names), value=first, label='Model', info=loading if more else None, elem_id='model')
-            ask = gr.Button('Caption', variant='primary', interactive=False, elem_id='ask')
-            caption = gr.Textbox(label='Caption', lines=2, interactive=False, elem_id='caption', buttons=['copy'])
-            ways = gr.CheckboxGroup([(label(m), m) for m in USUAL], value=list(QUICK), label='Explain by', info='SHAP and PixelSHAP take longest.', elem_id='ways')
-            explain = gr.Button('Where did the words come from?', interactive=False, elem_id='explain')
-    frame = gr.HTML(elem_id='explanation')
+            model = gr.Radio(
+                list(offered.names), value=first, label="Model", info=loading if more else None, elem_id="model"
+            )
+            ask = gr.Button("Caption", variant="primary", interactive=False, elem_id="ask")
+            caption = gr.Textbox(label="Caption", lines=2, interactive=False, elem_id="caption", buttons=["copy"])
+            ways = gr.CheckboxGroup(
+                [(label(m), m) for m in USUAL],
+                value=list(QUICK),
+                label="Explain by",
+                info="SHAP and PixelSHAP take longest.",
+                elem_id="ways",
+            )
+            explain = gr.Button("Where did the words come from?", interactive=False, elem_id="explain")
+    frame = gr.HTML(elem_id="explanation")
 
-    def show(image): # -> the picture, Caption enabled, nothing captioned yet
-        if image is not None: image.thumbnail((SIDE, SIDE))
+    def show(image):  # -> the picture, Caption enabled, nothing captioned yet
+        if image is not None:
+            image.thumbnail((SIDE, SIDE))
         return [image, gr.update(interactive=image is not None), *blank()]
-    def blank(): return ['', gr.update(interactive=False), '']
-    def take(sent): return show(sent_image(sent, folder, most_mb) if sent else None)
+
+    def blank():
+        return ["", gr.update(interactive=False), ""]
+
+    def take(sent):
+        return show(sent_image(sent, folder, most_mb) if sent else None)
+
     def write(sent, name):
         text = caption_of(offered, sent_image(sent, folder, most_mb), name)
-        return [text or '(the model wrote nothing)', gr.update(interactive=bool(text)), '']
-    def find(sent, name, chosen): return explanation_of(offered, sent_image(sent, folder, most_mb), name, chosen)
+        return [text or "(the model wrote nothing)", gr.update(interactive=bool(text)), ""]
+
+    def find(sent, name, chosen):
+        return explanation_of(offered, sent_image(sent, folder, most_mb), name, chosen)
 
     said, shown = [caption, explain, frame], [picture, ask, caption, explain, frame]
-    light = dict(preprocess=False, api_visibility='private', concurrency_id='images', concurrency_limit=1)
-    heavy = light | dict(concurrency_id='models')
-    working = [ask.click(told(write), [picture, model], said, **heavy), explain.click(told(find), [picture, model, ways], frame, **heavy)]
-    picture.input(told(take), picture, shown, cancels=working, **light).failure(lambda: show(None), None, shown, **light)
-    for land, button in zip(EXAMPLES, examples): button.click(lambda land=land: show(example(land)), None, shown, cancels=working, **light)
+    light = dict(preprocess=False, api_visibility="private", concurrency_id="images", concurrency_limit=1)
+    heavy = light | dict(concurrency_id="models")
+    working = [
+        ask.click(told(write), [picture, model], said, **heavy),
+        explain.click(told(find), [picture, model, ways], frame, **heavy),
+    ]
+    picture.input(told(take), picture, shown, cancels=working, **light).failure(
+        lambda: show(None), None, shown, **light
+    )
+    for land, button in zip(EXAMPLES, examples):
+        button.click(lambda land=land: show(example(land)), None, shown, cancels=working, **light)
     model.input(blank, None, said, cancels=working, **light)
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-012
 def example(
-    land:str, # Key of `EXAMPLES`
+    land: str,  # Key of `EXAMPLES`
 ) -> Image.Image:
     "An image of the built-in world, drawn on the spot."
-    return Image.fromarray(draw_scene((1, EXAMPLES[land]), 'target', land).image)
+    return Image.fromarray(draw_scene((1, EXAMPLES[land]), "target", land).image)
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-013
 def _example(gr, folder, land):
     "A button with a small picture."
     small = example(land)
     small.thumbnail((112, 112))
-    small.save(folder/f'{land}.png')
-    button = gr.Button(land, icon=folder/f'{land}.png', size='sm')
-    button.keep_in_cache.add(button.icon['path'])
+    small.save(folder / f"{land}.png")
+    button = gr.Button(land, icon=folder / f"{land}.png", size="sm")
+    button.keep_in_cache.add(button.icon["path"])
     return button
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-018
 def is_loopback(
-    host:str, # Name or address
+    host: str,  # Name or address
 ) -> bool:
     "Can only this machine reach it?"
-    try: return host == 'localhost' or ipaddress.ip_address(host).is_loopback
-    except ValueError: return False
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-019
 def check_address(
-    host:str, # Name or address of an interface of this machine
-    port:int, # 1 to 65535
+    host: str,  # Name or address of an interface of this machine
+    port: int,  # 1 to 65535
 ):
     "Raises `ValueError` for a port out of range, `OSError` where the port is taken or the host is not of this machine."
-    if not 1 <= port <= 65535: raise ValueError(f'--port must be from 1 to 65535, got {port}')
-    foreign = OSError(f'--host {host} is no name or address of an interface of this machine: 127.0.0.1 is this machine alone, 0.0.0.0 every interface')
-    try: kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError: raise foreign from None
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port must be from 1 to 65535, got {port}")
+    foreign = OSError(
+        f"--host {host} is no name or address of an interface of this machine: 127.0.0.1 is this machine alone, 0.0.0.0 every interface"
+    )
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        raise foreign from None
     with socket.socket(kind) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try: s.bind(address)
-        except PermissionError: raise OSError(f'port {port} needs an administrator: give another with --port, 1024 or above') from None
+        try:
+            s.bind(address)
+        except PermissionError:
+            raise OSError(f"port {port} needs an administrator: give another with --port, 1024 or above") from None
         except OSError as error:
-            if error.errno == errno.EADDRINUSE: raise OSError(f'port {port} is in use: end what listens there, or give another with --port') from None
+            if error.errno == errno.EADDRINUSE:
+                raise OSError(f"port {port} is in use: end what listens there, or give another with --port") from None
             raise foreign from None
 
 # %% ../../nbs/lib/16_sharing/04_serve.ipynb #cell-020
 def serve(
-    P:Profile, # Models, prompt and budgets
-    models:list[str]=None, # As for `demo`
-    seed:int=0, # Of the methods' runs
-    host:str='127.0.0.1', # Interface
-    port:int=7860, # Where it listens
-    most_mb:float=MOST_MB, # Largest upload, MB
-    browser:bool=False, # Open the page in the browser?
+    P: Profile,  # Models, prompt and budgets
+    models: list[str] | None = None,  # As for `demo`
+    seed: int = 0,  # Of the methods' runs
+    host: str = "127.0.0.1",  # Interface
+    port: int = 7860,  # Where it listens
+    most_mb: float = MOST_MB,  # Largest upload, MB
+    browser: bool = False,  # Open the page in the browser?
 ):
     "What `rsstudy serve` does; returns after Ctrl-C or a termination signal. Raises as `check_address` and `demo`."
-    host = host.strip('[]') # of an address of IPv6
+    host = host.strip("[]")  # of an address of IPv6
     check_address(host, port)
     page = demo(P, models, seed, most_mb)
     from starlette.middleware import Middleware
-    names = ['localhost', '127.0.0.1', '::1', host] if is_loopback(host) else None
-    if not names: print(f'rsstudy: warning: --host {host} lets everyone who can reach this machine use the page, and there is no password', file=sys.stderr)
-    direct = os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or 'localhost'
-    os.environ |= dict.fromkeys(('no_proxy', 'NO_PROXY'), f'{direct},localhost,127.0.0.1,{host}') # Gradio sees whether its own server answers
+
+    names = ["localhost", "127.0.0.1", "::1", host] if is_loopback(host) else None
+    if not names:
+        print(
+            f"rsstudy: warning: --host {host} lets everyone who can reach this machine use the page, and there is no password",
+            file=sys.stderr,
+        )
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"
+    os.environ |= dict.fromkeys(
+        ("no_proxy", "NO_PROXY"), f"{direct},localhost,127.0.0.1,{host}"
+    )  # Gradio sees whether its own server answers
     try:
         with terminable():
-            page.launch(server_name=f'[{host}]' if ':' in host else host, server_port=port, inbrowser=browser, quiet=True, prevent_thread_lock=True, inline=False,
-                app_kwargs=dict(middleware=[Middleware(Guard, names=names)]))
-            print(f'rsstudy: the page is at {page.local_url} (Ctrl-C ends it)', flush=True)
-            while True: time.sleep(.2)
-    except KeyboardInterrupt: pass
+            page.launch(
+                server_name=f"[{host}]" if ":" in host else host,
+                server_port=port,
+                inbrowser=browser,
+                quiet=True,
+                prevent_thread_lock=True,
+                inline=False,
+                app_kwargs=dict(middleware=[Middleware(Guard, names=names)]),
+            )
+            print(f"rsstudy: the page is at {page.local_url} (Ctrl-C ends it)", flush=True)
+            while True:
+                time.sleep(0.2)
+    except KeyboardInterrupt:
+        pass
     finally:
         page.close(verbose=False)
         uploads_folder().cleanup()
         uploads_folder.cache_clear()
-    if not page.offered.lock.acquire(timeout=2): # a model is at work for someone in a thread of its own, which can take minutes and cannot be ended
+    if not page.offered.lock.acquire(
+        timeout=2
+    ):  # a model is at work for someone in a thread of its own, which can take minutes and cannot be ended
         sys.stdout.flush()
         os._exit(0)

@@ -12,9 +12,11 @@ import struct
 import threading
 import traceback
 import warnings
-from PIL import Image, ImageOps
 from collections import OrderedDict
 from pathlib import Path
+
+from PIL import Image, ImageOps
+
 from ..attribution.draw import MODELS
 from ..common.settings import Profile
 from ..explain.image import USUAL, explain_image
@@ -24,115 +26,158 @@ from ..tuning.methods import methods
 from ..tuning.saved import tuned_folder
 
 # %% ../../nbs/lib/16_sharing/03_serving.ipynb #cell-005
-FORMATS = 'PNG', 'JPEG', 'TIFF', 'WEBP' # as Pillow calls them
-MOST_PIXELS = 50_000_000 # of an upload: 7,000 x 7,000, which takes 150 MB when decoded
-MOST_MB = 20 # of an upload, in 1,048,576 bytes
-SIDE = 2048 # pixels of the longer side of what is kept of an upload: nine times what a model sees
+FORMATS = "PNG", "JPEG", "TIFF", "WEBP"  # as Pillow calls them
+MOST_PIXELS = 50_000_000  # of an upload: 7,000 x 7,000, which takes 150 MB when decoded
+MOST_MB = 20  # of an upload, in 1,048,576 bytes
+SIDE = 2048  # pixels of the longer side of what is kept of an upload: nine times what a model sees
 
 
 def read_upload(
-    path:str|Path, # File
-    most_mb:float=MOST_MB, # Most bytes, in 1,048,576
-    most_pixels:int=MOST_PIXELS, # Most pixels
-) -> Image.Image: # RGB, upright
+    path: str | Path,  # File
+    most_mb: float = MOST_MB,  # Most bytes, in 1,048,576
+    most_pixels: int = MOST_PIXELS,  # Most pixels
+) -> Image.Image:  # RGB, upright
     "Reads an image that a stranger sent. Raises `ValueError` with a sentence for that person; decodes nothing that is too large."
-    if (mb := os.path.getsize(path) / 2**20) > most_mb: raise ValueError(f'the file has {mb:.1f} MB: at most {most_mb:g} MB are taken')
-    def large(what): return ValueError(f'the image has {what}: at most {most_pixels / 1e6:g} million are taken')
+    if (mb := os.path.getsize(path) / 2**20) > most_mb:
+        raise ValueError(f"the file has {mb:.1f} MB: at most {most_mb:g} MB are taken")
+
+    def large(what):
+        return ValueError(f"the image has {what}: at most {most_pixels / 1e6:g} million are taken")
+
     try:
-        with warnings.catch_warnings(action='ignore'): image = Image.open(path, formats=FORMATS)
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(path, formats=FORMATS)
         with image:
-            if image.width * image.height > most_pixels: raise large(f'{image.width:,} x {image.height:,} pixels')
-            if image.mode[0] in 'IF': raise ValueError('the image has 16 or 32 bits a channel: save it with 8 bits, stretched as you want it seen')
-            return ImageOps.exif_transpose(image).convert('RGB')
-    except Image.DecompressionBombError: raise large('far too many pixels') from None
-    except Image.UnidentifiedImageError: raise ValueError(f"this is no image that can be read: {', '.join(FORMATS[:-1])} and {FORMATS[-1]} files are taken") from None
-    except (OSError, SyntaxError, EOFError, struct.error, MemoryError): raise ValueError('the image is damaged or cut off: it cannot be read to its end') from None
+            if image.width * image.height > most_pixels:
+                raise large(f"{image.width:,} x {image.height:,} pixels")
+            if image.mode[0] in "IF":
+                raise ValueError(
+                    "the image has 16 or 32 bits a channel: save it with 8 bits, stretched as you want it seen"
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Image.DecompressionBombError:
+        raise large("far too many pixels") from None
+    except Image.UnidentifiedImageError:
+        raise ValueError(
+            f"this is no image that can be read: {', '.join(FORMATS[:-1])} and {FORMATS[-1]} files are taken"
+        ) from None
+    except (OSError, SyntaxError, EOFError, struct.error, MemoryError):
+        raise ValueError("the image is damaged or cut off: it cannot be read to its end") from None
 
 # %% ../../nbs/lib/16_sharing/03_serving.ipynb #cell-012
-KEPT = 2 # models in memory at a time
+KEPT = 2  # models in memory at a time
+
+
 def served_models(
-    P:Profile, # Base, and where the study's weights lie
-    names:list[str]=None, # As for `load_captioner`; None: the base and every method that has been tuned
-    seed:int=0, # Of the methods' runs
-) -> dict[str, str]: # Label -> name
+    P: Profile,  # Base, and where the study's weights lie
+    names: list[str] | None = None,  # As for `load_captioner`; None: the base and every method that has been tuned
+    seed: int = 0,  # Of the methods' runs
+) -> dict[str, str]:  # Label -> name
     "What the page offers. Raises as `rsstudy.tuning.captioners.find_captioner`."
-    if not names: names = [n for n in methods(P) if n == 'none' or (tuned_folder(P, n, seed)/'adapter.safetensors').is_file()]
+    if not names:
+        names = [n for n in methods(P) if n == "none" or (tuned_folder(P, n, seed) / "adapter.safetensors").is_file()]
     labels = {}
     for name in dict.fromkeys(names):
         find_captioner(P, name, seed)
-        short = f'untuned {Path(P.base_model).name}' if name == 'none' else MODELS.get(name) or Path(name).expanduser().resolve().name
-        labels[short if short not in labels else f'{short} ({len(labels) + 1})'] = name
+        short = (
+            f"untuned {Path(P.base_model).name}"
+            if name == "none"
+            else MODELS.get(name) or Path(name).expanduser().resolve().name
+        )
+        labels[short if short not in labels else f"{short} ({len(labels) + 1})"] = name
     return labels
 
 # %% ../../nbs/lib/16_sharing/03_serving.ipynb #cell-013
 class Models:
     "Captioners by their label, the last `KEPT` of them in memory."
-    def __init__(self,
-        P:Profile, # As for `load_captioner`
-        names:dict[str, str], # Label -> name
-        seed:int=0, # As for `load_captioner`
+
+    def __init__(
+        self,
+        P: Profile,  # As for `load_captioner`
+        names: dict[str, str],  # Label -> name
+        seed: int = 0,  # As for `load_captioner`
     ):
         self.P, self.names, self.seed = P, names, seed
-        self.loaded, self.lock = OrderedDict(), threading.RLock() # held while a model works: memory is for one at a time
+        self.loaded, self.lock = (
+            OrderedDict(),
+            threading.RLock(),
+        )  # held while a model works: memory is for one at a time
 
-    def get(self,
-        name:str, # A label
+    def get(
+        self,
+        name: str,  # A label
     ) -> Captioner:
         "The model, loaded if need be. Raises `ValueError` for a label that is not offered, and as `load_captioner`."
-        if name not in self.names: raise ValueError(f"choose one of the models {', '.join(self.names)}")
+        if name not in self.names:
+            raise ValueError(f"choose one of the models {', '.join(self.names)}")
         with self.lock:
             if name not in self.loaded:
-                while len(self.loaded) >= KEPT: self._forget()
+                while len(self.loaded) >= KEPT:
+                    self._forget()
                 self.loaded[name] = load_captioner(self.P, self.names[name], self.seed)
             self.loaded.move_to_end(name)
             return self.loaded[name]
 
     def _forget(self):
-        import gc, torch
+        import gc
+
+        import torch
+
         self.loaded.popitem(last=False)
         gc.collect()
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 # %% ../../nbs/lib/16_sharing/03_serving.ipynb #cell-017
 def page_sentence(
-    error:Exception, # What was raised
-) -> str: # For the page
+    error: Exception,  # What was raised
+) -> str:  # For the page
     "What a visitor is told. What nobody foresaw is told in general there, and in full in the terminal."
     from accelerate.utils.memory import should_reduce_batch_size
-    if isinstance(error, MemoryError) or should_reduce_batch_size(error): return 'there is not enough memory for this: take a smaller image, fewer methods or a smaller model'
-    if isinstance(error, (ValueError, OSError, RuntimeError)) and str(error): return str(error).splitlines()[0]
+
+    if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+        return "there is not enough memory for this: take a smaller image, fewer methods or a smaller model"
+    if isinstance(error, (ValueError, OSError, RuntimeError)) and str(error):
+        return str(error).splitlines()[0]
     traceback.print_exception(error)
-    return f'something went wrong in the server ({type(error).__name__}): its terminal says more'
+    return f"something went wrong in the server ({type(error).__name__}): its terminal says more"
 
 # %% ../../nbs/lib/16_sharing/03_serving.ipynb #cell-018
 def sent_image(
-    sent:dict|None, # What the browser sent for the picture
-    folder:Path, # Of uploads
-    most_mb:float=MOST_MB, # As for `read_upload`
+    sent: dict | None,  # What the browser sent for the picture
+    folder: Path,  # Of uploads
+    most_mb: float = MOST_MB,  # As for `read_upload`
 ) -> Image.Image:
     "The picture of a request. Raises `ValueError` for none, for a file outside the folder, and as `read_upload`."
-    path = sent.get('path') if isinstance(sent, dict) else None
-    if not path: raise ValueError('choose an image first')
+    path = sent.get("path") if isinstance(sent, dict) else None
+    if not path:
+        raise ValueError("choose an image first")
     path = Path(os.path.realpath(str(path)))
-    if not path.is_relative_to(os.path.realpath(folder)) or not path.is_file(): raise ValueError('the image is no longer on the server: choose it again')
+    if not path.is_relative_to(os.path.realpath(folder)) or not path.is_file():
+        raise ValueError("the image is no longer on the server: choose it again")
     return read_upload(path, most_mb)
 
 # %% ../../nbs/lib/16_sharing/03_serving.ipynb #cell-019
 def caption_of(
-    models:Models, # What is offered
-    image:Image.Image, # RGB
-    name:str, # A model's label
+    models: Models,  # What is offered
+    image: Image.Image,  # RGB
+    name: str,  # A model's label
 ) -> str:
     "The caption that a model gives an image. Raises as `Models.get`."
-    with models.lock: return generate_captions(models.get(name), [image], max_new_tokens=models.P.max_new_tokens)[0]
+    with models.lock:
+        return generate_captions(models.get(name), [image], max_new_tokens=models.P.max_new_tokens)[0]
 
 # %% ../../nbs/lib/16_sharing/03_serving.ipynb #cell-020
 def explanation_of(
-    models:Models, # What is offered
-    image:Image.Image, # RGB
-    name:str, # A model's label
-    chosen:list[str], # Attribution methods, of `USUAL`
-) -> str: # HTML
+    models: Models,  # What is offered
+    image: Image.Image,  # RGB
+    name: str,  # A model's label
+    chosen: list[str],  # Attribution methods, of `USUAL`
+) -> str:  # HTML
     "The page of `rsstudy explain`, in a frame that keeps its script from everything around it. Raises as `explain_image`."
-    if not (chosen := [m for m in USUAL if m in (chosen or [])]): raise ValueError('choose at least one way to explain')
-    with models.lock: return explain_image(models.get(name), image, attributions=chosen, P=models.P, name='your image', model=name)._repr_html_()
+    if not (chosen := [m for m in USUAL if m in (chosen or [])]):
+        raise ValueError("choose at least one way to explain")
+    with models.lock:
+        return explain_image(
+            models.get(name), image, attributions=chosen, P=models.P, name="your image", model=name
+        )._repr_html_()

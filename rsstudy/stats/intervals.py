@@ -9,213 +9,266 @@ __all__ = ['Interval', 'verdict', 'image_weights', 'seed_weights', 'mean_over_im
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-002
 import dataclasses
 import functools
+
 import numpy as np
 from scipy import stats
+
 from ..metrics.bleu import bleu_from_counts
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-005
 @dataclasses.dataclass(frozen=True)
 class Interval:
     "A value with its interval."
-    value:float # On the images and seeds as they are
-    low:float # Lower end
-    high:float # Upper end
-    n:int # Images
-    def __str__(self): return f'{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]'
+
+    value: float  # On the images and seeds as they are
+    low: float  # Lower end
+    high: float  # Upper end
+    n: int  # Images
+
+    def __str__(self):
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-006
 def verdict(
-    difference:Interval, # Of a score of A minus that of B
-    p:float=0., # p-value of the same difference, corrected for the number of differences looked at; 0 leaves the interval to decide alone
-    alpha:float=.05, # What `p` must stay under
-) -> str: # `tie` unless 0 lies outside the interval and p < alpha; else `higher` or `lower`: A against B
+    difference: Interval,  # Of a score of A minus that of B
+    p: float = 0.0,  # p-value of the same difference, corrected for the number of differences looked at; 0 leaves the interval to decide alone
+    alpha: float = 0.05,  # What `p` must stay under
+) -> str:  # `tie` unless 0 lies outside the interval and p < alpha; else `higher` or `lower`: A against B
     "What a difference shows, and no more."
-    if difference.low <= 0 <= difference.high or p >= alpha: return 'tie'
-    return 'higher' if difference.value > 0 else 'lower'
+    if difference.low <= 0 <= difference.high or p >= alpha:
+        return "tie"
+    return "higher" if difference.value > 0 else "lower"
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-009
 def image_weights(
-    n:int, # Images
-    resamples:int, # Resamples
-    rng:np.random.Generator, # One generator per purpose
-) -> np.ndarray: # (resamples, n) float64: how often each image was drawn; rows sum to n
+    n: int,  # Images
+    resamples: int,  # Resamples
+    rng: np.random.Generator,  # One generator per purpose
+) -> np.ndarray:  # (resamples, n) float64: how often each image was drawn; rows sum to n
     "Which images each bootstrap resample consists of."
-    drawn = rng.integers(0, n, (resamples, n)) + np.arange(resamples)[:, None]*n
-    return np.bincount(drawn.ravel(), minlength=resamples*n).reshape(resamples, n).astype(float)
+    drawn = rng.integers(0, n, (resamples, n)) + np.arange(resamples)[:, None] * n
+    return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(float)
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-010
 def seed_weights(
-    seeds:int, # Seeds, >= 1
-    resamples:int, # Resamples
-    rng:np.random.Generator, # One generator per purpose
-) -> np.ndarray: # (resamples, seeds) float64 in 0..1; rows sum to 1
+    seeds: int,  # Seeds, >= 1
+    resamples: int,  # Resamples
+    rng: np.random.Generator,  # One generator per purpose
+) -> np.ndarray:  # (resamples, seeds) float64 in 0..1; rows sum to 1
     """Weights of the seeds in each resample: `seeds - 1` of them drawn with replacement (all weight on a single seed).
 
     Drawing one fewer than there are makes the variance right: with all `seeds` drawn it would come out too small by (seeds - 1)/seeds, a third of it at three seeds.
     Source: Rao and Wu 1988, Resampling inference with complex survey data.
     """
-    if seeds == 1: return np.ones((resamples, 1))
-    return rng.multinomial(seeds - 1, np.full(seeds, 1/seeds), resamples) / (seeds - 1)
+    if seeds == 1:
+        return np.ones((resamples, 1))
+    return rng.multinomial(seeds - 1, np.full(seeds, 1 / seeds), resamples) / (seeds - 1)
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-013
 def mean_over_images(
-    weights:np.ndarray, # (resamples, n)
-    values:np.ndarray, # (seeds, n): a metric's per-image values
-) -> np.ndarray: # (resamples, seeds)
+    weights: np.ndarray,  # (resamples, n)
+    values: np.ndarray,  # (seeds, n): a metric's per-image values
+) -> np.ndarray:  # (resamples, seeds)
     "Weighted means: the resampled score of every metric whose corpus value is a mean."
     return weights @ values.T / weights.sum(1, keepdims=True)
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-014
 @functools.cache
 def of_counts(
-    function, # Counts (..., c), of one image or summed over images -> value (...) or values (..., k)
-    column:int|None=None, # Which of k values
-): # Statistic over counts (seeds, n, c)
+    function,  # Counts (..., c), of one image or summed over images -> value (...) or values (..., k)
+    column: int | None = None,  # Which of k values
+):  # Statistic over counts (seeds, n, c)
     "The statistic of a metric whose corpus value follows from added counts, such as those in `rsstudy.metrics.scores.COUNTS`."
+
     def statistic(weights, counts):
-        sums = weights @ counts.transpose(1, 0, 2).reshape(counts.shape[1], -1) # one product for all runs
+        sums = weights @ counts.transpose(1, 0, 2).reshape(counts.shape[1], -1)  # one product for all runs
         found = function(sums.reshape(len(weights), len(counts), -1))
         return found if column is None else found[..., column]
+
     return statistic
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-015
 def corpus_bleu(
-    order:int=4, # 1 to 4
-): # Statistic over counts (seeds, n, 10)
+    order: int = 4,  # 1 to 4
+):  # Statistic over counts (seeds, n, 10)
     "The statistic that computes corpus BLEU from `per_image['bleu_counts']`. Raises `ValueError` on another order."
-    if order not in (1, 2, 3, 4): raise ValueError(f'BLEU order {order!r}: allowed are 1, 2, 3, 4')
+    if order not in (1, 2, 3, 4):
+        raise ValueError(f"BLEU order {order!r}: allowed are 1, 2, 3, 4")
     return of_counts(bleu_from_counts, order - 1)
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-018
-def _seeds_first(values, statistic): # one seed may come without its axis
+def _seeds_first(values, statistic):  # one seed may come without its axis
     values = np.asarray(values, float)
     axes = 2 if statistic is mean_over_images else 3
-    if values.ndim == axes - 1: values = values[None]
-    if values.ndim != axes: raise ValueError(f'values of shape {values.shape}: (images,) or (seeds, images) is needed, with a last axis for a statistic of counts')
-    if not values.size: raise ValueError(f'values of shape {values.shape}: at least one seed and one image are needed')
-    if not np.isfinite(values).all(): raise ValueError('values must be finite, and some are not')
+    if values.ndim == axes - 1:
+        values = values[None]
+    if values.ndim != axes:
+        raise ValueError(
+            f"values of shape {values.shape}: (images,) or (seeds, images) is needed, with a last axis for a statistic of counts"
+        )
+    if not values.size:
+        raise ValueError(f"values of shape {values.shape}: at least one seed and one image are needed")
+    if not np.isfinite(values).all():
+        raise ValueError("values must be finite, and some are not")
     return values
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-019
-def _same_images(systems, statistic): # name -> values with all axes, and the number of images
-    values = {key: _seeds_first(v, statistic[key] if isinstance(statistic, dict) else statistic) for key, v in systems.items()}
+def _same_images(systems, statistic):  # name -> values with all axes, and the number of images
+    values = {
+        key: _seeds_first(v, statistic[key] if isinstance(statistic, dict) else statistic) for key, v in systems.items()
+    }
     (first, one), *rest = values.items()
     for key, v in rest:
         if v.shape[1] != one.shape[1]:
-            raise ValueError(f'{one.shape[1]} images on one side ({first}), {v.shape[1]} on the other ({key}): a paired difference needs the same images in the same order')
+            raise ValueError(
+                f"{one.shape[1]} images on one side ({first}), {v.shape[1]} on the other ({key}): a paired difference needs the same images in the same order"
+            )
     return values, one.shape[1]
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-020
-def _slices(rounds, n): # row counts that keep a matrix of weights under 32 MB
-    if not isinstance(rounds, (int, np.integer)) or rounds < 1: raise ValueError(f'resamples {rounds!r}: at least 1 is needed')
+def _slices(rounds, n):  # row counts that keep a matrix of weights under 32 MB
+    if not isinstance(rounds, (int, np.integer)) or rounds < 1:
+        raise ValueError(f"resamples {rounds!r}: at least 1 is needed")
     step = max(1, 4_000_000 // n)
     return [min(step, rounds - start) for start in range(0, rounds, step)]
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-021
 def resample(
-    systems:dict, # Name -> (images,) or (seeds, images) values; counts (..., images, c) for BLEU and its like; the same images in the same order for all
-    resamples:int=1_000, # R, bootstrap resamples
-    rng=0, # Seed or np.random.Generator
-    statistic=mean_over_images, # One for all systems, or name -> statistic
-) -> dict[object, np.ndarray]: # Name -> (R + 1, seeds): row 0 on the images as they are, then on R resamples, the same ones for all systems
+    systems: dict,  # Name -> (images,) or (seeds, images) values; counts (..., images, c) for BLEU and its like; the same images in the same order for all
+    resamples: int = 1_000,  # R, bootstrap resamples
+    rng=0,  # Seed or np.random.Generator
+    statistic=mean_over_images,  # One for all systems, or name -> statistic
+) -> dict[
+    object, np.ndarray
+]:  # Name -> (R + 1, seeds): row 0 on the images as they are, then on R resamples, the same ones for all systems
     "Scores of many systems on the same resamples. Raises `ValueError` on values of another shape, not finite, or of other numbers of images."
     values, n = _same_images(systems, statistic)
     rng, whole, parts = np.random.default_rng(rng), np.ones((1, n)), {}
-    for key in values: parts.setdefault(statistic[key] if isinstance(statistic, dict) else statistic, []).append(key)
-    stacked = {function: np.concatenate([values[key] for key in keys]) for function, keys in parts.items()} # all runs of all systems side by side
+    for key in values:
+        parts.setdefault(statistic[key] if isinstance(statistic, dict) else statistic, []).append(key)
+    stacked = {
+        function: np.concatenate([values[key] for key in keys]) for function, keys in parts.items()
+    }  # all runs of all systems side by side
     out = {function: [function(whole, s)] for function, s in stacked.items()}
     for rows in _slices(resamples, n):
         weights = image_weights(n, rows, rng)
-        for function, s in stacked.items(): out[function].append(function(weights, s))
-    columns = {function: np.split(np.concatenate(out[function]), np.cumsum([len(values[k]) for k in keys])[:-1], axis=1) for function, keys in parts.items()}
+        for function, s in stacked.items():
+            out[function].append(function(weights, s))
+    columns = {
+        function: np.split(np.concatenate(out[function]), np.cumsum([len(values[k]) for k in keys])[:-1], axis=1)
+        for function, keys in parts.items()
+    }
     return {key: column for function, keys in parts.items() for key, column in zip(keys, columns[function])}
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-024
-def _noise(drawn): # (R + 1, seeds) -> variance of the mean over seeds as the seeds show it; the part of it that is image-under-seed noise; degrees of freedom
+def _noise(
+    drawn,
+):  # (R + 1, seeds) -> variance of the mean over seeds as the seeds show it; the part of it that is image-under-seed noise; degrees of freedom
     s = drawn.shape[1]
-    if s == 1: return 0., 0., 1
+    if s == 1:
+        return 0.0, 0.0, 1
     rest = drawn[1:] - drawn[1:].mean(1, keepdims=True)
-    return drawn[0].var(ddof=1)/s, rest.var(0).sum()/(s - 1)/s, s - 1
+    return drawn[0].var(ddof=1) / s, rest.var(0).sum() / (s - 1) / s, s - 1
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-025
-def _parts(a, b): # the value; its resamples over images; v and r of the text above; the sum under the degrees of freedom
+def _parts(
+    a, b
+):  # the value; its resamples over images; v and r of the text above; the sum under the degrees of freedom
     groups = [a] if b is None else [a, b]
-    over_images = sum(sign*g.mean(1) for sign, g in zip((1, -1), groups))
-    over_images[np.abs(over_images) < 1e-12*np.abs(a).max()] = 0 # equal systems differ by rounding in one matrix product
+    over_images = sum(sign * g.mean(1) for sign, g in zip((1, -1), groups))
+    over_images[np.abs(over_images) < 1e-12 * np.abs(a).max()] = (
+        0  # equal systems differ by rounding in one matrix product
+    )
     noise = [_noise(g) for g in groups]
-    return float(over_images[0]), over_images[1:], sum(v for v, _, _ in noise), sum(r for _, r, _ in noise), sum(v**2/df for v, _, df in noise)
+    return (
+        float(over_images[0]),
+        over_images[1:],
+        sum(v for v, _, _ in noise),
+        sum(r for _, r, _ in noise),
+        sum(v**2 / df for v, _, df in noise),
+    )
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-026
 def interval_of(
-    a:np.ndarray, # (R + 1, seeds) of `resample`
-    b:np.ndarray|None=None, # Of a second system from the same `resample`; None: the interval of A's score itself
-    n:int=0, # Images, to say with it
-    level:float=.95, # Share of repetitions of the study whose interval holds the true value, in 0..1
-    seeds:str='student', # `student`: as above; `kept`: these runs, other images; `drawn`: percentiles over drawn seeds, for comparison: too narrow with few seeds
-    rng=0, # Of the drawn seeds
-) -> Interval: # Of A, or of A minus B
+    a: np.ndarray,  # (R + 1, seeds) of `resample`
+    b: np.ndarray | None = None,  # Of a second system from the same `resample`; None: the interval of A's score itself
+    n: int = 0,  # Images, to say with it
+    level: float = 0.95,  # Share of repetitions of the study whose interval holds the true value, in 0..1
+    seeds: str = "student",  # `student`: as above; `kept`: these runs, other images; `drawn`: percentiles over drawn seeds, for comparison: too narrow with few seeds
+    rng=0,  # Of the drawn seeds
+) -> Interval:  # Of A, or of A minus B
     """The interval of a score or a paired difference from resampled scores. Raises `ValueError` on another level or treatment of seeds.
 
     Source: Efron and Tibshirani 1993, ch. 13 (percentiles); Welch 1947 (degrees of freedom); Zou and Donner 2008, Statistics in Medicine 27 (joining margins); Hillis 2007, ibid. 26 (readers crossed with cases).
     """
-    if not 0 < level < 1: raise ValueError(f'level {level!r}: a number between 0 and 1 is needed')
-    if seeds not in ('student', 'kept', 'drawn'): raise ValueError(f'seeds {seeds!r}: allowed are student, kept, drawn')
+    if not 0 < level < 1:
+        raise ValueError(f"level {level!r}: a number between 0 and 1 is needed")
+    if seeds not in ("student", "kept", "drawn"):
+        raise ValueError(f"seeds {seeds!r}: allowed are student, kept, drawn")
     value, images, v, r, under = _parts(a, b)
-    if seeds == 'drawn':
+    if seeds == "drawn":
         rng = np.random.default_rng(rng)
-        images = sum(sign*(g[1:]*seed_weights(g.shape[1], len(g) - 1, rng)).sum(1) for sign, g in zip((1, -1), [a] if b is None else [a, b]))
-    low, high = (float(x) for x in np.quantile(images, [(1 - level)/2, (1 + level)/2]))
-    if seeds != 'student' or v == 0: return Interval(value, low, high, n)
-    own = max(0., 1 - r/images.var()) if images.var() > 0 else 1. # without what v contains as well
-    margin = lambda end: float(np.sqrt((end - value)**2*own + stats.t.ppf((1 + level)/2, v**2/under)**2*v))
+        images = sum(
+            sign * (g[1:] * seed_weights(g.shape[1], len(g) - 1, rng)).sum(1)
+            for sign, g in zip((1, -1), [a] if b is None else [a, b])
+        )
+    low, high = (float(x) for x in np.quantile(images, [(1 - level) / 2, (1 + level) / 2]))
+    if seeds != "student" or v == 0:
+        return Interval(value, low, high, n)
+    own = max(0.0, 1 - r / images.var()) if images.var() > 0 else 1.0  # without what v contains as well
+
+    def margin(end):
+        return float(np.sqrt((end - value) ** 2 * own + stats.t.ppf((1 + level) / 2, v**2 / under) ** 2 * v))
+
     return Interval(value, value - margin(low), value + margin(high), n)
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-027
 def bootstrap_interval(
-    values:np.ndarray, # (images,) or (seeds, images) per-image values; counts (..., images, c) for BLEU and its like
-    resamples:int=1_000, # Bootstrap resamples
-    rng=0, # Seed or np.random.Generator
-    statistic=mean_over_images, # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
-    level:float=.95, # Nominal coverage, in 0..1
-    seeds:str='student', # As in `interval_of`
-) -> Interval: # Of the score, in its own units
+    values: np.ndarray,  # (images,) or (seeds, images) per-image values; counts (..., images, c) for BLEU and its like
+    resamples: int = 1_000,  # Bootstrap resamples
+    rng=0,  # Seed or np.random.Generator
+    statistic=mean_over_images,  # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
+    level: float = 0.95,  # Nominal coverage, in 0..1
+    seeds: str = "student",  # As in `interval_of`
+) -> Interval:  # Of the score, in its own units
     "A score with its bootstrap interval over images, widened for seeds if there are several. Raises `ValueError` on values of another shape or not finite."
-    drawn = resample(dict(values=values), resamples, rng, statistic)['values']
+    drawn = resample(dict(values=values), resamples, rng, statistic)["values"]
     return interval_of(drawn, None, _images(values, statistic), level, seeds)
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-028
 def paired_difference(
-    a:np.ndarray, # Values of method A: (images,) or (seeds, images); counts (..., images, c) for BLEU and its like
-    b:np.ndarray, # Values of method B on the same images in the same order; the number of seeds may differ
-    resamples:int=1_000, # Bootstrap resamples
-    rng=0, # Seed or np.random.Generator
-    statistic=mean_over_images, # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
-    level:float=.95, # Nominal coverage, in 0..1
-    seeds:str='student', # As in `interval_of`; runs of two methods are never pairs, whatever their seeds are called
-) -> Interval: # Of A minus B, in the score's units
+    a: np.ndarray,  # Values of method A: (images,) or (seeds, images); counts (..., images, c) for BLEU and its like
+    b: np.ndarray,  # Values of method B on the same images in the same order; the number of seeds may differ
+    resamples: int = 1_000,  # Bootstrap resamples
+    rng=0,  # Seed or np.random.Generator
+    statistic=mean_over_images,  # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
+    level: float = 0.95,  # Nominal coverage, in 0..1
+    seeds: str = "student",  # As in `interval_of`; runs of two methods are never pairs, whatever their seeds are called
+) -> Interval:  # Of A minus B, in the score's units
     """The difference of two methods with its paired interval: the same drawn images for both, and the seeds of each.
 
     Raises `ValueError` if the images differ in number, and as `bootstrap_interval` does. Source: Koehn 2004, Statistical significance tests for machine translation evaluation.
     """
     drawn = resample(dict(A=a, B=b), resamples, rng, statistic)
-    return interval_of(drawn['A'], drawn['B'], _images(a, statistic), level, seeds)
+    return interval_of(drawn["A"], drawn["B"], _images(a, statistic), level, seeds)
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-029
-def _images(values, statistic): return np.shape(values)[-1 if statistic is mean_over_images else -2]
+def _images(values, statistic):
+    return np.shape(values)[-1 if statistic is mean_over_images else -2]
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-038
 def share_wrong(
-    counts:np.ndarray, # (n, 2): wrong and claims
-) -> float|None: # 0..1; None where nothing was claimed
+    counts: np.ndarray,  # (n, 2): wrong and claims
+) -> float | None:  # 0..1; None where nothing was claimed
     "Wrong claims among all."
     wrong, claims = np.asarray(counts).reshape(-1, 2).sum(0)
-    return float(wrong/claims) if claims else None
+    return float(wrong / claims) if claims else None
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-039
 def wrong_share(
-    weights:np.ndarray, # (resamples, n): how often each image counts
-    counts:np.ndarray, # (seeds, n, 2): wrong and claims
-) -> np.ndarray: # (resamples, seeds) in 0..1; 0 where nothing was claimed
+    weights: np.ndarray,  # (resamples, n): how often each image counts
+    counts: np.ndarray,  # (seeds, n, 2): wrong and claims
+) -> np.ndarray:  # (resamples, seeds) in 0..1; 0 where nothing was claimed
     "`share_wrong` of weighted images: a statistic for `rsstudy.stats.intervals`."
     wrong, claims = np.moveaxis(np.stack([weights @ np.asarray(c, float) for c in counts], 1), -1, 0)
     return np.divide(wrong, claims, out=np.zeros_like(wrong), where=claims > 0)

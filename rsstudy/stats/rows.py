@@ -7,127 +7,206 @@ __all__ = ['behind', 'system_rows', 'system_differences', 'metric_named', 'metri
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-002
 import numpy as np
+
 from ..metrics.scores import COUNTS, Scores, family
 from rsstudy.stats.intervals import (
-    verdict, bootstrap_interval, interval_of, mean_over_images, of_counts, paired_difference, resample, wrong_share,
+    bootstrap_interval,
+    interval_of,
+    mean_over_images,
+    of_counts,
+    paired_difference,
+    resample,
+    verdict,
+    wrong_share,
 )
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-004
 def behind(
-    runs:list[dict], # S runs of a method, each with per_image
-    metric:str, # Full name
-    take:np.ndarray|slice=slice(None), # Positions of the images used, n
-): # (values (S, n) or counts (S, n, c), statistic); None where there are no values per image, or nothing that was claimed
+    runs: list[dict],  # S runs of a method, each with per_image
+    metric: str,  # Full name
+    take: np.ndarray | slice = slice(None),  # Positions of the images used, n
+):  # (values (S, n) or counts (S, n, c), statistic); None where there are no values per image, or nothing that was claimed
     "What a metric's value follows from."
     counts, statistic = metric, None
     for key, (families, function) in COUNTS.items():
-        if family(metric) in families: counts, statistic = key, of_counts(function, families.index(family(metric)) if len(families) > 1 else None)
-    if family(metric) == 'hallucinated_any': counts = metric.replace('hallucinated_any', 'hallucinated')
-    if not all(counts in run['per_image'] for run in runs): return None
-    values = np.array([run['per_image'][counts] for run in runs], float)[:, take]
-    if family(metric) == 'hallucinated_any': values = (values[..., 0] > 0).astype(float)
+        if family(metric) in families:
+            counts, statistic = key, of_counts(function, families.index(family(metric)) if len(families) > 1 else None)
+    if family(metric) == "hallucinated_any":
+        counts = metric.replace("hallucinated_any", "hallucinated")
+    if not all(counts in run["per_image"] for run in runs):
+        return None
+    values = np.array([run["per_image"][counts] for run in runs], float)[:, take]
+    if family(metric) == "hallucinated_any":
+        values = (values[..., 0] > 0).astype(float)
     statistic = statistic or (mean_over_images if values.ndim == 2 else wrong_share)
     return None if statistic is wrong_share and not values[..., 1].sum(1).all() else (values, statistic)
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-006
 def system_rows(
-    systems:dict[str,Scores], # System -> its scores on the same images
-    sources:list[str]|None=None, # Source of each image; rows for each where there are several
-    resamples:int=1000, # Bootstrap resamples
-) -> list[dict]: # method, source, metric, seed (None), value, low, high, n; low and high are None where there is no interval
+    systems: dict[str, Scores],  # System -> its scores on the same images
+    sources: list[str] | None = None,  # Source of each image; rows for each where there are several
+    resamples: int = 1000,  # Bootstrap resamples
+) -> list[
+    dict
+]:  # method, source, metric, seed (None), value, low, high, n; low and high are None where there is no interval
     "Every metric of every system with its interval over images."
-    named = sorted(set(sources or ()) - {'unknown'})
-    row_groups = {'all': slice(None)} | {s: np.flatnonzero(np.array(sources) == s) for s in (named if len(named) > 1 else ())}
+    named = sorted(set(sources or ()) - {"unknown"})
+    row_groups = {"all": slice(None)} | {
+        s: np.flatnonzero(np.array(sources) == s) for s in (named if len(named) > 1 else ())
+    }
     rows = []
     for source, take in row_groups.items():
         for name, scores in systems.items():
             for metric, whole in scores.corpus.items():
-                key, found = dict(method=name, source=source, metric=metric, seed=None), behind([dict(per_image=scores.per_image)], metric, take)
+                key, found = (
+                    dict(method=name, source=source, metric=metric, seed=None),
+                    behind([dict(per_image=scores.per_image)], metric, take),
+                )
                 if found:
                     cell = bootstrap_interval(found[0], resamples, statistic=found[1])
                     rows.append(key | dict(value=cell.value, low=cell.low, high=cell.high, n=cell.n))
-                elif source == 'all': rows.append(key | dict(value=whole, low=None, high=None, n=scores.info['images']))
+                elif source == "all":
+                    rows.append(key | dict(value=whole, low=None, high=None, n=scores.info["images"]))
     return rows
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-007
 def system_differences(
-    systems:dict[str,Scores], # System -> its scores on the same images in the same order
-    metrics:list[str]|None=None, # Full names; by default all that all systems have
-    resamples:int=1000, # Bootstrap resamples
-) -> list[dict]: # method, against, source ("all"), metric, value, low, high, n, verdict (higher, lower or tie)
+    systems: dict[str, Scores],  # System -> its scores on the same images in the same order
+    metrics: list[str] | None = None,  # Full names; by default all that all systems have
+    resamples: int = 1000,  # Bootstrap resamples
+) -> list[dict]:  # method, against, source ("all"), metric, value, low, high, n, verdict (higher, lower or tie)
     "Paired differences of each system to every one before it. Raises `ValueError` where the systems were scored on different numbers of images."
     names, rows = list(systems), []
     for metric in metrics or [m for m in systems[names[0]].corpus if all(m in s.corpus for s in systems.values())]:
-        known = {name: behind([dict(per_image=systems[name].per_image)], metric) for name in names if metric in systems[name].corpus}
+        known = {
+            name: behind([dict(per_image=systems[name].per_image)], metric)
+            for name in names
+            if metric in systems[name].corpus
+        }
         for i, name in enumerate(names):
             for other in names[:i]:
-                if not known.get(name) or not known.get(other): continue
+                if not known.get(name) or not known.get(other):
+                    continue
                 cell = paired_difference(known[name][0], known[other][0], resamples, statistic=known[name][1])
-                rows.append(dict(method=name, against=other, source='all', metric=metric, value=cell.value, low=cell.low, high=cell.high, n=cell.n, verdict=verdict(cell)))
+                rows.append(
+                    dict(
+                        method=name,
+                        against=other,
+                        source="all",
+                        metric=metric,
+                        value=cell.value,
+                        low=cell.low,
+                        high=cell.high,
+                        n=cell.n,
+                        verdict=verdict(cell),
+                    )
+                )
     return rows
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-011
 def metric_named(
-    stem:str, # Family: what it measures, such as "cider"
-    names, # Full names of metrics
-) -> str|None: # The first of them that measures it
+    stem: str,  # Family: what it measures, such as "cider"
+    names,  # Full names of metrics
+) -> str | None:  # The first of them that measures it
     "The full name of a metric, `None` where nothing measures it."
     return next((name for name in names if family(name) == stem), None)
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-014
 def metrics_of(
-    entry:dict, # A method's
-) -> list[str]: # Full names
+    entry: dict,  # A method's
+) -> list[str]:  # Full names
     "All that a method was scored by: corpus scores, and what has values per image only."
-    first = entry['runs'][0]
-    return list(dict.fromkeys([*first['scores'], *(key for key in first.get('per_image', {}) if key not in COUNTS)]))
+    first = entry["runs"][0]
+    return list(dict.fromkeys([*first["scores"], *(key for key in first.get("per_image", {}) if key not in COUNTS)]))
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-018
 def score_rows(
-    methods:dict[str, dict], # Method -> its entry: label, runs
-    takes:dict[str, np.ndarray], # Source -> positions of its images, from `row_groups`
-    resamples:int=1000, # Bootstrap resamples
-    kind:str='method', # `method`, or `floor` for what is no method: floors and ceilings
-) -> list[dict]: # kind, method, source, metric, value, low, high, n, seed; seed None stands for all seeds together
+    methods: dict[str, dict],  # Method -> its entry: label, runs
+    takes: dict[str, np.ndarray],  # Source -> positions of its images, from `row_groups`
+    resamples: int = 1000,  # Bootstrap resamples
+    kind: str = "method",  # `method`, or `floor` for what is no method: floors and ceilings
+) -> list[dict]:  # kind, method, source, metric, value, low, high, n, seed; seed None stands for all seeds together
     "Every metric of every method: one row a run, and one for all runs together; low and high are None where a metric has no values per image."
     rows, blank = [], dict(low=None, high=None)
-    cell = lambda drawn, n: {k: getattr(interval_of(drawn, None, n), k) for k in ('value', 'low', 'high')}
+
+    def cell(drawn, n):
+        return {k: getattr(interval_of(drawn, None, n), k) for k in ("value", "low", "high")}
+
     for source, take in takes.items():
-        known = {(name, metric): found for name, entry in methods.items() for metric in metrics_of(entry) if (found := behind(entry['runs'], metric, take))}
-        drawn = resample({key: v for key, (v, _) in known.items()}, resamples, [0, len(take)], {key: f for key, (_, f) in known.items()}) if known else {}
+        known = {
+            (name, metric): found
+            for name, entry in methods.items()
+            for metric in metrics_of(entry)
+            if (found := behind(entry["runs"], metric, take))
+        }
+        drawn = (
+            resample(
+                {key: v for key, (v, _) in known.items()},
+                resamples,
+                [0, len(take)],
+                {key: f for key, (_, f) in known.items()},
+            )
+            if known
+            else {}
+        )
         for name, metric in ((name, metric) for name, entry in methods.items() for metric in metrics_of(entry)):
-            runs = methods[name]['runs']
+            runs = methods[name]["runs"]
             if (name, metric) in drawn:
                 scores = drawn[name, metric]
                 cells, whole = [cell(scores[:, [i]], len(take)) for i in range(len(runs))], cell(scores, len(take))
-            elif source == 'all':
-                found = [run['scores'].get(metric) for run in runs]
-                cells, whole = [dict(value=v) | blank for v in found], dict(value=None if None in found else float(np.mean(found))) | blank
-            else: continue
-            rows += [dict(kind=kind, method=name, source=source, metric=metric) | c | dict(n=len(take), seed=seed)
-                for c, seed in [*zip(cells, (run['seed'] for run in runs)), (whole, None)] if c is whole or seed is not None]
+            elif source == "all":
+                found = [run["scores"].get(metric) for run in runs]
+                cells, whole = (
+                    [dict(value=v) | blank for v in found],
+                    dict(value=None if None in found else float(np.mean(found))) | blank,
+                )
+            else:
+                continue
+            rows += [
+                dict(kind=kind, method=name, source=source, metric=metric) | c | dict(n=len(take), seed=seed)
+                for c, seed in [*zip(cells, (run["seed"] for run in runs)), (whole, None)]
+                if c is whole or seed is not None
+            ]
     return rows
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-021
 def better_or_worse(
-    low:float, # Lower end of the interval of a difference
-    high:float, # Upper end
-    p_holm:float=0., # Its p-value, corrected for the number of pairs; 0 leaves the interval to decide alone
-    lower:bool=False, # Is lower better, as for errors?
-) -> str: # "better", "worse" or "tie"
+    low: float,  # Lower end of the interval of a difference
+    high: float,  # Upper end
+    p_holm: float = 0.0,  # Its p-value, corrected for the number of pairs; 0 leaves the interval to decide alone
+    lower: bool = False,  # Is lower better, as for errors?
+) -> str:  # "better", "worse" or "tie"
     "What a difference says: one that could be nothing is a tie."
-    if low <= 0 <= high or p_holm >= .05: return 'tie'
-    return 'better' if (low > 0) != lower else 'worse'
+    if low <= 0 <= high or p_holm >= 0.05:
+        return "tie"
+    return "better" if (low > 0) != lower else "worse"
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-022
 def turned(
-    row:dict, # Of `difference_rows`
-) -> dict: # The same comparison, seen from the other method
+    row: dict,  # Of `difference_rows`
+) -> dict:  # The same comparison, seen from the other method
     "A difference the other way round."
-    return row | dict(method=row['against'], against=row['method'], value=-row['value'], low=-row['high'], high=-row['low'], effect=None if row.get('effect') is None else -row['effect'],
-        wins=None if row.get('wins') is None else 1 - row['wins'], verdict=dict(better='worse', worse='better').get(row['verdict'], 'tie'))
+    return row | dict(
+        method=row["against"],
+        against=row["method"],
+        value=-row["value"],
+        low=-row["high"],
+        high=-row["low"],
+        effect=None if row.get("effect") is None else -row["effect"],
+        wins=None if row.get("wins") is None else 1 - row["wins"],
+        verdict=dict(better="worse", worse="better").get(row["verdict"], "tie"),
+    )
 
 # %% ../../nbs/lib/06_stats/03_rows.ipynb #cell-023
-def _cells(found, lower=False): # `Difference` -> the columns of a row
-    return dict(value=found.interval.value, low=found.interval.low, high=found.interval.high, n=found.interval.n, p=found.p, p_holm=found.p_holm,
-        effect=found.effect if np.isfinite(found.effect) else None, wins=found.wins, verdict=better_or_worse(found.interval.low, found.interval.high, found.p_holm, lower))
+def _cells(found, lower=False):  # `Difference` -> the columns of a row
+    return dict(
+        value=found.interval.value,
+        low=found.interval.low,
+        high=found.interval.high,
+        n=found.interval.n,
+        p=found.p,
+        p_holm=found.p_holm,
+        effect=found.effect if np.isfinite(found.effect) else None,
+        wins=found.wins,
+        verdict=better_or_worse(found.interval.low, found.interval.high, found.p_holm, lower),
+    )

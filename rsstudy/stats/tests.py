@@ -8,117 +8,158 @@ __all__ = ['approximate_randomisation', 'holm', 'effect_size', 'Difference', 'co
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-002
 import dataclasses
 import itertools
+
 import numpy as np
 from scipy import stats
+
 from rsstudy.stats.intervals import (
-    Interval, _parts, _same_images, _slices, interval_of, mean_over_images, resample, verdict,
+    Interval,
+    _parts,
+    _same_images,
+    _slices,
+    interval_of,
+    mean_over_images,
+    resample,
+    verdict,
 )
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-005
-def _exchanged_p(pairs, rounds, rng, statistic): # [(a, b)] of (n,) or (n, c) -> p of each, all with the same exchanges
-    a, b = (np.round(np.stack(side)*2**24)/2**24 if statistic is not mean_over_images else np.stack(side) for side in zip(*pairs)) # (pairs, n[, c]); counts add up without rounding
+def _exchanged_p(pairs, rounds, rng, statistic):  # [(a, b)] of (n,) or (n, c) -> p of each, all with the same exchanges
+    a, b = (
+        np.round(np.stack(side) * 2**24) / 2**24 if statistic is not mean_over_images else np.stack(side)
+        for side in zip(*pairs)
+    )  # (pairs, n[, c]); counts add up without rounding
     n, rng, d = a.shape[1], np.random.default_rng(rng), a - b
     # what A has after an exchange: all of B's, and A - B where kept; as one more image of weight 1 and n images of weight 0 or 1
     behind = [np.concatenate([x, y.sum(1, keepdims=True)], 1) for x, y in ((d, b), (-d, a))]
+
     def difference(kept):
-        if statistic is mean_over_images: return (2*kept - 1) @ d.T
+        if statistic is mean_over_images:
+            return (2 * kept - 1) @ d.T
         return np.subtract(*(statistic(np.hstack([kept, np.ones((len(kept), 1))]), side) for side in behind))
+
     seen, count = np.abs(difference(np.ones((1, n)))[0]), np.zeros(len(pairs))
     for rows in _slices(rounds, n):
-        kept = np.unpackbits(np.frombuffer(rng.bytes(-(-rows*n // 8)), np.uint8), count=rows*n).reshape(rows, n).astype(float)
-        count += rows - (np.abs(difference(kept)) < seen*(1 - 1e-9) - 1e-12).sum(0)
-    return (1 + count)/(1 + rounds)
+        kept = (
+            np.unpackbits(np.frombuffer(rng.bytes(-(-rows * n // 8)), np.uint8), count=rows * n)
+            .reshape(rows, n)
+            .astype(float)
+        )
+        count += rows - (np.abs(difference(kept)) < seen * (1 - 1e-9) - 1e-12).sum(0)
+    return (1 + count) / (1 + rounds)
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-006
-def _student_p(a, b): # from `resample`: the p of images and seeds; 0 with one run each, where the exchange decides alone
+def _student_p(
+    a, b
+):  # from `resample`: the p of images and seeds; 0 with one run each, where the exchange decides alone
     value, images, v, r, under = _parts(a, b)
-    if v == 0: return 0.
-    variance = images.var() + max(0., v - r)
-    return float(2*stats.t.sf(abs(value)/np.sqrt(variance), variance**2/under)) if value else 1.
+    if v == 0:
+        return 0.0
+    variance = images.var() + max(0.0, v - r)
+    return float(2 * stats.t.sf(abs(value) / np.sqrt(variance), variance**2 / under)) if value else 1.0
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-007
 def approximate_randomisation(
-    a:np.ndarray, # Values of system A: (images,) or (seeds, images); counts (..., images, c) for BLEU and its like
-    b:np.ndarray, # Values of system B on the same images in the same order; the number of seeds may differ
-    rounds:int=10_000, # Random exchanges; p is at least 1/(rounds + 1)
-    rng=0, # Seed or np.random.Generator
-    statistic=mean_over_images, # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
-    seeds:str='student', # `kept`: for the runs as they are, the exchange alone; `student`: the larger of it and of Student's p over images and seeds
-) -> float: # Two-sided p-value in (0, 1]
+    a: np.ndarray,  # Values of system A: (images,) or (seeds, images); counts (..., images, c) for BLEU and its like
+    b: np.ndarray,  # Values of system B on the same images in the same order; the number of seeds may differ
+    rounds: int = 10_000,  # Random exchanges; p is at least 1/(rounds + 1)
+    rng=0,  # Seed or np.random.Generator
+    statistic=mean_over_images,  # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
+    seeds: str = "student",  # `kept`: for the runs as they are, the exchange alone; `student`: the larger of it and of Student's p over images and seeds
+) -> float:  # Two-sided p-value in (0, 1]
     """How often chance alone makes two systems differ as much as these do; null hypotheses as said above.
 
     Raises `ValueError` as `paired_difference` does. Source: Noreen 1989, Computer-intensive methods for testing hypotheses; Riezler and Maxwell 2005, On some pitfalls in automatic evaluation; Satterthwaite 1946.
     """
-    if seeds not in ('student', 'kept'): raise ValueError(f'seeds {seeds!r}: allowed are student, kept')
+    if seeds not in ("student", "kept"):
+        raise ValueError(f"seeds {seeds!r}: allowed are student, kept")
     values, _ = _same_images(dict(A=a, B=b), statistic)
     p = float(_exchanged_p([[v.mean(0) for v in values.values()]], rounds, rng, statistic)[0])
-    if seeds == 'kept' or all(len(v) == 1 for v in values.values()): return p
+    if seeds == "kept" or all(len(v) == 1 for v in values.values()):
+        return p
     drawn = resample(values, 1_000, rng, statistic)
-    return max(p, _student_p(drawn['A'], drawn['B']))
+    return max(p, _student_p(drawn["A"], drawn["B"]))
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-012
 def holm(
-    p_values:dict|list, # p-values of one family of comparisons, each in 0..1
-) -> dict|list: # Adjusted p-values in 0..1, in the form and order they came
+    p_values: dict | list,  # p-values of one family of comparisons, each in 0..1
+) -> dict | list:  # Adjusted p-values in 0..1, in the form and order they came
     """p-values corrected for their number. Raises `ValueError` on values outside 0..1.
 
     Source: Holm 1979, A simple sequentially rejective multiple test procedure.
     """
-    if isinstance(p_values, dict): return dict(zip(p_values, holm(list(p_values.values()))))
+    if isinstance(p_values, dict):
+        return dict(zip(p_values, holm(list(p_values.values()))))
     p = np.array(p_values, float)
-    if not ((p >= 0) & (p <= 1)).all(): raise ValueError(f'p-values {p_values}: each must lie in 0..1')
-    order, out = np.argsort(p, kind='stable'), np.empty(len(p))
-    out[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1)))
+    if not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p-values {p_values}: each must lie in 0..1")
+    order, out = np.argsort(p, kind="stable"), np.empty(len(p))
+    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return out.tolist()
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-016
 def effect_size(
-    a:np.ndarray, # Per-image values of system A: (images,) or (seeds, images), averaged over seeds
-    b:np.ndarray, # Of system B on the same images
-) -> tuple[float, float]: # Cohen's d_z, any sign, infinite where every image differs by the same; share of images won by A, 0..1
+    a: np.ndarray,  # Per-image values of system A: (images,) or (seeds, images), averaged over seeds
+    b: np.ndarray,  # Of system B on the same images
+) -> tuple[
+    float, float
+]:  # Cohen's d_z, any sign, infinite where every image differs by the same; share of images won by A, 0..1
     """The paired difference of A and B in units of its spread over images, and how often A is higher.
 
     Raises `ValueError` as `paired_difference` does. Source: Cohen 1988, Statistical power analysis, sec. 2.3.5; Grissom 1994, Probability of the superior outcome.
     """
     values, _ = _same_images(dict(A=a, B=b), mean_over_images)
-    d = values['A'].mean(0) - values['B'].mean(0)
-    mean, spread = d.mean(), d.std(ddof=1) if len(d) > 1 else 0.
-    return float(mean/spread if spread > 1e-12*abs(mean) else np.sign(mean)*np.inf if mean else 0.), float(((d > 0) + .5*(d == 0)).mean())
+    d = values["A"].mean(0) - values["B"].mean(0)
+    mean, spread = d.mean(), d.std(ddof=1) if len(d) > 1 else 0.0
+    return float(mean / spread if spread > 1e-12 * abs(mean) else np.sign(mean) * np.inf if mean else 0.0), float(
+        ((d > 0) + 0.5 * (d == 0)).mean()
+    )
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-019
 @dataclasses.dataclass(frozen=True)
 class Difference:
     "What is known of A minus B."
-    interval:Interval # Of the difference
-    p:float # Of `approximate_randomisation`
-    p_holm:float # Corrected for all pairs asked for
-    effect:float # Cohen's d_z over images
-    wins:float # Share of images on which A is higher
-    verdict:str # `higher`, `lower` or `tie`: 0 outside the interval and p_holm < 1 - level, or a tie
+
+    interval: Interval  # Of the difference
+    p: float  # Of `approximate_randomisation`
+    p_holm: float  # Corrected for all pairs asked for
+    effect: float  # Cohen's d_z over images
+    wins: float  # Share of images on which A is higher
+    verdict: str  # `higher`, `lower` or `tie`: 0 outside the interval and p_holm < 1 - level, or a tie
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-020
 def compare_systems(
-    systems:dict[str, np.ndarray], # Name -> values: (images,) or (seeds, images); counts (..., images, c) for BLEU and its like; at least one
-    resamples:int=1_000, # Bootstrap resamples
-    rounds:int=10_000, # Random exchanges
-    rng=0, # Seed or np.random.Generator
-    statistic=mean_over_images, # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
-    level:float=.95, # Nominal coverage, in 0..1
-    pairs:list[tuple[str, str]]|None=None, # (A, B), which differences to take; None: all, the later system minus the earlier
-) -> tuple[dict[str, Interval], dict[tuple[str, str], Difference]]: # Of each system; of each pair
+    systems: dict[
+        str, np.ndarray
+    ],  # Name -> values: (images,) or (seeds, images); counts (..., images, c) for BLEU and its like; at least one
+    resamples: int = 1_000,  # Bootstrap resamples
+    rounds: int = 10_000,  # Random exchanges
+    rng=0,  # Seed or np.random.Generator
+    statistic=mean_over_images,  # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
+    level: float = 0.95,  # Nominal coverage, in 0..1
+    pairs: list[tuple[str, str]]
+    | None = None,  # (A, B), which differences to take; None: all, the later system minus the earlier
+) -> tuple[dict[str, Interval], dict[tuple[str, str], Difference]]:  # Of each system; of each pair
     "Scores and paired differences of many systems on the same resamples, p-values corrected over the pairs. Raises `ValueError` as `resample` does."
     values, n = _same_images(systems, statistic)
     rng = np.random.default_rng(rng)
     drawn = resample(values, resamples, rng, statistic)
     scores = {name: interval_of(d, None, n, level) for name, d in drawn.items()}
-    if pairs is None: pairs = [(a, b) for b, a in itertools.combinations(values, 2)]
-    if not pairs: return scores, {}
+    if pairs is None:
+        pairs = [(a, b) for b, a in itertools.combinations(values, 2)]
+    if not pairs:
+        return scores, {}
     means = {name: v.mean(0) for name, v in values.items()}
     p = dict(zip(pairs, _exchanged_p([(means[a], means[b]) for a, b in pairs], rounds, rng, statistic)))
     p = {(a, b): max(float(p[a, b]), _student_p(drawn[a], drawn[b])) for a, b in pairs}
     corrected, differences = holm(p), {}
-    each = {name: statistic(np.ones((1, 1)), v.reshape(-1, 1, *v.shape[2:])).reshape(v.shape[:2]) for name, v in values.items()} # every image a corpus of its own
+    each = {
+        name: statistic(np.ones((1, 1)), v.reshape(-1, 1, *v.shape[2:])).reshape(v.shape[:2])
+        for name, v in values.items()
+    }  # every image a corpus of its own
     for a, b in pairs:
         found = interval_of(drawn[a], drawn[b], n, level)
-        differences[a, b] = Difference(found, p[a, b], corrected[a, b], *effect_size(each[a], each[b]), verdict(found, corrected[a, b], 1 - level))
+        differences[a, b] = Difference(
+            found, p[a, b], corrected[a, b], *effect_size(each[a], each[b]), verdict(found, corrected[a, b], 1 - level)
+        )
     return scores, differences

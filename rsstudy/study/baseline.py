@@ -7,6 +7,7 @@ __all__ = ['PROMPTS', 'LENGTHS', 'DECODINGS', 'compare_choices', 'prompt_grid', 
 
 # %% ../../nbs/02_baseline.ipynb #cell-005
 import numpy as np
+
 from ..common.files import announce
 from ..metrics.registry import score_captions
 from ..metrics.scores import find_metric
@@ -16,77 +17,129 @@ from ..training.captions import choose_all
 
 # %% ../../nbs/02_baseline.ipynb #cell-010
 def compare_choices(
-    dataset, # datasets.Dataset with `captions`, and `image` for "clip"
-    choices:tuple[str,...], # Of `rsstudy.training.captions.CHOICES`
-    seed:int=0, # Of the random choice
-) -> list[dict]: # choice, words (mean length), distinct (share of different captions), cider and meteor against the other four
+    dataset,  # datasets.Dataset with `captions`, and `image` for "clip"
+    choices: tuple[str, ...],  # Of `rsstudy.training.captions.CHOICES`
+    seed: int = 0,  # Of the random choice
+) -> list[
+    dict
+]:  # choice, words (mean length), distinct (share of different captions), cider and meteor against the other four
     "What each way of choosing one caption of five chooses. A choice that cannot be made here is announced and left out."
     rows = []
     for choice in choices:
-        if choice == 'all': continue
-        try: chosen = [c[0] for c in choose_all(dataset, choice, seed=seed, progress=False)]
-        except ValueError as reason:
-            announce(f"caption choice '{choice}'", f'left out: {reason}')
+        if choice == "all":
             continue
-        others = [captions[:captions.index(c)] + captions[captions.index(c) + 1:] for captions, c in zip(dataset['captions'], chosen)]
-        scores = score_captions(chosen, others, metrics=('cider', 'meteor')).corpus
-        rows.append(dict(choice=choice, words=float(np.mean([len(c.split()) for c in chosen])), distinct=len(set(chosen)) / len(chosen),
-            **{metric: scores[find_metric(scores, metric)] for metric in ('cider', 'meteor')}))
+        try:
+            chosen = [c[0] for c in choose_all(dataset, choice, seed=seed, progress=False)]
+        except ValueError as reason:
+            announce(f"caption choice '{choice}'", f"left out: {reason}")
+            continue
+        others = [
+            captions[: captions.index(c)] + captions[captions.index(c) + 1 :]
+            for captions, c in zip(dataset["captions"], chosen)
+        ]
+        scores = score_captions(chosen, others, metrics=("cider", "meteor")).corpus
+        rows.append(
+            dict(
+                choice=choice,
+                words=float(np.mean([len(c.split()) for c in chosen])),
+                distinct=len(set(chosen)) / len(chosen),
+                **{metric: scores[find_metric(scores, metric)] for metric in ("cider", "meteor")},
+            )
+        )
     return rows
 
 # %% ../../nbs/02_baseline.ipynb #cell-014
-PROMPTS = ('caption en', 'cap en', 'describe en', # PaliGemma's task prefixes
-    'Describe this image', # the second seed's
-    'Describe the scene', 'Explain the layout of the terrain and infrastructure.', 'Provide a detailed summary') # the first seed's; the third of these won there
-LENGTHS = (10, 20, 30, 50) # tokens
-DECODINGS = dict(greedy={}, beam=dict(num_beams=2), nucleus=dict(top_p=.9))
+PROMPTS = (
+    "caption en",
+    "cap en",
+    "describe en",  # PaliGemma's task prefixes
+    "Describe this image",  # the second seed's
+    "Describe the scene",
+    "Explain the layout of the terrain and infrastructure.",
+    "Provide a detailed summary",
+)  # the first seed's; the third of these won there
+LENGTHS = (10, 20, 30, 50)  # tokens
+DECODINGS = dict(greedy={}, beam=dict(num_beams=2), nucleus=dict(top_p=0.9))
 
 
 def prompt_grid(
-    captioner:Captioner, # The base
-    images, # Validation images, or None with features
-    references:list[list[str]], # All captions of each
-    prompts:tuple[str,...]=PROMPTS, # Text before the caption
-    lengths:tuple[int,...]=LENGTHS, # Limits in tokens
-    decodings:dict[str,dict]=DECODINGS, # Name -> options of `generate_ids`
-    progress:bool=True, # Bars?
-    **options, # For `generate_ids`: batch_size, features
-) -> list[dict]: # prompt, decoding, max_new_tokens, the corpus scores without encoders, and `each`: CIDEr of every image
+    captioner: Captioner,  # The base
+    images,  # Validation images, or None with features
+    references: list[list[str]],  # All captions of each
+    prompts: tuple[str, ...] = PROMPTS,  # Text before the caption
+    lengths: tuple[int, ...] = LENGTHS,  # Limits in tokens
+    decodings: dict[str, dict] = DECODINGS,  # Name -> options of `generate_ids`
+    progress: bool = True,  # Bars?
+    **options,  # For `generate_ids`: batch_size, features
+) -> list[
+    dict
+]:  # prompt, decoding, max_new_tokens, the corpus scores without encoders, and `each`: CIDEr of every image
     "Scores every prompt with every decoding at every length."
     from tqdm import tqdm
+
     rows = []
-    for prompt, decoding in tqdm([(p, d) for p in prompts for d in decodings], desc='prompts', disable=not progress, leave=False, mininterval=1):
-        def written(length): return generate_ids(captioner, images, prompts=prompt, max_new_tokens=length, **decodings[decoding], **options)
-        found = None if 'num_beams' in decodings[decoding] else written(max(lengths))
+    for prompt, decoding in tqdm(
+        [(p, d) for p in prompts for d in decodings], desc="prompts", disable=not progress, leave=False, mininterval=1
+    ):
+
+        def written(length):
+            return generate_ids(
+                captioner, images, prompts=prompt, max_new_tokens=length, **decodings[decoding], **options
+            )
+
+        found = None if "num_beams" in decodings[decoding] else written(max(lengths))
         for length in lengths:
             captions = decode(captioner.processor, found or written(length), length)
-            scores = score_captions(captions, references, metrics=('bleu', 'rouge_l', 'cider', 'shares'))
-            rows.append(dict(prompt=prompt, decoding=decoding, max_new_tokens=length, **scores.corpus, each=scores.per_image[find_metric(scores.per_image, 'cider')].tolist()))
+            scores = score_captions(captions, references, metrics=("bleu", "rouge_l", "cider", "shares"))
+            rows.append(
+                dict(
+                    prompt=prompt,
+                    decoding=decoding,
+                    max_new_tokens=length,
+                    **scores.corpus,
+                    each=scores.per_image[find_metric(scores.per_image, "cider")].tolist(),
+                )
+            )
     return rows
 
 # %% ../../nbs/02_baseline.ipynb #cell-016
 def cannot_be_told_from_best(
-    values:np.ndarray, # (candidates, images) of a metric
-    resamples:int=2_000, # Bootstrap resamples
-    seed:int=0, # Of the resamples
-) -> np.ndarray: # (candidates,) bool
+    values: np.ndarray,  # (candidates, images) of a metric
+    resamples: int = 2_000,  # Bootstrap resamples
+    seed: int = 0,  # Of the resamples
+) -> np.ndarray:  # (candidates,) bool
     "Candidates that no other leads by more than the choice of images makes; the truly best is among them with a probability of 95 %. Source: Hsu 1996, ch. 4."
     n, mean = values.shape[1], values.mean(1)
-    moved = image_weights(n, resamples, np.random.default_rng(seed)) @ values.T / n - mean # (resamples, candidates): how far each mean is drawn from where it is
-    def largest(ahead, error): return np.divide(ahead, error, out=np.where(ahead > 1e-9, np.inf, 0.), where=error > 1e-12).max(-1) # a lead on every image alike has no error
+    moved = (
+        image_weights(n, resamples, np.random.default_rng(seed)) @ values.T / n - mean
+    )  # (resamples, candidates): how far each mean is drawn from where it is
+
+    def largest(ahead, error):
+        return np.divide(ahead, error, out=np.where(ahead > 1e-9, np.inf, 0.0), where=error > 1e-12).max(
+            -1
+        )  # a lead on every image alike has no error
+
     left = np.zeros(len(values), bool)
     for i in range(len(values)):
         error = (moved - moved[:, [i]]).std(0)
-        left[i] = largest(mean - mean[i], error) <= np.quantile(largest(moved - moved[:, [i]], error), .95)
+        left[i] = largest(mean - mean[i], error) <= np.quantile(largest(moved - moved[:, [i]], error), 0.95)
     return left
 
 # %% ../../nbs/02_baseline.ipynb #cell-017
 def plainest(
-    grid:list[dict], # From `prompt_grid`
-    prompt:str, # The study's own
-    length:int, # The study's own
-) -> tuple[dict,list[int]]: # The row chosen; numbers of all rows that cannot be told from the best
+    grid: list[dict],  # From `prompt_grid`
+    prompt: str,  # The study's own
+    length: int,  # The study's own
+) -> tuple[dict, list[int]]:  # The row chosen; numbers of all rows that cannot be told from the best
     "The plainest of the candidates that cannot be told from the best, by CIDEr."
-    left = np.flatnonzero(cannot_be_told_from_best(np.array([row['each'] for row in grid]))).tolist()
-    def plain(i): return grid[i]['prompt'] != prompt, list(DECODINGS).index(grid[i]['decoding']), abs(grid[i]['max_new_tokens'] - length), i
+    left = np.flatnonzero(cannot_be_told_from_best(np.array([row["each"] for row in grid]))).tolist()
+
+    def plain(i):
+        return (
+            grid[i]["prompt"] != prompt,
+            list(DECODINGS).index(grid[i]["decoding"]),
+            abs(grid[i]["max_new_tokens"] - length),
+            i,
+        )
+
     return grid[min(left, key=plain)], left

@@ -7,8 +7,10 @@ __all__ = ['FEATURE_IMAGES', 'profile_leakage']
 
 # %% ../../nbs/01_eda.ipynb #cell-005
 import dataclasses
-import numpy as np
 import time
+
+import numpy as np
+
 from ..common.files import announce
 from ..common.settings import Profile
 from ..data.duplicates import THRESHOLDS, leakage, near_duplicates, whiten
@@ -16,25 +18,35 @@ from ..data.load import CaptionData, profile_subset
 from ..data.splits import SPLITS
 
 # %% ../../nbs/01_eda.ipynb #cell-011
-FEATURE_IMAGES = 200 # below this, too few to know the features' spread: they are left out
+FEATURE_IMAGES = 200  # below this, too few to know the features' spread: they are left out
+
+
 def profile_leakage(
-    data:CaptionData, # From `load_captions`
-    P:Profile, # Its numbers of images and split_seed count
-    small:np.ndarray, # Thumbnails of all of the data's images, (n, 32, 32)
-    progress:bool=True, # Show a bar?
-) -> dict: # JSON values, see `rsstudy.data.duplicates.leakage`; with the thresholds and the seconds it took
+    data: CaptionData,  # From `load_captions`
+    P: Profile,  # Its numbers of images and split_seed count
+    small: np.ndarray,  # Thumbnails of all of the data's images, (n, 32, 32)
+    progress: bool = True,  # Show a bar?
+) -> dict:  # JSON values, see `rsstudy.data.duplicates.leakage`; with the thresholds and the seconds it took
     "Leaks between the images that a profile trains, validates and tests on."
-    start, row = time.perf_counter(), {name: i for i, name in enumerate(data.dataset['image_id'][:])}
-    there = set(data.dataset['split'][:])
-    rows = [row[name] for split in SPLITS if split in there for name in profile_subset(data, P, split)['image_id'][:]]
+    start, row = time.perf_counter(), {name: i for i, name in enumerate(data.dataset["image_id"][:])}
+    there = set(data.dataset["split"][:])
+    rows = [row[name] for split in SPLITS if split in there for name in profile_subset(data, P, split)["image_id"][:]]
     part, features = data.dataset.select(rows), None
     if len(rows) >= FEATURE_IMAGES:
-        from rsstudy.model.features import tower_features # heavy: small data does without
-        from rsstudy.model.generate import Captioner
         from rsstudy.model.base import load_base
-        base = Captioner(*load_base(dataclasses.replace(P, base_model='paligemma-nano', precision='float32')))
-        features = whiten(tower_features(base, part['image'], progress=progress))
-    else: announce('features', f'{len(rows)} images are too few to compare by features ({FEATURE_IMAGES} are needed): leaks are looked for by hashes alone')
+        from rsstudy.model.features import tower_features  # heavy: small data does without
+        from rsstudy.model.generate import Captioner
+
+        base = Captioner(*load_base(dataclasses.replace(P, base_model="paligemma-nano", precision="float32")))
+        features = whiten(tower_features(base, part["image"], progress=progress))
+    else:
+        announce(
+            "features",
+            f"{len(rows)} images are too few to compare by features ({FEATURE_IMAGES} are needed): leaks are looked for by hashes alone",
+        )
     pairs = near_duplicates([data.hashes[i] for i in rows], small[rows], features)
-    return leakage(part, pairs) | dict(thresholds=THRESHOLDS, features='paligemma-nano, mean over patches, whitened' if features is not None else None,
-        seconds=time.perf_counter() - start)
+    return leakage(part, pairs) | dict(
+        thresholds=THRESHOLDS,
+        features="paligemma-nano, mean over patches, whitened" if features is not None else None,
+        seconds=time.perf_counter() - start,
+    )

@@ -7,6 +7,7 @@ __all__ = ['caption_choices']
 
 # %% ../../nbs/03_lora.ipynb #cell-005
 import dataclasses
+
 from ..common.files import announce
 from ..common.settings import Profile
 from ..training.captions import CHOICES, choose_all
@@ -14,14 +15,19 @@ from ..training.data import StudyData
 
 # %% ../../nbs/03_lora.ipynb #cell-013
 def caption_choices(
-    P:Profile, # Whose caption choice is the method's own, and left out here
-    data:StudyData, # The images
-    choices:tuple[str,...]=CHOICES, # Of `rsstudy.training.captions.CHOICES`
-) -> dict[str,StudyData]: # Choice -> the same images with the captions it chooses
+    P: Profile,  # Whose caption choice is the method's own, and left out here
+    data: StudyData,  # The images
+    choices: tuple[str, ...] = CHOICES,  # Of `rsstudy.training.captions.CHOICES`
+) -> dict[str, StudyData]:  # Choice -> the same images with the captions it chooses
     "Training data for every other choice of captions; one that cannot be made here is announced and left out."
     found = {}
     for choice in choices:
-        if choice == P.caption_choice: continue
-        try: found[choice] = dataclasses.replace(data, captions=choose_all(data.train, choice, seed=P.split_seed, progress=False))
-        except ValueError as reason: announce(f"caption choice '{choice}'", f'left out: {reason}')
+        if choice == P.caption_choice:
+            continue
+        try:
+            found[choice] = dataclasses.replace(
+                data, captions=choose_all(data.train, choice, seed=P.split_seed, progress=False)
+            )
+        except ValueError as reason:
+            announce(f"caption choice '{choice}'", f"left out: {reason}")
     return found

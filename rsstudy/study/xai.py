@@ -8,72 +8,118 @@ __all__ = ['IDLE', 'study_images', 'study_part', 'study']
 # %% ../../nbs/06_xai.ipynb #cell-004
 import numpy as np
 from tqdm import tqdm
+
 from ..attribution.draw import MODELS
 from ..common.files import announce
 from ..common.settings import Profile
-from ..faithfulness.records import Records, words_with_mask, study_run
+from ..faithfulness.records import Records, study_run, words_with_mask
 from ..model.base import pick_device
 
 # %% ../../nbs/06_xai.ipynb #cell-010
 def study_images(
-    P:Profile, # Its data, split_seed and xai_images count
-) -> list[dict]: # image_id, image (an array, which any process can be sent), caption, masks by word and pairs (empty where none are known)
+    P: Profile,  # Its data, split_seed and xai_images count
+) -> list[
+    dict
+]:  # image_id, image (an array, which any process can be sent), caption, masks by word and pairs (empty where none are known)
     "The test images that are explained, with the caption whose words are explained."
     from rsstudy.data.load import load_captions, subset
+
     data, found = load_captions(P), []
     if P.data != "scenes":
-        return [dict(image_id=r["image_id"], image=np.asarray(r["image"].convert("RGB")), caption=r["captions"][0], masks={}, pairs=[]) for r in subset(data, "test", P.xai_images, P.split_seed)]
+        return [
+            dict(
+                image_id=r["image_id"],
+                image=np.asarray(r["image"].convert("RGB")),
+                caption=r["captions"][0],
+                masks={},
+                pairs=[],
+            )
+            for r in subset(data, "test", P.xai_images, P.split_seed)
+        ]
     from rsstudy.scenes.without import scene_pairs
     from rsstudy.scenes.world import scene_masks
+
     for r in subset(data, "test", 0, P.split_seed):
         masks = scene_masks(data.folder, r["image_id"])
         if known := [c for c in r["captions"] if words_with_mask(c, masks)]:
-            found.append(dict(image_id=r["image_id"], image=np.asarray(r["image"].convert("RGB")), caption=known[0], masks=masks, pairs=scene_pairs(data.folder, [r["image_id"]]).popitem()[1]))
-        if len(found) == P.xai_images: break
-    if len(found) < P.xai_images: announce("xai images", f"{P.xai_images} wanted, {len(found)} test images name an object whose mask is known: all are taken")
+            found.append(
+                dict(
+                    image_id=r["image_id"],
+                    image=np.asarray(r["image"].convert("RGB")),
+                    caption=known[0],
+                    masks=masks,
+                    pairs=scene_pairs(data.folder, [r["image_id"]]).popitem()[1],
+                )
+            )
+        if len(found) == P.xai_images:
+            break
+    if len(found) < P.xai_images:
+        announce(
+            "xai images",
+            f"{P.xai_images} wanted, {len(found)} test images name an object whose mask is known: all are taken",
+        )
     return found
 
 # %% ../../nbs/06_xai.ipynb #cell-012
 def study_part(
-    P:Profile, # Everything
-    method:str, # Tuning method
-    seed:int, # Run
-    images:list[tuple[int, dict]], # Number and row of the images
-) -> tuple[Records, dict[str, str]]: # What was collected, and what was announced on the way
+    P: Profile,  # Everything
+    method: str,  # Tuning method
+    seed: int,  # Run
+    images: list[tuple[int, dict]],  # Number and row of the images
+) -> tuple[Records, dict[str, str]]:  # What was collected, and what was announced on the way
     "A few images under one run, in a process of its own."
-    from rsstudy.tuning.methods import load_tuned
     from rsstudy.common.files import FALLBACKS
+    from rsstudy.tuning.methods import load_tuned
+
     records, before = Records(), set(FALLBACKS)
     checks = 10**9 if method == "none" else P.xai_checks
     study_run(records, load_tuned(P, method, seed), seed, images, P, checks)
     return records, {k: v for k, v in FALLBACKS.items() if k not in before}
 
 # %% ../../nbs/06_xai.ipynb #cell-013
-IDLE = 5 # seconds after which a process without work ends; joblib's own 300 keep its memory, and whoever waits for it, that long
+IDLE = 5  # seconds after which a process without work ends; joblib's own 300 keep its memory, and whoever waits for it, that long
+
+
 def study(
-    P:Profile, # Everything
-    images:list[dict], # As from `study_images`
-    methods:list[str]=tuple(MODELS), # Tuning methods; those without weights are left out
-    chunk:int=4, # Images of a part: what the bar moves by
+    P: Profile,  # Everything
+    images: list[dict],  # As from `study_images`
+    methods: list[str] = tuple(MODELS),  # Tuning methods; those without weights are left out
+    chunk: int = 4,  # Images of a part: what the bar moves by
 ) -> Records:
     "Explain every image under every model; images take turns among a method's seeds. A small model on a CPU is explained in several processes of one thread each."
     from joblib import Parallel, cpu_count, delayed
+
     from rsstudy.tuning.saved import tuned_folder
+
     records, parts = Records(), []
     for method in methods:
-        seeds = [s for s in (P.seeds[:1] if method == "none" else P.seeds) if method == "none" or (tuned_folder(P, method, s)/"adapter.safetensors").is_file()]
-        if not seeds: announce(f"xai {method}", f"no weights in {P.work_dir}, the method is left out")
+        seeds = [
+            s
+            for s in (P.seeds[:1] if method == "none" else P.seeds)
+            if method == "none" or (tuned_folder(P, method, s) / "adapter.safetensors").is_file()
+        ]
+        if not seeds:
+            announce(f"xai {method}", f"no weights in {P.work_dir}, the method is left out")
         for k, seed in enumerate(seeds):
-            mine = list(enumerate(images))[k::len(seeds)]
-            parts += [(method, seed, mine[i:i + chunk]) for i in range(0, len(mine), chunk)]
+            mine = list(enumerate(images))[k :: len(seeds)]
+            parts += [(method, seed, mine[i : i + chunk]) for i in range(0, len(mine), chunk)]
     workers = min(4, cpu_count(), len(parts)) if P.base_model == "paligemma-nano" and pick_device().type == "cpu" else 1
     with tqdm(total=sum(len(p) for *_, p in parts), desc="explained images", unit="image") as bar:
-        for (method, seed, mine), (found, said) in zip(parts, Parallel(workers, batch_size=1, return_as="generator", idle_worker_timeout=IDLE)(delayed(study_part)(P, *part) for part in parts)):
+        for (method, seed, mine), (found, said) in zip(
+            parts,
+            Parallel(workers, batch_size=1, return_as="generator", idle_worker_timeout=IDLE)(
+                delayed(study_part)(P, *part) for part in parts
+            ),
+        ):
             records.merge(found)
-            for key, message in said.items(): announce(key, message)
+            for key, message in said.items():
+                announce(key, message)
             bar.set_postfix_str(f"{method}, seed {seed}")
             bar.update(len(mine))
     if records.failed:
         f = records.failed[0]
-        announce("xai maps", f"{len(records.failed)} maps do not exist and are left out; first: {f['method']}, {f['image_id']}, {f['attribution']}: {f['why']}")
+        announce(
+            "xai maps",
+            f"{len(records.failed)} maps do not exist and are left out; first: {f['method']}, {f['image_id']}, {f['attribution']}: {f['why']}",
+        )
     return records

@@ -7,50 +7,61 @@ __all__ = ['CHOICES', 'choose_captions', 'choose_all']
 
 # %% ../../nbs/lib/08_training/02_captions.ipynb #cell-002
 import numpy as np
+
 from ..common.settings import ALLOWED
 from ..model.clip import ClipScorer
 
 # %% ../../nbs/lib/08_training/02_captions.ipynb #cell-006
-CHOICES = ALLOWED['caption_choice']
+CHOICES = ALLOWED["caption_choice"]
+
+
 def choose_captions(
-    captions:list[str], # An image's captions, at least one
-    how:str='all', # "all", "longest", "first", "random" or "clip"
-    rng:np.random.Generator|None=None, # "random": where the draw comes from
-    image=None, # "clip": the image they describe, PIL
-    clip=None, # "clip": a `ClipScorer`
-) -> list[str]: # The chosen ones: every caption for "all", else one
+    captions: list[str],  # An image's captions, at least one
+    how: str = "all",  # "all", "longest", "first", "random" or "clip"
+    rng: np.random.Generator | None = None,  # "random": where the draw comes from
+    image=None,  # "clip": the image they describe, PIL
+    clip=None,  # "clip": a `ClipScorer`
+) -> list[str]:  # The chosen ones: every caption for "all", else one
     """The captions of one image that train a model.
 
     Raises `ValueError` on an unknown choice, on no captions, and where a choice lacks what it needs.
     """
-    if how not in CHOICES: raise ValueError(f"caption choice must be one of {', '.join(CHOICES)}, got {how!r}")
-    if not captions: raise ValueError('there is no caption to choose from')
-    if how == 'all': return list(captions)
-    if how == 'longest': return [max(captions, key=lambda c: len(c.split()))]
-    if how == 'first': return [captions[0]]
-    if how == 'random':
-        if rng is None: raise ValueError("caption choice 'random' needs rng, a numpy Generator")
+    if how not in CHOICES:
+        raise ValueError(f"caption choice must be one of {', '.join(CHOICES)}, got {how!r}")
+    if not captions:
+        raise ValueError("there is no caption to choose from")
+    if how == "all":
+        return list(captions)
+    if how == "longest":
+        return [max(captions, key=lambda c: len(c.split()))]
+    if how == "first":
+        return [captions[0]]
+    if how == "random":
+        if rng is None:
+            raise ValueError("caption choice 'random' needs rng, a numpy Generator")
         return [captions[rng.integers(len(captions))]]
-    if image is None or clip is None: raise ValueError("caption choice 'clip' needs the image and clip, a ClipScorer")
+    if image is None or clip is None:
+        raise ValueError("caption choice 'clip' needs the image and clip, a ClipScorer")
     return [captions[int(clip([image], [captions])[0].argmax())]]
 
 # %% ../../nbs/lib/08_training/02_captions.ipynb #cell-009
 def choose_all(
-    dataset, # A `datasets.Dataset` with `image` and `captions`
-    how:str='all', # As for `choose_captions`
-    seed:int=0, # "random": seed of a generator used for nothing else
-    clip:ClipScorer|None=None, # "clip": the scorer; the default model if none
-    batch:int=32, # "clip": images compared together
-    progress:bool=True, # Show a bar where it takes long ("clip")?
-) -> list[list[str]]: # For each row the chosen captions
+    dataset,  # A `datasets.Dataset` with `image` and `captions`
+    how: str = "all",  # As for `choose_captions`
+    seed: int = 0,  # "random": seed of a generator used for nothing else
+    clip: ClipScorer | None = None,  # "clip": the scorer; the default model if none
+    batch: int = 32,  # "clip": images compared together
+    progress: bool = True,  # Show a bar where it takes long ("clip")?
+) -> list[list[str]]:  # For each row the chosen captions
     "The captions of every row that train a model. One generator serves all rows in order, so a choice depends on seed and row alone."
     from tqdm import tqdm
-    captions = list(dataset['captions'])
-    if how != 'clip':
+
+    captions = list(dataset["captions"])
+    if how != "clip":
         rng = np.random.default_rng(seed)
         return [choose_captions(own, how, rng=rng) for own in captions]
     clip, chosen = clip or ClipScorer(), []
-    for at in tqdm(range(0, len(captions), batch), desc='captions nearest to their image', disable=not progress):
-        rows = dataset[at:at + batch]
-        chosen += [[own[int(s.argmax())]] for own, s in zip(rows['captions'], clip(rows['image'], rows['captions']))]
+    for at in tqdm(range(0, len(captions), batch), desc="captions nearest to their image", disable=not progress):
+        rows = dataset[at : at + batch]
+        chosen += [[own[int(s.argmax())]] for own, s in zip(rows["captions"], clip(rows["image"], rows["captions"]))]
     return chosen

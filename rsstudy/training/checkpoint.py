@@ -11,121 +11,153 @@ import json
 import os
 import re
 import shutil
-import torch
 from pathlib import Path
+
+import torch
+
 from ..common.files import announce
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-005
-NAME = re.compile(r'(step-\d{8}|finished)')
+NAME = re.compile(r"(step-\d{8}|finished)")
+
+
 def _sync(path):
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-006
 def save_checkpoint(
-    folder:str|Path, # Of the run
-    name:str, # "step-00000120" or "finished"
-    tensors:dict[str,torch.Tensor], # On any device
-    facts:dict, # JSON values; floats are kept to the last bit
-    **more:dict, # More JSON files by their names
-) -> Path: # folder/name
+    folder: str | Path,  # Of the run
+    name: str,  # "step-00000120" or "finished"
+    tensors: dict[str, torch.Tensor],  # On any device
+    facts: dict,  # JSON values; floats are kept to the last bit
+    **more: dict,  # More JSON files by their names
+) -> Path:  # folder/name
     "Writes a checkpoint and then removes the run's older ones. Raises `OSError` where it cannot be written; the older ones are then still there."
     from safetensors.torch import save_file
+
     folder = Path(folder)
-    final, temporary = folder/name, folder/f'.{os.getpid()}-{name}'
+    final, temporary = folder / name, folder / f".{os.getpid()}-{name}"
     try:
-        for old in folder.glob('.*-*'): shutil.rmtree(old, ignore_errors=True)
+        for old in folder.glob(".*-*"):
+            shutil.rmtree(old, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary/'tensors.safetensors')
-        for file, values in (more | dict(facts=facts)).items(): (temporary/f'{file}.json').write_text(json.dumps(values), encoding='utf-8')
-        for part in (*temporary.iterdir(), temporary): _sync(part)
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary / "tensors.safetensors")
+        for file, values in (more | dict(facts=facts)).items():
+            (temporary / f"{file}.json").write_text(json.dumps(values), encoding="utf-8")
+        for part in (*temporary.iterdir(), temporary):
+            _sync(part)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temporary, final)
         _sync(folder)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f'the checkpoint {final} could not be written, the one before it is whole: {error}') from error
+        raise OSError(f"the checkpoint {final} could not be written, the one before it is whole: {error}") from error
     for old in folder.iterdir():
-        if NAME.fullmatch(old.name) and old != final: shutil.rmtree(old, ignore_errors=True)
+        if NAME.fullmatch(old.name) and old != final:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-007
 def latest_checkpoint(
-    folder:str|Path, # Of the run
-    run_key:str='', # What the run is; a checkpoint of another run is not used
-) -> Path|None: # The newest whole checkpoint of this run
+    folder: str | Path,  # Of the run
+    run_key: str = "",  # What the run is; a checkpoint of another run is not used
+) -> Path | None:  # The newest whole checkpoint of this run
     "Where to go on. `finished` is newer than any step."
-    found = sorted((p for p in Path(folder).glob('*') if NAME.fullmatch(p.name)), key=lambda p: (p.name == 'finished', p.name))
-    if not found: return None
-    if json.loads((found[-1]/'facts.json').read_text(encoding='utf-8')).get('run_key', '') == run_key: return found[-1]
-    announce('checkpoint', f'{found[-1]} is of a run with other settings: this run starts anew')
+    found = sorted(
+        (p for p in Path(folder).glob("*") if NAME.fullmatch(p.name)), key=lambda p: (p.name == "finished", p.name)
+    )
+    if not found:
+        return None
+    if json.loads((found[-1] / "facts.json").read_text(encoding="utf-8")).get("run_key", "") == run_key:
+        return found[-1]
+    announce("checkpoint", f"{found[-1]} is of a run with other settings: this run starts anew")
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-008
 def load_checkpoint(
-    path:str|Path, # From `latest_checkpoint`
-) -> tuple[dict[str,torch.Tensor],dict]: # Tensors on the CPU; facts
+    path: str | Path,  # From `latest_checkpoint`
+) -> tuple[dict[str, torch.Tensor], dict]:  # Tensors on the CPU; facts
     "A checkpoint's content."
     from safetensors.torch import load_file
-    return load_file(Path(path)/'tensors.safetensors'), json.loads((Path(path)/'facts.json').read_text(encoding='utf-8'))
+
+    return load_file(Path(path) / "tensors.safetensors"), json.loads(
+        (Path(path) / "facts.json").read_text(encoding="utf-8")
+    )
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-011
 def whole(
-    tensor:torch.Tensor, # A parameter, sharded over processes or not
-) -> torch.Tensor: # All of it, on every process
+    tensor: torch.Tensor,  # A parameter, sharded over processes or not
+) -> torch.Tensor:  # All of it, on every process
     "A parameter's value. A collective call where it is sharded."
-    return tensor.detach().full_tensor() if hasattr(tensor, 'full_tensor') else tensor.detach()
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-012
 @torch.no_grad()
 def put(
-    parameter:torch.Tensor, # Sharded over processes or not
-    value:torch.Tensor, # All of it
+    parameter: torch.Tensor,  # Sharded over processes or not
+    value: torch.Tensor,  # All of it
 ):
     "Gives a parameter its value."
-    if hasattr(parameter, 'full_tensor'):
+    if hasattr(parameter, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-013
 def optimizer_tensors(
-    model:torch.nn.Module, # What the optimiser trains, as it was given to it
-    optimizer:torch.optim.Optimizer, # After at least one step
-) -> dict[str,torch.Tensor]: # "optimizer/<parameter>/<moment>"; of a sharded model on the first process only
+    model: torch.nn.Module,  # What the optimiser trains, as it was given to it
+    optimizer: torch.optim.Optimizer,  # After at least one step
+) -> dict[str, torch.Tensor]:  # "optimizer/<parameter>/<moment>"; of a sharded model on the first process only
     "The optimiser's state. A collective call where the model is sharded."
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-    state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)).get('state', {})
-    return {f'optimizer/{name}/{key}': value for name, values in state.items() for key, value in values.items()}
+
+    state = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    ).get("state", {})
+    return {f"optimizer/{name}/{key}": value for name, values in state.items() for key, value in values.items()}
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-014
 def restore_optimizer(
-    model:torch.nn.Module, # As for `optimizer_tensors`
-    optimizer:torch.optim.Optimizer, # Fresh, with the same parameter groups
-    tensors:dict[str,torch.Tensor], # From `optimizer_tensors`, others are ignored
+    model: torch.nn.Module,  # As for `optimizer_tensors`
+    optimizer: torch.optim.Optimizer,  # Fresh, with the same parameter groups
+    tensors: dict[str, torch.Tensor],  # From `optimizer_tensors`, others are ignored
 ):
     "Puts the optimiser's state back; its groups (learning rates, decay) are those it was made with."
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=torch.distributed.is_initialized())
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, broadcast_from_rank0=torch.distributed.is_initialized()
+    )
     state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     for name, value in tensors.items():
-        if state and name.startswith('optimizer/'):
-            parameter, key = name.removeprefix('optimizer/').rsplit('/', 1)
-            state['state'].setdefault(parameter, {})[key] = value
+        if state and name.startswith("optimizer/"):
+            parameter, key = name.removeprefix("optimizer/").rsplit("/", 1)
+            state["state"].setdefault(parameter, {})[key] = value
     set_optimizer_state_dict(model, optimizer, state, options=options)
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-015
 def random_tensors(
-    device:torch.device, # Of the model
-) -> dict[str,torch.Tensor]: # "random/cpu", and "random/device" on a GPU
+    device: torch.device,  # Of the model
+) -> dict[str, torch.Tensor]:  # "random/cpu", and "random/device" on a GPU
     "The generators that dropout draws from."
-    return {'random/cpu': torch.get_rng_state()} | ({'random/device': torch.cuda.get_rng_state(device)} if device.type == 'cuda' else {})
+    return {"random/cpu": torch.get_rng_state()} | (
+        {"random/device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    )
 
 # %% ../../nbs/lib/08_training/06_checkpoint.ipynb #cell-016
 def restore_random(
-    tensors:dict[str,torch.Tensor], # From `random_tensors`
-    device:torch.device, # Of the model
+    tensors: dict[str, torch.Tensor],  # From `random_tensors`
+    device: torch.device,  # Of the model
 ):
     "Puts the generators back."
-    torch.set_rng_state(tensors['random/cpu'])
-    if 'random/device' in tensors: torch.cuda.set_rng_state(tensors['random/device'], device)
+    torch.set_rng_state(tensors["random/cpu"])
+    if "random/device" in tensors:
+        torch.cuda.set_rng_state(tensors["random/device"], device)

@@ -10,9 +10,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import torch
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+
 from ..common.files import announce
 from ..common.settings import Profile
 from ..model.features import cache_features
@@ -22,43 +24,60 @@ from ..model.generate import Captioner
 @dataclass
 class StudyData:
     "The three splits, with what they need for training and scoring."
-    train:object # datasets.Dataset: image_id, source, split, image, captions
-    val:object # As train
-    test:object # As train
-    captions:list[list[str]] # The chosen training captions of each training image
-    digest:str='' # Of the data
-    features:dict[str,torch.Tensor]|None=None # split -> (images, N, d), when the base's tower has been run
+
+    train: object  # datasets.Dataset: image_id, source, split, image, captions
+    val: object  # As train
+    test: object  # As train
+    captions: list[list[str]]  # The chosen training captions of each training image
+    digest: str = ""  # Of the data
+    features: dict[str, torch.Tensor] | None = None  # split -> (images, N, d), when the base's tower has been run
 
     @functools.cached_property
     def material(self) -> str:
         "Digest of what a run learns from and is chosen by, in its order."
-        facts = [self.digest, list(self.train['image_id']), self.captions, list(self.val['image_id']), list(self.val['captions'])]
+        facts = [
+            self.digest,
+            list(self.train["image_id"]),
+            self.captions,
+            list(self.val["image_id"]),
+            list(self.val["captions"]),
+        ]
         return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()
 
 # %% ../../nbs/lib/08_training/03_data.ipynb #cell-005
 def study_data(
-    P:Profile, # Data, split, caption choice and counts of images
-    progress:bool=True, # Bars?
+    P: Profile,  # Data, split, caption choice and counts of images
+    progress: bool = True,  # Bars?
 ) -> StudyData:
     "Reads the profile's data and chooses its training captions."
-    from rsstudy.training.captions import choose_all
     from rsstudy.data.load import load_captions, profile_subset
+    from rsstudy.training.captions import choose_all
+
     data = load_captions(P, progress=progress)
-    splits = {split: profile_subset(data, P, split) for split in ('train', 'val', 'test')}
-    return StudyData(**splits, captions=choose_all(splits['train'], P.caption_choice, seed=P.split_seed, progress=progress), digest=data.digest)
+    splits = {split: profile_subset(data, P, split) for split in ("train", "val", "test")}
+    return StudyData(
+        **splits,
+        captions=choose_all(splits["train"], P.caption_choice, seed=P.split_seed, progress=progress),
+        digest=data.digest,
+    )
 
 # %% ../../nbs/lib/08_training/03_data.ipynb #cell-006
 def add_features(
-    data:StudyData, # Gets the features
-    captioner:Captioner, # With the base's tower
-    folder:str|Path, # Where they are kept, such as P.work_dir/'features'
-    progress:bool=True, # A bar?
+    data: StudyData,  # Gets the features
+    captioner: Captioner,  # With the base's tower
+    folder: str | Path,  # Where they are kept, such as P.work_dir/'features'
+    progress: bool = True,  # A bar?
 ) -> StudyData:
     "Runs the base's frozen tower over all images, once; where the disk has no room, says so and leaves the tower in the loop."
+
     def of(split):
         rows = getattr(data, split)
-        return cache_features(captioner, rows['image'], folder, f"{data.digest} {' '.join(rows['image_id'])}", progress=progress)
-    try: return dataclasses.replace(data, features={split: of(split) for split in ('train', 'val', 'test')})
+        return cache_features(
+            captioner, rows["image"], folder, f"{data.digest} {' '.join(rows['image_id'])}", progress=progress
+        )
+
+    try:
+        return dataclasses.replace(data, features={split: of(split) for split in ("train", "val", "test")})
     except OSError as error:
-        announce('features', f'{error}: the tower runs in every step')
+        announce("features", f"{error}: the tower runs in every step")
         return data

@@ -11,7 +11,9 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+
 from transformers import TrainerCallback
+
 from ..common.code import main_process, measured
 from ..common.files import locked
 from ..model.generate import Captioner, generate_captions
@@ -25,53 +27,94 @@ from .step import CaptionTrainer
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-005
 class Watch(TrainerCallback):
     "What a run has seen: losses, evaluations, the best state; it stops the run early, or on a collapse, and shows a bar."
-    def __init__(self,
-        captioner:Captioner, # In training
-        val_rows:CaptionRows, # What chooses the best state
-        plan:TrainingPlan, # How
-        progress:bool=False, # A bar?
+
+    def __init__(
+        self,
+        captioner: Captioner,  # In training
+        val_rows: CaptionRows,  # What chooses the best state
+        plan: TrainingPlan,  # How
+        progress: bool = False,  # A bar?
     ):
         self.captioner, self.val_rows, self.plan, self.progress = captioner, val_rows, plan, progress
         self.best_state, self.bar, self.start = {}, None, time.perf_counter()
-        self.seen = dict(losses=[], evaluations=[], skipped_steps=[], best=None, best_step=0, worse=0, symptom=None, collapse=None, nonfinite=0,
-            micro_images=plan.micro_images, seconds=0.)
+        self.seen = dict(
+            losses=[],
+            evaluations=[],
+            skipped_steps=[],
+            best=None,
+            best_step=0,
+            worse=0,
+            symptom=None,
+            collapse=None,
+            nonfinite=0,
+            micro_images=plan.micro_images,
+            seconds=0.0,
+        )
 
-    def trainable(self): return {n: p for n, p in self.captioner.model.named_parameters() if p.requires_grad}
+    def trainable(self):
+        return {n: p for n, p in self.captioner.model.named_parameters() if p.requires_grad}
 
-    def facts(self) -> dict: # JSON values: all that a run that goes on must know
-        return self.seen | dict(seconds=self.seen['seconds'] + time.perf_counter() - self.start)
+    def facts(self) -> dict:  # JSON values: all that a run that goes on must know
+        return self.seen | dict(seconds=self.seen["seconds"] + time.perf_counter() - self.start)
 
     def on_train_begin(self, args, state, control, **kwargs):
         from tqdm import tqdm
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f'{self.captioner.method}, lr {self.plan.lr:g}, seed {self.plan.seed}', unit='step',
-            disable=not (self.progress and state.is_world_process_zero), mininterval=1)
+
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=f"{self.captioner.method}, lr {self.plan.lr:g}, seed {self.plan.seed}",
+            unit="step",
+            disable=not (self.progress and state.is_world_process_zero),
+            mininterval=1,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
-        if self.seen['collapse']: control.should_training_stop = True
+        if self.seen["collapse"]:
+            control.should_training_stop = True
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if 'loss' in logs:
-            self.seen['losses'].append(logs['loss'])
+        if "loss" in logs:
+            self.seen["losses"].append(logs["loss"])
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        from rsstudy.metrics.cider import cider # known to a run's key by its version, not by its code
-        seen, loss, count = self.seen, metrics['eval_loss'], min(self.plan.val_captions, len(self.val_rows))
-        pictures = dict(images=[self.val_rows.images[i] for i in range(count)]) if self.val_rows.features is None else dict(images=None, features=self.val_rows.features[:count])
-        samples = generate_captions(self.captioner, prompts=self.val_rows.prompts[:count], max_new_tokens=self.plan.max_new_tokens, **pictures) if count else []
-        score = float(cider(samples, self.val_rows.captions[:count]).mean()) if count else 0.
-        seen['evaluations'].append(dict(step=state.global_step, val_loss=loss, val_cider=score if count else None, samples=samples[:8]))
-        symptom = diagnose(samples, seen['losses']) if state.global_step else None
-        if symptom and symptom == seen['symptom']: seen['collapse'] = CAUSES[symptom]
-        if not abs(loss) < float('inf'): seen['collapse'] = 'the validation loss is not a number: the learning rate is too high'
-        tuned = state.global_step > 0 # the untuned state is recorded, and never the outcome
-        improved = tuned and abs(loss) < float('inf') and (seen['best'] is None or [score, -loss] > seen['best'])
+        from rsstudy.metrics.cider import cider  # known to a run's key by its version, not by its code
+
+        seen, loss, count = self.seen, metrics["eval_loss"], min(self.plan.val_captions, len(self.val_rows))
+        pictures = (
+            dict(images=[self.val_rows.images[i] for i in range(count)])
+            if self.val_rows.features is None
+            else dict(images=None, features=self.val_rows.features[:count])
+        )
+        samples = (
+            generate_captions(
+                self.captioner,
+                prompts=self.val_rows.prompts[:count],
+                max_new_tokens=self.plan.max_new_tokens,
+                **pictures,
+            )
+            if count
+            else []
+        )
+        score = float(cider(samples, self.val_rows.captions[:count]).mean()) if count else 0.0
+        seen["evaluations"].append(
+            dict(step=state.global_step, val_loss=loss, val_cider=score if count else None, samples=samples[:8])
+        )
+        symptom = diagnose(samples, seen["losses"]) if state.global_step else None
+        if symptom and symptom == seen["symptom"]:
+            seen["collapse"] = CAUSES[symptom]
+        if not abs(loss) < float("inf"):
+            seen["collapse"] = "the validation loss is not a number: the learning rate is too high"
+        tuned = state.global_step > 0  # the untuned state is recorded, and never the outcome
+        improved = tuned and abs(loss) < float("inf") and (seen["best"] is None or [score, -loss] > seen["best"])
         if improved:
             seen.update(best=[score, -loss], best_step=state.global_step)
-            self.best_state = {n: whole(p).to('cpu', copy=True) for n, p in self.trainable().items()}
-        seen.update(symptom=symptom, worse=0 if improved or not tuned else seen['worse'] + 1)
-        if seen['collapse'] or seen['worse'] >= self.plan.patience: control.should_training_stop = True
+            self.best_state = {n: whole(p).to("cpu", copy=True) for n, p in self.trainable().items()}
+        seen.update(symptom=symptom, worse=0 if improved or not tuned else seen["worse"] + 1)
+        if seen["collapse"] or seen["worse"] >= self.plan.patience:
+            control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -79,62 +122,98 @@ class Watch(TrainerCallback):
 
     def put_best(self):
         parameters = self.trainable()
-        for name, value in self.best_state.items(): put(parameters[name], value)
+        for name, value in self.best_state.items():
+            put(parameters[name], value)
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-007
 def fit(
-    captioner:Captioner, # With a method attached; its model is trained in place and left at its best state
-    train_rows:CaptionRows, # What it learns from
-    val_rows:CaptionRows, # What chooses the best state
-    plan:TrainingPlan, # How
-    folder:str|Path|None=None, # Of the run's checkpoints; None keeps none
-    run_key:str='', # What the run is, beside its plan: method, data, base
-    progress:bool=False, # A bar with the remaining time?
-    about:dict|None=None, # More for trackers: the profile, the manifest
-    logs:str|Path|None=None, # Where a tracker keeps its files, if it keeps any; None loses them
-) -> dict: # plan, losses of the steps, evaluations (step, val_loss, val_cider, samples), best_step, best_val_loss, best_val_cider, skipped_steps, micro_images, collapse, cost
+    captioner: Captioner,  # With a method attached; its model is trained in place and left at its best state
+    train_rows: CaptionRows,  # What it learns from
+    val_rows: CaptionRows,  # What chooses the best state
+    plan: TrainingPlan,  # How
+    folder: str | Path | None = None,  # Of the run's checkpoints; None keeps none
+    run_key: str = "",  # What the run is, beside its plan: method, data, base
+    progress: bool = False,  # A bar with the remaining time?
+    about: dict | None = None,  # More for trackers: the profile, the manifest
+    logs: str | Path | None = None,  # Where a tracker keeps its files, if it keeps any; None loses them
+) -> dict:  # plan, losses of the steps, evaluations (step, val_loss, val_cider, samples), best_step, best_val_loss, best_val_cider, skipped_steps, micro_images, collapse, cost
     """Trains what requires a gradient. Raises `ValueError` when nothing does, `RuntimeError` when another process trains in the folder, `OSError` when a checkpoint cannot be written.
 
     `collapse` is None, or the diagnosis with which the guard ended the run. `cost` counts what a run that went on had used before.
     """
-    if not any(p.requires_grad for p in captioner.model.parameters()): raise ValueError(f"method '{captioner.method}' left no parameter to train")
+    if not any(p.requires_grad for p in captioner.model.parameters()):
+        raise ValueError(f"method '{captioner.method}' left no parameter to train")
     with locked(folder) if folder and main_process() else nullcontext(), measured() as cost:
-        watch, run_key = Watch(captioner, val_rows, plan, progress), f'{run_key} {plan}'
+        watch, run_key = Watch(captioner, val_rows, plan, progress), f"{run_key} {plan}"
         last = latest_checkpoint(folder, run_key) if folder else None
         kept = load_checkpoint(last) if last else None
         ended = _resume(watch, last, *kept) if last else False
-        if not ended: _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, kept, about, logs)
+        if not ended:
+            _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, kept, about, logs)
         facts = watch.seen if ended else watch.facts()
-        if folder and main_process() and not (last and last.name == 'finished'):
-            save_checkpoint(folder, 'finished', {f'best/{n}': v for n, v in watch.best_state.items()}, dict(run_key=run_key, seen=facts))
+        if folder and main_process() and not (last and last.name == "finished"):
+            save_checkpoint(
+                folder,
+                "finished",
+                {f"best/{n}": v for n, v in watch.best_state.items()},
+                dict(run_key=run_key, seen=facts),
+            )
     captioner.model.eval()
-    best = next(e for e in facts['evaluations'] if e['step'] == facts['best_step']) if facts['best'] else dict(val_loss=None, val_cider=None)
-    return dict(plan=dataclasses.asdict(plan), best_val_loss=best['val_loss'], best_val_cider=best['val_cider'], cost=dataclasses.replace(cost, seconds=facts['seconds']),
-        **{k: facts[k] for k in ('losses', 'evaluations', 'best_step', 'skipped_steps', 'micro_images', 'collapse')})
+    best = (
+        next(e for e in facts["evaluations"] if e["step"] == facts["best_step"])
+        if facts["best"]
+        else dict(val_loss=None, val_cider=None)
+    )
+    return dict(
+        plan=dataclasses.asdict(plan),
+        best_val_loss=best["val_loss"],
+        best_val_cider=best["val_cider"],
+        cost=dataclasses.replace(cost, seconds=facts["seconds"]),
+        **{k: facts[k] for k in ("losses", "evaluations", "best_step", "skipped_steps", "micro_images", "collapse")},
+    )
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-008
-def _resume(watch, last, tensors, facts) -> bool: # Had the run already ended?
-    watch.best_state, watch.seen = {k.removeprefix('best/'): v for k, v in tensors.items() if k.startswith('best/')}, facts['seen']
-    ended = last.name == 'finished' or bool(watch.seen['collapse']) or watch.seen['worse'] >= watch.plan.patience
-    if ended: watch.put_best()
+def _resume(watch, last, tensors, facts) -> bool:  # Had the run already ended?
+    watch.best_state, watch.seen = (
+        {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")},
+        facts["seen"],
+    )
+    ended = last.name == "finished" or bool(watch.seen["collapse"]) or watch.seen["worse"] >= watch.plan.patience
+    if ended:
+        watch.put_best()
     return ended
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-009
 def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, kept, about, logs):
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
-    if plan.gradient_checkpointing: enable_checkpointing(captioner.model)
-    if plan.compile: compile_layers(captioner.model)
-    gpu = next(captioner.model.parameters()).device.type == 'cuda'
+
+    if plan.gradient_checkpointing:
+        enable_checkpointing(captioner.model)
+    if plan.compile:
+        compile_layers(captioner.model)
+    gpu = next(captioner.model.parameters()).device.type == "cuda"
     with tempfile.TemporaryDirectory() as scratch:
-        name = f'{captioner.method}-seed{plan.seed}-lr{plan.lr:g}'
-        output = scratch if logs is None or plan.track == 'none' else str(Path(logs)/name)
+        name = f"{captioner.method}-seed{plan.seed}-lr{plan.lr:g}"
+        output = scratch if logs is None or plan.track == "none" else str(Path(logs) / name)
         arguments = training_arguments(plan, len(train_rows), gpu, output, name, folder is not None, about)
         arguments.eval_on_start = last is None
-        trainer = CaptionTrainer(captioner, watch, plan, folder, run_key, kept, args=arguments, train_dataset=train_rows, eval_dataset=val_rows)
+        trainer = CaptionTrainer(
+            captioner,
+            watch,
+            plan,
+            folder,
+            run_key,
+            kept,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=val_rows,
+        )
         trainer.remove_callback(PrinterCallback)
         # peft casts a LoRA's input to float32, and autocast casts it back: two copies of the activations for nothing
-        with disable_input_dtype_casting(captioner.model) if gpu else nullcontext(): trainer.train(resume_from_checkpoint=str(last) if last else None)
-        if plan.track == 'wandb' and main_process():
+        with disable_input_dtype_casting(captioner.model) if gpu else nullcontext():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if plan.track == "wandb" and main_process():
             import wandb
-            wandb.finish() # or the next run would log into this one, and what is not uploaded be lost
+
+            wandb.finish()  # or the next run would log into this one, and what is not uploaded be lost

@@ -10,20 +10,31 @@ from collections import Counter
 
 # %% ../../nbs/lib/08_training/05_guard.ipynb #cell-004
 CAUSES = dict(
-    empty='<eos> is the first token: look for labels that are all -100, a prompt that already ends the caption, or a learning rate too high',
-    repeated='one token again and again: look for labels without <eos>, a missing prefix mask (token_type_ids), float16, or a learning rate too high',
-    same='one caption for every image: the images do not reach the loss; look at the image tokens, a frozen projector that was never trained, '
-         'or too few steps',
-    nonfinite='three steps in a row without a finite gradient: look at the learning rate, at float16, at images or captions that are not what they seem',
-    still='the loss does not move: look at the learning rate, at which parameters train, at tied embeddings and at labels shifted by hand')
+    empty="<eos> is the first token: look for labels that are all -100, a prompt that already ends the caption, or a learning rate too high",
+    repeated="one token again and again: look for labels without <eos>, a missing prefix mask (token_type_ids), float16, or a learning rate too high",
+    same="one caption for every image: the images do not reach the loss; look at the image tokens, a frozen projector that was never trained, "
+    "or too few steps",
+    nonfinite="three steps in a row without a finite gradient: look at the learning rate, at float16, at images or captions that are not what they seem",
+    still="the loss does not move: look at the learning rate, at which parameters train, at tied embeddings and at labels shifted by hand",
+)
+
+
 def diagnose(
-    captions:list[str], # Decoded from different images
-    losses:list[float]=(), # Training losses so far, oldest first
-) -> str|None: # Key of CAUSES, or None where nothing is wrong
+    captions: list[str],  # Decoded from different images
+    losses: list[float] = (),  # Training losses so far, oldest first
+) -> str | None:  # Key of CAUSES, or None where nothing is wrong
     "What a collapse would look like in these captions and losses."
     words = [caption.split() for caption in captions]
-    if captions and all(not w for w in words): return 'empty'
-    if captions and all(len(w) >= 4 and max(Counter(w).values()) > .7 * len(w) for w in words): return 'repeated'
+    if captions and all(not w for w in words):
+        return "empty"
+    if captions and all(len(w) >= 4 and max(Counter(w).values()) > 0.7 * len(w) for w in words):
+        return "repeated"
     quarter = len(losses) // 4
-    if quarter >= 4 and sum(losses[-quarter:]) > .998 * sum(losses[:quarter]) and sum(losses[-quarter:]) > .5 * quarter: return 'still'
-    if len(captions) >= 4 and len(set(captions)) == 1: return 'same'
+    if (
+        quarter >= 4
+        and sum(losses[-quarter:]) > 0.998 * sum(losses[:quarter])
+        and sum(losses[-quarter:]) > 0.5 * quarter
+    ):
+        return "still"
+    if len(captions) >= 4 and len(set(captions)) == 1:
+        return "same"

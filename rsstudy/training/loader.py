@@ -7,8 +7,10 @@ __all__ = ['WINDOW', 'CaptionRows', 'halves', 'at_most', 'StepSampler', 'StepLoa
 
 # %% ../../nbs/lib/08_training/04_loader.ipynb #cell-002
 import copy
+
 import numpy as np
 import torch
+
 from ..model.forward import pixel_tensor
 from ..model.generate import Captioner
 from ..model.pack import Example, encode_example, pack
@@ -16,98 +18,134 @@ from ..model.pack import Example, encode_example, pack
 # %% ../../nbs/lib/08_training/04_loader.ipynb #cell-005
 class CaptionRows(torch.utils.data.Dataset):
     "Images and captions, ready to be packed."
-    def __init__(self,
-        captioner:Captioner, # Whose processor and prompt encode the rows
-        images, # Sequence of PIL images or uint8 arrays, decoded when asked for
-        captions:list[list[str]], # Captions of each image, at least one
-        prompts:list[str]|None=None, # Text before the captions of each image; the captioner's by default
-        features:torch.Tensor|None=None, # (images, N, d) from `rsstudy.model.features.cache_features`; then no pixels are read
+
+    def __init__(
+        self,
+        captioner: Captioner,  # Whose processor and prompt encode the rows
+        images,  # Sequence of PIL images or uint8 arrays, decoded when asked for
+        captions: list[list[str]],  # Captions of each image, at least one
+        prompts: list[str] | None = None,  # Text before the captions of each image; the captioner's by default
+        features: torch.Tensor
+        | None = None,  # (images, N, d) from `rsstudy.model.features.cache_features`; then no pixels are read
     ):
-        if len(images) != len(captions): raise ValueError(f'{len(images)} images need as many lists of captions, got {len(captions)}')
+        if len(images) != len(captions):
+            raise ValueError(f"{len(images)} images need as many lists of captions, got {len(captions)}")
         self.processor, self.images, self.captions, self.features = captioner.processor, images, captions, features
         self.prompts = prompts or [captioner.prompt] * len(images)
-        self.examples = [encode_example(captioner.processor, prompt, texts) for prompt, texts in zip(self.prompts, captions)]
+        self.examples = [
+            encode_example(captioner.processor, prompt, texts) for prompt, texts in zip(self.prompts, captions)
+        ]
 
-    def __len__(self): return len(self.examples)
+    def __len__(self):
+        return len(self.examples)
 
     def __getitem__(self, i):
         example = self.examples[max(i, ~i)]
-        if i < 0: i, example = ~i, Example(example.prefix, example.captions, [0] * len(example.counts))
+        if i < 0:
+            i, example = ~i, Example(example.prefix, example.captions, [0] * len(example.counts))
         picture = dict(image=self.images[i]) if self.features is None else dict(features=self.features[i])
         return dict(example=example, **picture)
 
-    def first(self,
-        n:int, # Rows wanted; 0 or more than there are takes all
+    def first(
+        self,
+        n: int,  # Rows wanted; 0 or more than there are takes all
     ):
         "The first n rows."
         part = copy.copy(self)
-        part.examples = self.examples[:n or None]
+        part.examples = self.examples[: n or None]
         return part
 
-    def lengths(self) -> np.ndarray: # (rows,) tokens of each packed row
+    def lengths(self) -> np.ndarray:  # (rows,) tokens of each packed row
         "What the decoder reads of each image."
         return np.array([e.length for e in self.examples])
 
-    def collate(self, rows, multiple=1): # -> batch for `caption_loss`, its length rounded up to a multiple
-        batch = pack([row['example'] for row in rows], self.processor.tokenizer.eos_token_id, multiple=multiple)
-        if self.features is None: return batch | dict(pixel_values=pixel_tensor(self.processor, [row['image'] for row in rows]))
-        return batch | dict(features=torch.stack([row['features'] for row in rows]))
+    def collate(self, rows, multiple=1):  # -> batch for `caption_loss`, its length rounded up to a multiple
+        batch = pack([row["example"] for row in rows], self.processor.tokenizer.eos_token_id, multiple=multiple)
+        if self.features is None:
+            return batch | dict(pixel_values=pixel_tensor(self.processor, [row["image"] for row in rows]))
+        return batch | dict(features=torch.stack([row["features"] for row in rows]))
 
-    def collate_step(self, rows, micro_images=0, multiple=1): # -> batches of at most micro_images rows, long rows first; 0: one batch
+    def collate_step(
+        self, rows, micro_images=0, multiple=1
+    ):  # -> batches of at most micro_images rows, long rows first; 0: one batch
         size = micro_images or len(rows)
-        rows = sorted(rows, key=lambda row: -row['example'].length) if size < len(rows) else rows
-        return [self.collate(rows[i:i + size], multiple) for i in range(0, len(rows), size)]
+        rows = sorted(rows, key=lambda row: -row["example"].length) if size < len(rows) else rows
+        return [self.collate(rows[i : i + size], multiple) for i in range(0, len(rows), size)]
 
 # %% ../../nbs/lib/08_training/04_loader.ipynb #cell-009
 def halves(
-    batch:dict, # From `CaptionRows.collate`, two rows or more
-) -> list[dict]: # Two batches with the same rows between them
+    batch: dict,  # From `CaptionRows.collate`, two rows or more
+) -> list[dict]:  # Two batches with the same rows between them
     "A packed batch cut in two."
-    count, length = batch['input_ids'].shape
-    first, per_row = count // 2, ('input_ids', 'blocks', 'position_ids', 'pixel_values', 'features')
-    mine = batch['rows'] < first * length
-    return [{k: v[part] if k in per_row else v[chosen] - shift if k == 'rows' else v[chosen] for k, v in batch.items()}
-        for part, chosen, shift in ((slice(first), mine, 0), (slice(first, None), ~mine, first * length))]
+    count, length = batch["input_ids"].shape
+    first, per_row = count // 2, ("input_ids", "blocks", "position_ids", "pixel_values", "features")
+    mine = batch["rows"] < first * length
+    return [
+        {k: v[part] if k in per_row else v[chosen] - shift if k == "rows" else v[chosen] for k, v in batch.items()}
+        for part, chosen, shift in ((slice(first), mine, 0), (slice(first, None), ~mine, first * length))
+    ]
 
 # %% ../../nbs/lib/08_training/04_loader.ipynb #cell-010
 def at_most(
-    batches:list[dict], # Of a step
-    micro_images:int, # Rows a batch may have; 0: any
+    batches: list[dict],  # Of a step
+    micro_images: int,  # Rows a batch may have; 0: any
 ) -> list[dict]:
     "The batches, each halved until it is small enough."
-    small = lambda batch: not micro_images or len(batch['input_ids']) <= micro_images
+
+    def small(batch):
+        return not micro_images or len(batch["input_ids"]) <= micro_images
+
     return [part for batch in batches for part in ([batch] if small(batch) else at_most(halves(batch), micro_images))]
 
 # %% ../../nbs/lib/08_training/04_loader.ipynb #cell-013
-WINDOW = 16 # steps that are sorted together
+WINDOW = 16  # steps that are sorted together
+
+
 class StepSampler(torch.utils.data.Sampler):
     "Row numbers of one step after the other: the share of this process."
-    def __init__(self,
-        lengths:np.ndarray, # (rows,) tokens of each row
-        batch_images:int, # Images a step, over all processes
-        seed:int, # Of the order
-        bucket:bool=True, # Rows of like length together?
-        rank:int=0, # Of this process
-        world:int=1, # Processes
+
+    def __init__(
+        self,
+        lengths: np.ndarray,  # (rows,) tokens of each row
+        batch_images: int,  # Images a step, over all processes
+        seed: int,  # Of the order
+        bucket: bool = True,  # Rows of like length together?
+        rank: int = 0,  # Of this process
+        world: int = 1,  # Processes
     ):
-        self.lengths, self.batch_images, self.seed, self.bucket, self.rank, self.world, self.epoch = lengths, batch_images, seed, bucket, rank, world, 0
+        self.lengths, self.batch_images, self.seed, self.bucket, self.rank, self.world, self.epoch = (
+            lengths,
+            batch_images,
+            seed,
+            bucket,
+            rank,
+            world,
+            0,
+        )
 
-    def set_epoch(self, epoch): self.epoch = epoch
-    def __len__(self): return -(-len(self.lengths) // self.batch_images)
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
-    def steps(self) -> list[list[int]]: # Row numbers of each step of the epoch, over all processes
+    def __len__(self):
+        return -(-len(self.lengths) // self.batch_images)
+
+    def steps(self) -> list[list[int]]:  # Row numbers of each step of the epoch, over all processes
         size, rng = self.batch_images, np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.lengths))
-        if not self.bucket: return [order[i:i + size].tolist() for i in range(0, len(order), size)]
-        windows = [order[i:i + WINDOW * size] for i in range(0, len(order), WINDOW * size)]
-        order = np.concatenate([window[np.argsort(-self.lengths[window], kind='stable')] for window in windows])
-        steps = [order[i:i + size].tolist() for i in range(0, len(order), size)]
+        if not self.bucket:
+            return [order[i : i + size].tolist() for i in range(0, len(order), size)]
+        windows = [order[i : i + WINDOW * size] for i in range(0, len(order), WINDOW * size)]
+        order = np.concatenate([window[np.argsort(-self.lengths[window], kind="stable")] for window in windows])
+        steps = [order[i : i + size].tolist() for i in range(0, len(order), size)]
         return [steps[k] for k in rng.permutation(len(steps))]
 
     def __iter__(self):
-        for step in self.steps(): yield step[self.rank::self.world] or [~step[0]]
+        for step in self.steps():
+            yield step[self.rank :: self.world] or [~step[0]]
 
 # %% ../../nbs/lib/08_training/04_loader.ipynb #cell-014
 class StepLoader(torch.utils.data.DataLoader):
     "A loader that tells its sampler the epoch."
-    def set_epoch(self, epoch): self.batch_sampler.set_epoch(epoch)
+
+    def set_epoch(self, epoch):
+        self.batch_sampler.set_epoch(epoch)

@@ -8,66 +8,95 @@ __all__ = ['TrainingPlan', 'StudyArguments', 'training_arguments']
 # %% ../../nbs/lib/08_training/01_plan.ipynb #cell-002
 import dataclasses
 import os
-import torch
 from dataclasses import dataclass
+
+import torch
 from transformers import TrainingArguments
+
 from ..common.settings import Profile
 
 # %% ../../nbs/lib/08_training/01_plan.ipynb #cell-004
 @dataclass(frozen=True)
 class TrainingPlan:
     "How one run trains: AdamW with a cosine learning rate (Loshchilov & Hutter 2017, 2019)."
-    lr:float # Highest learning rate
-    epochs:int=4 # Passes over the training images
-    batch_images:int=16 # Images a step, over all micro-batches and processes
-    micro_images:int=0 # Images computed at once; 0: all of the step. Changes memory and speed, not what is learnt
-    warmup:float=.05 # Share of the steps in which the learning rate rises
-    weight_decay:float=0. # Off biases and norms
-    clip:float=1. # Largest gradient norm
-    lora_plus:float=1. # Learning rate of LoRA's B over that of A (Hayou et al. 2024, LoRA+, <https://arxiv.org/abs/2402.12354>); 1: the same
-    patience:int=2 # Evaluations without improvement before training stops
-    seed:int=0 # Order of the images and dropout
-    evaluate_every:int=0 # Steps between evaluations; 0 evaluates after each epoch
-    val_captions:int=64 # Validation images captioned at each evaluation, the first ones; 0 chooses the best state by validation loss
-    max_new_tokens:int=30 # Their longest caption
-    checkpoint_every:int=0 # Steps between checkpoints; 0: at each evaluation
-    gradient_checkpointing:bool=False # Compute activations again in the backward pass? Less memory, a third more arithmetic
-    compile:bool=False # Compile the decoder's layers?
-    bucket:bool=True # Rows of like length in a step?
-    loader_workers:int=0 # Processes that decode images ahead
-    track:str='none' # "tensorboard", "wandb" or "trackio"
+
+    lr: float  # Highest learning rate
+    epochs: int = 4  # Passes over the training images
+    batch_images: int = 16  # Images a step, over all micro-batches and processes
+    micro_images: int = 0  # Images computed at once; 0: all of the step. Changes memory and speed, not what is learnt
+    warmup: float = 0.05  # Share of the steps in which the learning rate rises
+    weight_decay: float = 0.0  # Off biases and norms
+    clip: float = 1.0  # Largest gradient norm
+    lora_plus: float = 1.0  # Learning rate of LoRA's B over that of A (Hayou et al. 2024, LoRA+, <https://arxiv.org/abs/2402.12354>); 1: the same
+    patience: int = 2  # Evaluations without improvement before training stops
+    seed: int = 0  # Order of the images and dropout
+    evaluate_every: int = 0  # Steps between evaluations; 0 evaluates after each epoch
+    val_captions: int = 64  # Validation images captioned at each evaluation, the first ones; 0 chooses the best state by validation loss
+    max_new_tokens: int = 30  # Their longest caption
+    checkpoint_every: int = 0  # Steps between checkpoints; 0: at each evaluation
+    gradient_checkpointing: bool = (
+        False  # Compute activations again in the backward pass? Less memory, a third more arithmetic
+    )
+    compile: bool = False  # Compile the decoder's layers?
+    bucket: bool = True  # Rows of like length in a step?
+    loader_workers: int = 0  # Processes that decode images ahead
+    track: str = "none"  # "tensorboard", "wandb" or "trackio"
 
     @classmethod
-    def of(cls,
-        P:Profile, # The resolved settings
-        **changes, # Fields that differ from the profile; `lr` at least
+    def of(
+        cls,
+        P: Profile,  # The resolved settings
+        **changes,  # Fields that differ from the profile; `lr` at least
     ):
         "The profile's plan."
-        shared = {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(P)} - {'lr'}
+        shared = {f.name for f in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(P)} - {"lr"}
         return cls(**({name: getattr(P, name) for name in shared} | changes))
 
 # %% ../../nbs/lib/08_training/01_plan.ipynb #cell-007
 @dataclass
 class StudyArguments(TrainingArguments):
     "The library's arguments, with the study's facts for trackers."
-    study:dict|None = None # Profile, manifest
+
+    study: dict | None = None  # Profile, manifest
 
 # %% ../../nbs/lib/08_training/01_plan.ipynb #cell-008
 def training_arguments(
-    plan:TrainingPlan, # How
-    rows:int, # Training rows
-    gpu:bool, # Does the model live on one?
-    folder:str, # For the library's own use, and for a tracker's files
-    name:str, # Of the run, for trackers
-    saves:bool, # Are there checkpoints?
-    about:dict|None=None, # For trackers
+    plan: TrainingPlan,  # How
+    rows: int,  # Training rows
+    gpu: bool,  # Does the model live on one?
+    folder: str,  # For the library's own use, and for a tracker's files
+    name: str,  # Of the run, for trackers
+    saves: bool,  # Are there checkpoints?
+    about: dict | None = None,  # For trackers
 ) -> StudyArguments:
     "The plan in the library's words."
     every = -(-rows // plan.batch_images)
-    return StudyArguments(output_dir=folder, run_name=name, project='rsstudy', num_train_epochs=plan.epochs, learning_rate=plan.lr, lr_scheduler_type='cosine',
-        warmup_steps=round(plan.warmup * every * plan.epochs), weight_decay=plan.weight_decay, max_grad_norm=plan.clip, adam_beta2=.999, seed=plan.seed,
-        per_device_train_batch_size=max(1, plan.batch_images // int(os.environ.get('WORLD_SIZE', 1))), logging_steps=1,
-        eval_strategy='steps', eval_steps=plan.evaluate_every or every, eval_on_start=True,
-        save_strategy='steps' if saves else 'no', save_steps=plan.checkpoint_every or plan.evaluate_every or every,
-        report_to=[] if plan.track == 'none' else [plan.track], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=gpu, ddp_find_unused_parameters=False,
-        bf16=gpu and torch.cuda.is_bf16_supported(), use_cpu=not gpu, optim='adamw_torch_fused', study=(about or {}) | dict(plan=dataclasses.asdict(plan)))
+    return StudyArguments(
+        output_dir=folder,
+        run_name=name,
+        project="rsstudy",
+        num_train_epochs=plan.epochs,
+        learning_rate=plan.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(plan.warmup * every * plan.epochs),
+        weight_decay=plan.weight_decay,
+        max_grad_norm=plan.clip,
+        adam_beta2=0.999,
+        seed=plan.seed,
+        per_device_train_batch_size=max(1, plan.batch_images // int(os.environ.get("WORLD_SIZE", 1))),
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=plan.evaluate_every or every,
+        eval_on_start=True,
+        save_strategy="steps" if saves else "no",
+        save_steps=plan.checkpoint_every or plan.evaluate_every or every,
+        report_to=[] if plan.track == "none" else [plan.track],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=gpu,
+        ddp_find_unused_parameters=False,
+        bf16=gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not gpu,
+        optim="adamw_torch_fused",
+        study=(about or {}) | dict(plan=dataclasses.asdict(plan)),
+    )

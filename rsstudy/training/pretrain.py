@@ -7,68 +7,105 @@ __all__ = ['GRAY', 'scene_tasks', 'read_images', 'pretraining_rows', 'evaluate_b
 
 # %% ../../nbs/lib/08_training/09_pretrain.ipynb #cell-002
 import csv
-import numpy as np
 from pathlib import Path
+
+import numpy as np
+
 from ..model.generate import Captioner, generate_captions
 from .loader import CaptionRows
 
 # %% ../../nbs/lib/08_training/09_pretrain.ipynb #cell-006
-GRAY = np.full((224, 224, 3), 127, np.uint8) # the picture under text that belongs to no picture
+GRAY = np.full((224, 224, 3), 127, np.uint8)  # the picture under text that belongs to no picture
+
+
 def scene_tasks(
-    folder:Path, # A source world
-    split:str, # train, val or test
-) -> tuple[list[Path],list[list[str]],list[list[tuple[str,str]]]]: # Images; captions; (prompt, answer) pairs of each image
+    folder: Path,  # A source world
+    split: str,  # train, val or test
+) -> tuple[
+    list[Path], list[list[str]], list[list[tuple[str, str]]]
+]:  # Images; captions; (prompt, answer) pairs of each image
     "What the base learns of each scene."
-    with open(folder/'questions.csv', encoding='utf-8') as file: asked = [row for row in csv.DictReader(file) if row['split'] == split]
+    with open(folder / "questions.csv", encoding="utf-8") as file:
+        asked = [row for row in csv.DictReader(file) if row["split"] == split]
     tasks = {}
-    for row in asked: tasks.setdefault(row['image'], []).append((f"{row['kind']} en {row['question']}".strip(), row['answer']))
-    with open(folder/'captions.csv', encoding='utf-8') as file: rows = [row for row in csv.DictReader(file) if row['split'] == split]
-    return ([folder/'resized'/row['image'] for row in rows], [[row[f'caption_{k}'] for k in range(1, 6)] for row in rows], [tasks[row['image']] for row in rows])
+    for row in asked:
+        tasks.setdefault(row["image"], []).append((f"{row['kind']} en {row['question']}".strip(), row["answer"]))
+    with open(folder / "captions.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == split]
+    return (
+        [folder / "resized" / row["image"] for row in rows],
+        [[row[f"caption_{k}"] for k in range(1, 6)] for row in rows],
+        [tasks[row["image"]] for row in rows],
+    )
 
 # %% ../../nbs/lib/08_training/09_pretrain.ipynb #cell-007
 def read_images(
-    paths:list[Path], # Images of 224 x 224
-) -> list[np.ndarray]: # uint8 (224, 224, 3)
+    paths: list[Path],  # Images of 224 x 224
+) -> list[np.ndarray]:  # uint8 (224, 224, 3)
     "All images in memory: they are read again in every epoch."
     from PIL import Image
+
     return [np.asarray(Image.open(path)) for path in paths]
 
 # %% ../../nbs/lib/08_training/09_pretrain.ipynb #cell-008
 def pretraining_rows(
-    captioner:Captioner, # Whose processor encodes
-    images:list[np.ndarray], # Scenes
-    captions:list[list[str]], # Five each
-    tasks:list[list[tuple[str,str]]], # (prompt, answer) pairs each
-    sentences:list[str], # Text without a picture, ten a row
-    rng:np.random.Generator, # Chooses the tasks of each scene
-    per_scene:int=3, # Tasks of a scene; one with fewer gives all it has
+    captioner: Captioner,  # Whose processor encodes
+    images: list[np.ndarray],  # Scenes
+    captions: list[list[str]],  # Five each
+    tasks: list[list[tuple[str, str]]],  # (prompt, answer) pairs each
+    sentences: list[str],  # Text without a picture, ten a row
+    rng: np.random.Generator,  # Chooses the tasks of each scene
+    per_scene: int = 3,  # Tasks of a scene; one with fewer gives all it has
 ) -> CaptionRows:
     "A row of captions and the rows of other tasks for each scene, and the rows of text."
     picked = []
     for i, (description, *questions) in enumerate(tasks):
         described = i % 4 == 0
-        chosen = rng.permutation(len(questions))[:per_scene - described]
+        chosen = rng.permutation(len(questions))[: per_scene - described]
         picked += [(images[i], description)] * described + [(images[i], questions[k]) for k in chosen]
-    text = [sentences[i:i + 10] for i in range(0, len(sentences), 10)]
-    return CaptionRows(captioner, images + [image for image, _ in picked] + [GRAY] * len(text), captions + [[answer] for _, (_, answer) in picked] + text,
-        ['caption en'] * len(images) + [prompt for _, (prompt, _) in picked] + ['write en'] * len(text))
+    text = [sentences[i : i + 10] for i in range(0, len(sentences), 10)]
+    return CaptionRows(
+        captioner,
+        images + [image for image, _ in picked] + [GRAY] * len(text),
+        captions + [[answer] for _, (_, answer) in picked] + text,
+        ["caption en"] * len(images) + [prompt for _, (prompt, _) in picked] + ["write en"] * len(text),
+    )
 
 # %% ../../nbs/lib/08_training/09_pretrain.ipynb #cell-011
 def evaluate_base(
-    captioner:Captioner, # The base
-    images:list, # Held-out scenes
-    captions:list[list[str]], # References
-    tasks:list[list[tuple[str,str]]], # (prompt, answer) pairs; questions are scored by exact match
-    progress:bool=True, # Bars?
-) -> dict: # scores, accuracy, accuracy_by_question, samples
+    captioner: Captioner,  # The base
+    images: list,  # Held-out scenes
+    captions: list[list[str]],  # References
+    tasks: list[list[tuple[str, str]]],  # (prompt, answer) pairs; questions are scored by exact match
+    progress: bool = True,  # Bars?
+) -> dict:  # scores, accuracy, accuracy_by_question, samples
     "Caption scores and question accuracy."
     from rsstudy.metrics.registry import score_captions
-    predictions = generate_captions(captioner, images, prompts='caption en', progress=progress)
-    asked = [(i, prompt, answer) for i, pairs in enumerate(tasks) for prompt, answer in pairs if prompt.startswith('answer')]
-    answers = generate_captions(captioner, [images[i] for i, _, _ in asked], prompts=[p for _, p, _ in asked], max_new_tokens=8, progress=progress) if asked else []
+
+    predictions = generate_captions(captioner, images, prompts="caption en", progress=progress)
+    asked = [
+        (i, prompt, answer) for i, pairs in enumerate(tasks) for prompt, answer in pairs if prompt.startswith("answer")
+    ]
+    answers = (
+        generate_captions(
+            captioner,
+            [images[i] for i, _, _ in asked],
+            prompts=[p for _, p, _ in asked],
+            max_new_tokens=8,
+            progress=progress,
+        )
+        if asked
+        else []
+    )
     by_kind = {}
-    for (_, prompt, answer), said in zip(asked, answers): by_kind.setdefault(' '.join(prompt.split()[2:4]), []).append(said == answer)
+    for (_, prompt, answer), said in zip(asked, answers):
+        by_kind.setdefault(" ".join(prompt.split()[2:4]), []).append(said == answer)
     right = [hit for hits in by_kind.values() for hit in hits]
-    return dict(images=len(images), scores=score_captions(predictions, captions).corpus, questions=len(asked),
-        accuracy=float(np.mean(right)) if right else None, accuracy_by_question={k: float(np.mean(v)) for k, v in sorted(by_kind.items())},
-        samples=[dict(prediction=p, reference=c[0]) for p, c in list(zip(predictions, captions))[:8]])
+    return dict(
+        images=len(images),
+        scores=score_captions(predictions, captions).corpus,
+        questions=len(asked),
+        accuracy=float(np.mean(right)) if right else None,
+        accuracy_by_question={k: float(np.mean(v)) for k, v in sorted(by_kind.items())},
+        samples=[dict(prediction=p, reference=c[0]) for p, c in list(zip(predictions, captions))[:8]],
+    )

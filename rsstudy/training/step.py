@@ -7,14 +7,22 @@ __all__ = ['CaptionLoss', 'CaptionTrainer']
 
 # %% ../../nbs/lib/08_training/07_step.ipynb #cell-002
 import dataclasses
+from contextlib import nullcontext
+
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from contextlib import nullcontext
 from transformers import Trainer
+
 from ..common.files import announce
 from ..model.forward import caption_loss
 from rsstudy.training.checkpoint import (
-    optimizer_tensors, put, random_tensors, restore_optimizer, restore_random, save_checkpoint, whole,
+    optimizer_tensors,
+    put,
+    random_tensors,
+    restore_optimizer,
+    restore_random,
+    save_checkpoint,
+    whole,
 )
 from .guard import CAUSES
 from .loader import StepLoader, StepSampler, at_most
@@ -22,54 +30,89 @@ from .loader import StepLoader, StepSampler, at_most
 # %% ../../nbs/lib/08_training/07_step.ipynb #cell-004
 class CaptionLoss(torch.nn.Module):
     "A model whose forward pass is its loss."
-    def __init__(self,
-        model, # PaliGemma with a method attached
+
+    def __init__(
+        self,
+        model,  # PaliGemma with a method attached
     ):
         super().__init__()
         self.model = model
 
-    def forward(self,
-        batch:dict, # From `CaptionRows.collate`
-    ) -> tuple[torch.Tensor,torch.Tensor]: # As `caption_loss`
+    def forward(
+        self,
+        batch: dict,  # From `CaptionRows.collate`
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # As `caption_loss`
         return caption_loss(self.model, batch)
 
 # %% ../../nbs/lib/08_training/07_step.ipynb #cell-005
 class CaptionTrainer(Trainer):
     "The library's trainer with this study's step, evaluation and checkpoints."
+
     def __init__(self, captioner, watch, plan, folder, run_key, kept, **kwargs):
-        self.watch, self.plan, self.folder, self.run_key, self.kept = watch, plan, folder, run_key, kept # kept: what `load_checkpoint` gave, if anything
+        self.watch, self.plan, self.folder, self.run_key, self.kept = (
+            watch,
+            plan,
+            folder,
+            run_key,
+            kept,
+        )  # kept: what `load_checkpoint` gave, if anything
         super().__init__(model=CaptionLoss(captioner.model), callbacks=[watch], **kwargs)
 
     def get_train_dataloader(self):
-        rows, plan, multiple = self.train_dataset, self.plan, 8 if self.args.device.type == 'cuda' else 1 # what tensor cores take at once
-        sampler = StepSampler(rows.lengths(), plan.batch_images, plan.seed, plan.bucket, self.args.process_index, self.args.world_size)
-        return StepLoader(rows, batch_sampler=sampler, num_workers=plan.loader_workers, pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=plan.loader_workers > 0, collate_fn=lambda part: dict(micro=rows.collate_step(part, self.watch.seen['micro_images'], multiple)))
+        rows, plan, multiple = (
+            self.train_dataset,
+            self.plan,
+            8 if self.args.device.type == "cuda" else 1,
+        )  # what tensor cores take at once
+        sampler = StepSampler(
+            rows.lengths(), plan.batch_images, plan.seed, plan.bucket, self.args.process_index, self.args.world_size
+        )
+        return StepLoader(
+            rows,
+            batch_sampler=sampler,
+            num_workers=plan.loader_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=plan.loader_workers > 0,
+            collate_fn=lambda part: dict(micro=rows.collate_step(part, self.watch.seen["micro_images"], multiple)),
+        )
 
     def create_optimizer(self, model=None):
-        if self.plan.lora_plus == 1 or self.optimizer is not None: return super().create_optimizer(model)
+        if self.plan.lora_plus == 1 or self.optimizer is not None:
+            return super().create_optimizer(model)
         from peft.optimizers import create_loraplus_optimizer
+
         kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = create_loraplus_optimizer(self.model.model, kind, loraplus_lr_ratio=self.plan.lora_plus, weight_decay=self.args.weight_decay, **options)
+        self.optimizer = create_loraplus_optimizer(
+            self.model.model,
+            kind,
+            loraplus_lr_ratio=self.plan.lora_plus,
+            weight_decay=self.args.weight_decay,
+            **options,
+        )
         return self.optimizer
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
-        micro, seen = at_most(self._prepare_inputs(inputs)['micro'], self.watch.seen['micro_images']), self.watch.seen
-        weight = self.accelerator.reduce(sum(batch['weights'].sum() for batch in micro), reduction='sum')
+        micro, seen = at_most(self._prepare_inputs(inputs)["micro"], self.watch.seen["micro_images"]), self.watch.seen
+        weight = self.accelerator.reduce(sum(batch["weights"].sum() for batch in micro), reduction="sum")
         while True:
-            try: return self.accumulate(model, micro, weight)
+            try:
+                return self.accumulate(model, micro, weight)
             except RuntimeError as error:
-                largest = max(len(batch['input_ids']) for batch in micro)
-                if not should_reduce_batch_size(error) or largest == 1 or self.args.world_size > 1: raise
-            seen['micro_images'] = largest // 2 # outside the handler, where the failed graph is no longer held
-            announce('memory', f'a micro-batch of {largest} images does not fit: {largest // 2} at a time from here on, the step stays {self.plan.batch_images}')
+                largest = max(len(batch["input_ids"]) for batch in micro)
+                if not should_reduce_batch_size(error) or largest == 1 or self.args.world_size > 1:
+                    raise
+            seen["micro_images"] = largest // 2  # outside the handler, where the failed graph is no longer held
+            announce(
+                "memory",
+                f"a micro-batch of {largest} images does not fit: {largest // 2} at a time from here on, the step stays {self.plan.batch_images}",
+            )
             model.zero_grad()
             clear_device_cache(garbage_collection=True)
             micro = at_most(micro, largest // 2)
 
-    def accumulate(self, model, micro, weight): # -> the step's loss, so that the mean over processes is the whole's
-        world, total = self.args.world_size, 0. # gradients are averaged over processes, and a sum is wanted
+    def accumulate(self, model, micro, weight):  # -> the step's loss, so that the mean over processes is the whole's
+        world, total = self.args.world_size, 0.0  # gradients are averaged over processes, and a sum is wanted
         for k, batch in enumerate(micro, 1):
             with nullcontext() if k == len(micro) else self.accelerator.no_sync(model):
                 loss = model(batch)[0] * world / weight
@@ -79,23 +122,30 @@ class CaptionTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         norm, seen = super()._clip_grad_norm(model), self.watch.seen
-        if torch.isfinite(norm): seen['nonfinite'] = 0
+        if torch.isfinite(norm):
+            seen["nonfinite"] = 0
         else:
-            for parameter in model.parameters(): parameter.grad = None # AdamW leaves alone what has no gradient
-            seen['nonfinite'] += 1
-            seen['skipped_steps'].append(self.state.global_step + 1)
-            if seen['nonfinite'] == 3: seen['collapse'] = CAUSES['nonfinite']
+            for parameter in model.parameters():
+                parameter.grad = None  # AdamW leaves alone what has no gradient
+            seen["nonfinite"] += 1
+            seen["skipped_steps"].append(self.state.global_step + 1)
+            if seen["nonfinite"] == 3:
+                seen["collapse"] = CAUSES["nonfinite"]
         return norm
 
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix='eval'):
-        rows, size, sums = self.eval_dataset, self.watch.seen['micro_images'] or 2 * self.plan.batch_images, torch.zeros(2, dtype=torch.float64)
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        rows, size, sums = (
+            self.eval_dataset,
+            self.watch.seen["micro_images"] or 2 * self.plan.batch_images,
+            torch.zeros(2, dtype=torch.float64),
+        )
         self.model.eval()
         for start in range(0, len(rows), size):
             batch = self._prepare_inputs(rows.collate([rows[i] for i in range(start, min(start + size, len(rows)))]))
             sums += torch.stack(self.model(batch)).double().cpu()
         self.model.train()
-        metrics = {'eval_loss': (sums[0] / sums[1]).item()}
+        metrics = {"eval_loss": (sums[0] / sums[1]).item()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -103,32 +153,48 @@ class CaptionTrainer(Trainer):
     # -- checkpoints: the trainer's own are pickled, and not written as a whole
 
     def _save_checkpoint(self, model, trial):
-        if self.folder is None: return
-        best = {f'best/{n}': v for n, v in self.watch.best_state.items()}
-        state = {f'model/{n}': whole(p) for n, p in self.watch.trainable().items()}
+        if self.folder is None:
+            return
+        best = {f"best/{n}": v for n, v in self.watch.best_state.items()}
+        state = {f"model/{n}": whole(p) for n, p in self.watch.trainable().items()}
         tensors = best | state | optimizer_tensors(self.model_wrapped, self.optimizer) | self.every_random()
-        if not self.args.should_save: return
+        if not self.args.should_save:
+            return
         facts = dict(run_key=self.run_key, seen=self.watch.facts(), scheduler=self.lr_scheduler.state_dict())
-        save_checkpoint(self.folder, f'step-{self.state.global_step:08d}', tensors, facts, trainer_state=dataclasses.asdict(self.state))
+        save_checkpoint(
+            self.folder,
+            f"step-{self.state.global_step:08d}",
+            tensors,
+            facts,
+            trainer_state=dataclasses.asdict(self.state),
+        )
 
-    def every_random(self): # -> the generators of all processes, told apart by a number
+    def every_random(self):  # -> the generators of all processes, told apart by a number
         own = random_tensors(self.args.device)
-        if self.args.world_size == 1: return own
+        if self.args.world_size == 1:
+            return own
         stacked = {k: self.accelerator.gather(v[None].to(self.args.device)).cpu() for k, v in own.items()}
-        return {f'{k}/{rank}': v for k, values in stacked.items() for rank, v in enumerate(values)}
+        return {f"{k}/{rank}": v for k, values in stacked.items() for rank, v in enumerate(values)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         tensors, _ = self.kept
-        for name, parameter in self.watch.trainable().items(): put(parameter, tensors[f'model/{name}'])
+        for name, parameter in self.watch.trainable().items():
+            put(parameter, tensors[f"model/{name}"])
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None: return
+        if checkpoint is None:
+            return
         tensors, facts = self.kept
         restore_optimizer(self.model_wrapped, self.optimizer, tensors)
-        self.lr_scheduler.load_state_dict(facts['scheduler'])
-        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()): group['lr'] = lr # the next step is made with it
+        self.lr_scheduler.load_state_dict(facts["scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+            group["lr"] = lr  # the next step is made with it
 
     def _load_rng_state(self, checkpoint):
-        if checkpoint is None: return
-        mine = '' if self.args.world_size == 1 else f'/{self.args.process_index}'
-        restore_random({k.removesuffix(mine): v for k, v in self.kept[0].items() if k.startswith('random/') and k.endswith(mine)}, self.args.device)
+        if checkpoint is None:
+            return
+        mine = "" if self.args.world_size == 1 else f"/{self.args.process_index}"
+        restore_random(
+            {k.removesuffix(mine): v for k, v in self.kept[0].items() if k.startswith("random/") and k.endswith(mine)},
+            self.args.device,
+        )

@@ -8,7 +8,9 @@ __all__ = ['ACTIVATIONS', 'PLACES', 'Bottleneck', 'Adapted', 'AdapterTuning', 'a
 # %% ../../nbs/lib/09_tuning/04_adapter.ipynb #cell-002
 import dataclasses
 from dataclasses import dataclass
+
 from torch import nn
+
 from ..common.settings import Profile
 from ..model.generate import Captioner
 from .full import FullTuning
@@ -16,60 +18,87 @@ from .method import Method
 
 # %% ../../nbs/lib/09_tuning/04_adapter.ipynb #cell-004
 ACTIVATIONS = dict(gelu=nn.functional.gelu, relu=nn.functional.relu, silu=nn.functional.silu)
+
+
 class Bottleneck(nn.Module):
     "Down, activation, up, and the input added. Source: Houlsby et al. 2019, fig. 2; zero start: sec. 2.1 (near-identity)."
-    def __init__(self,
-        width:int, # d, of what passes through
-        bottleneck:int, # m, numbers in the middle
-        activation:str='gelu', # A key of ACTIVATIONS
+
+    def __init__(
+        self,
+        width: int,  # d, of what passes through
+        bottleneck: int,  # m, numbers in the middle
+        activation: str = "gelu",  # A key of ACTIVATIONS
     ):
         super().__init__()
         self.activation = activation
         self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
-        nn.init.normal_(self.down.weight, std=width ** -.5); nn.init.zeros_(self.down.bias)
-        nn.init.zeros_(self.up.weight); nn.init.zeros_(self.up.bias)
-    def forward(self,
-        x, # (..., d) in any dtype; the adapter computes in its own
+        nn.init.normal_(self.down.weight, std=width**-0.5)
+        nn.init.zeros_(self.down.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(
+        self,
+        x,  # (..., d) in any dtype; the adapter computes in its own
     ):
         return x + self.up(ACTIVATIONS[self.activation](self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
 
 # %% ../../nbs/lib/09_tuning/04_adapter.ipynb #cell-005
 class Adapted(nn.Module):
     "A frozen layer and the adapter on its output."
-    def __init__(self, layer:nn.Module, adapter:Bottleneck):
+
+    def __init__(self, layer: nn.Module, adapter: Bottleneck):
         super().__init__()
         self.layer, self.adapter = layer, adapter
-    def forward(self, x): return self.adapter(self.layer(x))
+
+    def forward(self, x):
+        return self.adapter(self.layer(x))
 
 # %% ../../nbs/lib/09_tuning/04_adapter.ipynb #cell-007
-PLACES = dict(houlsby=('self_attn.o_proj', 'mlp.down_proj'), pfeiffer=('mlp.down_proj',))
+PLACES = dict(houlsby=("self_attn.o_proj", "mlp.down_proj"), pfeiffer=("mlp.down_proj",))
+
+
 @dataclass(frozen=True)
 class AdapterTuning(Method):
     "Bottleneck adapters in every layer of the decoder."
-    name:str='adapter'
-    label:str='adapter (Houlsby)'
-    trains:str=r'.*language_model\.layers\.\d+\..*\.adapter\.(down|up)\.(weight|bias)'
-    placement:str='houlsby' # A key of PLACES
-    width:int=32 # Of the bottleneck
-    activation:str='gelu' # A key of ACTIVATIONS
 
-    def attach(self, captioner:Captioner) -> Captioner:
-        if self.placement not in PLACES: raise ValueError(f"placement must be one of {', '.join(PLACES)}, got '{self.placement}'")
-        if self.activation not in ACTIVATIONS: raise ValueError(f"adapter_activation must be one of {', '.join(ACTIVATIONS)}, got '{self.activation}'")
+    name: str = "adapter"
+    label: str = "adapter (Houlsby)"
+    trains: str = r".*language_model\.layers\.\d+\..*\.adapter\.(down|up)\.(weight|bias)"
+    placement: str = "houlsby"  # A key of PLACES
+    width: int = 32  # Of the bottleneck
+    activation: str = "gelu"  # A key of ACTIVATIONS
+
+    def attach(self, captioner: Captioner) -> Captioner:
+        if self.placement not in PLACES:
+            raise ValueError(f"placement must be one of {', '.join(PLACES)}, got '{self.placement}'")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"adapter_activation must be one of {', '.join(ACTIVATIONS)}, got '{self.activation}'")
         model = captioner.model.requires_grad_(False)
         for layer in model.model.language_model.layers:
             for place in PLACES[self.placement]:
-                parent, child = place.split('.')
+                parent, child = place.split(".")
                 parent = getattr(layer, parent)
                 frozen = getattr(parent, child)
-                setattr(parent, child, Adapted(frozen, Bottleneck(frozen.out_features, self.width, self.activation).to(frozen.weight.device)))
+                setattr(
+                    parent,
+                    child,
+                    Adapted(
+                        frozen, Bottleneck(frozen.out_features, self.width, self.activation).to(frozen.weight.device)
+                    ),
+                )
         return dataclasses.replace(captioner, model=model.eval(), method=self.name)
 
 # %% ../../nbs/lib/09_tuning/04_adapter.ipynb #cell-010
 def adapter_methods(
-    P:Profile, # Width, activation
-) -> dict[str,Method]: # In the order in which they are run
+    P: Profile,  # Width, activation
+) -> dict[str, Method]:  # In the order in which they are run
     "The methods of this notebook."
     options = dict(width=P.adapter_width, activation=P.adapter_activation)
-    return dict(adapter=AdapterTuning(**options), full=FullTuning(),
-        adapter_pfeiffer=AdapterTuning(name='adapter_pfeiffer', label='adapter (Pfeiffer)', placement='pfeiffer', **options))
+    return dict(
+        adapter=AdapterTuning(**options),
+        full=FullTuning(),
+        adapter_pfeiffer=AdapterTuning(
+            name="adapter_pfeiffer", label="adapter (Pfeiffer)", placement="pfeiffer", **options
+        ),
+    )

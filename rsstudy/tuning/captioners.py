@@ -9,6 +9,7 @@ __all__ = ['check_same_base', 'load_folder', 'find_run', 'find_captioner', 'load
 import dataclasses
 import warnings
 from pathlib import Path
+
 from ..common.files import hub_reachable
 from ..common.settings import Profile
 from ..model.available import NANO_NAME, check_base
@@ -20,104 +21,138 @@ from .saved import load_weights, read_facts, tuned_folder
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-005
 def check_same_base(
-    P:Profile, # Names the base that is about to be loaded
-    facts:dict, # Of `read_facts`
-    folder:str|Path, # Where they stand
+    P: Profile,  # Names the base that is about to be loaded
+    facts: dict,  # Of `read_facts`
+    folder: str | Path,  # Where they stand
 ):
     "Raises `ValueError` where the base is known to be another than the one that was tuned."
-    recorded, now = facts.get('base_version'), base_version(P.base_model)
-    if recorded and 'unknown' not in (recorded, now) and recorded != now:
-        raise ValueError(f"the weights in {folder} were tuned on version {recorded} of '{P.base_model}', which is now {now}: put that version back or tune again")
+    recorded, now = facts.get("base_version"), base_version(P.base_model)
+    if recorded and "unknown" not in (recorded, now) and recorded != now:
+        raise ValueError(
+            f"the weights in {folder} were tuned on version {recorded} of '{P.base_model}', which is now {now}: put that version back or tune again"
+        )
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-006
 def _own_base(P, facts, folder):
     "The profile with the base that the weights were tuned on, in the export where that carries it."
     folder = Path(folder)
-    if facts.get('base_folder'): return dataclasses.replace(P, base_model=str(folder/facts['base_folder']))
-    base = facts.get('base', P.base_model)
-    if (base[:1] in '/.~' or base.count('/') > 1) and not Path(base).is_dir(): raise FileNotFoundError(f'the weights in {folder} were tuned on the base in {base}, which is not there any more: put it back')
+    if facts.get("base_folder"):
+        return dataclasses.replace(P, base_model=str(folder / facts["base_folder"]))
+    base = facts.get("base", P.base_model)
+    if (base[:1] in "/.~" or base.count("/") > 1) and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"the weights in {folder} were tuned on the base in {base}, which is not there any more: put it back"
+        )
     return dataclasses.replace(P, base_model=base)
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-007
 def _peft_captioner(P, method, facts, folder):
     from peft import PeftModel
+
     model, processor = load_base(P, **method.base_options(P))
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Model has `tie_word_embeddings=True`|Found missing adapter keys.*lm_head') # the tie, which the next lines undo
+        warnings.filterwarnings(
+            "ignore", "Model has `tie_word_embeddings=True`|Found missing adapter keys.*lm_head"
+        )  # the tie, which the next lines undo
         model = PeftModel.from_pretrained(model, str(folder)).eval()
     base = model.get_base_model()
-    if method.name.startswith('prompt'): base.lm_head = getattr(base.lm_head, 'base_layer', base.lm_head) # as `PromptTuning.attach` does: soft tokens are not to be said
-    return Captioner(model, processor, facts['prompt'], method.name)
+    if method.name.startswith("prompt"):
+        base.lm_head = getattr(
+            base.lm_head, "base_layer", base.lm_head
+        )  # as `PromptTuning.attach` does: soft tokens are not to be said
+    return Captioner(model, processor, facts["prompt"], method.name)
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-008
 def load_folder(
-    P:Profile, # Precision; its settings of methods do not count
-    folder:str|Path, # Of `save_tuned` or an export: with method.json
+    P: Profile,  # Precision; its settings of methods do not count
+    folder: str | Path,  # Of `save_tuned` or an export: with method.json
 ) -> Captioner:
     """The captioner that a folder of tuned weights holds, on the base it was tuned on.
 
     Raises `FileNotFoundError` where a file is missing, `ValueError` where the base is another or a file is damaged, `OSError` where the base cannot be had.
     """
     from safetensors import SafetensorError
+
     folder = Path(folder)
     facts = read_facts(folder)
     method, there = method_of(P, facts), _own_base(P, facts, folder)
     try:
-        if facts.get('merged'): return Captioner(*load_base(dataclasses.replace(P, base_model=str(folder))), facts['prompt'], method.name)
+        if facts.get("merged"):
+            return Captioner(*load_base(dataclasses.replace(P, base_model=str(folder))), facts["prompt"], method.name)
         check_same_base(there, facts, folder)
-        if (folder/'adapter_config.json').is_file(): return _peft_captioner(there, method, facts, folder)
-        return load_weights(attach(there, method.loaded(), facts.get('seed', 0)), method.loaded(), folder)
-    except SafetensorError as error: raise ValueError(f'the weights in {folder} are damaged ({error}): copy the folder again, or tune again') from None
+        if (folder / "adapter_config.json").is_file():
+            return _peft_captioner(there, method, facts, folder)
+        return load_weights(attach(there, method.loaded(), facts.get("seed", 0)), method.loaded(), folder)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {folder} are damaged ({error}): copy the folder again, or tune again"
+        ) from None
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-010
 def find_run(
-    P:Profile, # Names the folder of weights
-    name:str, # A method or a variant, such as lora; with the seed, such as lora-seed1, where `seed` is not to count
-    seed:int=0, # Of the run
-) -> Path|None: # Its folder; None where the name is no method's
+    P: Profile,  # Names the folder of weights
+    name: str,  # A method or a variant, such as lora; with the seed, such as lora-seed1, where `seed` is not to count
+    seed: int = 0,  # Of the run
+) -> Path | None:  # Its folder; None where the name is no method's
     "The folder of a run of the study, whether it is there or not."
-    stem, dash, number = name.rpartition('-seed')
-    if dash and number.isdecimal(): name, seed = stem, int(number)
+    stem, dash, number = name.rpartition("-seed")
+    if dash and number.isdecimal():
+        name, seed = stem, int(number)
     family, folder = family_of(name, methods(P)), tuned_folder(P, name, seed)
-    if family in (None, 'none') or '/' in name: return None
+    if family in (None, "none") or "/" in name:
+        return None
     return folder if family == name or folder.is_dir() or not Path(name).is_dir() else None
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-011
 def find_captioner(
-    P:Profile, # Base, where the study's weights lie
-    model:str='none', # As for `load_captioner`
-    seed:int=0, # Of the method's run
-) -> tuple[Path|None, str]: # Folder of tuned weights, None for an untuned model; the base model otherwise
+    P: Profile,  # Base, where the study's weights lie
+    model: str = "none",  # As for `load_captioner`
+    seed: int = 0,  # Of the method's run
+) -> tuple[Path | None, str]:  # Folder of tuned weights, None for an untuned model; the base model otherwise
     "Where a captioner comes from; nothing is loaded. Raises as `load_captioner`, but for a name on the hub, which shows when it is asked for."
     if run := find_run(P, model, seed):
-        name, _, number = run.name.rpartition('-seed')
-        if (run/'adapter.safetensors').is_file(): return run, P.base_model
-        raise FileNotFoundError(f"the model '{name}' with seed {number} has not been tuned under the profile {P.name}: `rsstudy tune {name} --profile {P.name}` does that")
+        name, _, number = run.name.rpartition("-seed")
+        if (run / "adapter.safetensors").is_file():
+            return run, P.base_model
+        raise FileNotFoundError(
+            f"the model '{name}' with seed {number} has not been tuned under the profile {P.name}: `rsstudy tune {name} --profile {P.name}` does that"
+        )
     folder = Path(model).expanduser()
-    if (folder/'method.json').is_file(): return folder, P.base_model
-    if folder.is_file(): raise NotADirectoryError(f'{folder} is a file: give the folder that holds the model')
-    if folder.is_dir() and not (folder/'config.json').is_file():
-        raise ValueError(f'{folder} holds no model: it needs method.json (tuned weights, or an export) or config.json (a base model as transformers saves it)')
-    base = P.base_model if model == 'none' else str(folder) if folder.is_dir() else model
-    if model in ('none', NANO_NAME) or folder.is_dir(): check_base(base)
-    elif len(folder.parts) != 2 or model[0] in './~':
-        if len(folder.parts) > 1: raise FileNotFoundError(f'there is no folder {folder}')
-        raise ValueError(f"unknown model '{model}': give {', '.join(methods(P))}, a folder of weights, or a base model such as google/paligemma-3b-mix-224")
+    if (folder / "method.json").is_file():
+        return folder, P.base_model
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file: give the folder that holds the model")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no model: it needs method.json (tuned weights, or an export) or config.json (a base model as transformers saves it)"
+        )
+    base = P.base_model if model == "none" else str(folder) if folder.is_dir() else model
+    if model in ("none", NANO_NAME) or folder.is_dir():
+        check_base(base)
+    elif len(folder.parts) != 2 or model[0] in "./~":
+        if len(folder.parts) > 1:
+            raise FileNotFoundError(f"there is no folder {folder}")
+        raise ValueError(
+            f"unknown model '{model}': give {', '.join(methods(P))}, a folder of weights, or a base model such as google/paligemma-3b-mix-224"
+        )
     return None, base
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-012
-def _from_hub(name): # folder of an export of ours on the hub; None where the name is a plain model's, or none
+def _from_hub(name):  # folder of an export of ours on the hub; None where the name is a plain model's, or none
     import huggingface_hub as hub
+
     offline = not hub_reachable()
-    try: hub.hf_hub_download(name, 'method.json', local_files_only=offline)
-    except (OSError, ValueError): return None
+    try:
+        hub.hf_hub_download(name, "method.json", local_files_only=offline)
+    except (OSError, ValueError):
+        return None
     return Path(hub.snapshot_download(name, local_files_only=offline))
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-013
 def load_captioner(
-    P:Profile, # Base, precision, where the study's weights lie
-    model:str='none', # none, a method that was tuned under P, a folder, or a model of the hub: see above
-    seed:int=0, # Of the method's run
+    P: Profile,  # Base, precision, where the study's weights lie
+    model: str = "none",  # none, a method that was tuned under P, a folder, or a model of the hub: see above
+    seed: int = 0,  # Of the method's run
 ) -> Captioner:
     """Any captioner. Raises `ValueError` for a word that means nothing, `FileNotFoundError` where a run or a folder is missing, `OSError` where a base model cannot be had.
 
@@ -129,5 +164,8 @@ def load_captioner(
     """
     model = str(model)
     folder, base = find_captioner(P, model, seed)
-    if folder is None and base == model and base != NANO_NAME and not Path(base).is_dir(): folder = _from_hub(base)
-    return load_folder(P, folder) if folder else Captioner(*load_base(dataclasses.replace(P, base_model=base)), P.prompt)
+    if folder is None and base == model and base != NANO_NAME and not Path(base).is_dir():
+        folder = _from_hub(base)
+    return (
+        load_folder(P, folder) if folder else Captioner(*load_base(dataclasses.replace(P, base_model=base)), P.prompt)
+    )

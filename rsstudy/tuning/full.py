@@ -7,8 +7,10 @@ __all__ = ['FullTuning']
 
 # %% ../../nbs/lib/09_tuning/05_full.ipynb #cell-002
 import dataclasses
-import torch
 from dataclasses import dataclass
+
+import torch
+
 from ..common.settings import Profile
 from ..model.generate import Captioner
 from .method import Method
@@ -17,11 +19,14 @@ from .method import Method
 @dataclass(frozen=True)
 class FullTuning(Method):
     "Every parameter trains."
-    name:str='full'
-    label:str='full fine-tuning'
-    trains:str='.*'
 
-    def base_options(self, P:Profile) -> dict: return dict(dtype=torch.float32)
-    def attach(self, captioner:Captioner) -> Captioner:
+    name: str = "full"
+    label: str = "full fine-tuning"
+    trains: str = ".*"
+
+    def base_options(self, P: Profile) -> dict:
+        return dict(dtype=torch.float32)
+
+    def attach(self, captioner: Captioner) -> Captioner:
         captioner.model.requires_grad_(True)
         return dataclasses.replace(captioner, method=self.name)

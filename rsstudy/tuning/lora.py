@@ -7,8 +7,10 @@ __all__ = ['INITS', 'Lora', 'lora_options', 'lora_vision', 'QLora', 'lora_method
 
 # %% ../../nbs/lib/09_tuning/02_lora.ipynb #cell-002
 import dataclasses
-import torch
 from dataclasses import dataclass
+
+import torch
+
 from ..common.settings import Profile
 from ..model.base import pick_dtype
 from ..model.generate import Captioner
@@ -16,83 +18,121 @@ from ..model.parts import DECODER, PROJECTOR, VISION, linear_layers
 from .method import Method
 
 # %% ../../nbs/lib/09_tuning/02_lora.ipynb #cell-004
-INITS = dict(default=True, pissa='pissa_niter_16', olora='olora') # Lora.init -> what peft calls it; PiSSA by its authors' fast decomposition
+INITS = dict(
+    default=True, pissa="pissa_niter_16", olora="olora"
+)  # Lora.init -> what peft calls it; PiSSA by its authors' fast decomposition
+
+
 @dataclass(frozen=True)
 class Lora(Method):
     "Low-rank adaptation by peft. Source: Hu et al. 2022; the options': the table above."
-    name:str='lora'
-    label:str='LoRA'
-    trains:str=r'.*\.lora_([AB]\.default\.weight|magnitude_vector\.default\.weight)'
-    rank:int=8 # Columns of B, rows of A
-    alpha:int=16 # The update is scaled by alpha / rank
-    dropout:float=0. # Before A, while training
-    targets:str=DECODER # Pattern of the adapted linear layers
-    dora:bool=False # Train each row's magnitude apart from its direction?
-    rslora:bool=False # Scale by alpha / sqrt(rank) instead?
-    init:str='default' # Where A and B start: a key of INITS
-    plus:float=1. # B's learning rate over A's (LoRA+); 1: the same
 
-    def attach(self, captioner:Captioner) -> Captioner:
+    name: str = "lora"
+    label: str = "LoRA"
+    trains: str = r".*\.lora_([AB]\.default\.weight|magnitude_vector\.default\.weight)"
+    rank: int = 8  # Columns of B, rows of A
+    alpha: int = 16  # The update is scaled by alpha / rank
+    dropout: float = 0.0  # Before A, while training
+    targets: str = DECODER  # Pattern of the adapted linear layers
+    dora: bool = False  # Train each row's magnitude apart from its direction?
+    rslora: bool = False  # Scale by alpha / sqrt(rank) instead?
+    init: str = "default"  # Where A and B start: a key of INITS
+    plus: float = 1.0  # B's learning rate over A's (LoRA+); 1: the same
+
+    def attach(self, captioner: Captioner) -> Captioner:
         from peft import LoraConfig, get_peft_model
+
         self._check(captioner.model)
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=self.targets, bias='none',
-            use_dora=self.dora, use_rslora=self.rslora, init_lora_weights=INITS[self.init])
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets,
+            bias="none",
+            use_dora=self.dora,
+            use_rslora=self.rslora,
+            init_lora_weights=INITS[self.init],
+        )
         model = get_peft_model(captioner.model, config).eval()
-        if self.init != 'default': model.lora_start = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if '.lora_A.' in n or '.lora_B.' in n}
+        if self.init != "default":
+            model.lora_start = {
+                n: p.detach().cpu().clone() for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n
+            }
         return dataclasses.replace(captioner, model=model, method=self.name)
 
     def _check(self, model):
-        if self.init not in INITS: raise ValueError(f"lora_init must be one of {', '.join(INITS)}, got '{self.init}'")
-        if self.init == 'default': return
+        if self.init not in INITS:
+            raise ValueError(f"lora_init must be one of {', '.join(INITS)}, got '{self.init}'")
+        if self.init == "default":
+            return
         layers = {name: model.get_submodule(name) for name in linear_layers(model, self.targets)}
-        if any(hasattr(layer.weight, 'quant_state') for layer in layers.values()):
-            raise ValueError(f"method '{self.name}': lora_init '{self.init}' moves a part of the base's weights into LoRA, which a base in 4 bits cannot do: use 'default'")
+        if any(hasattr(layer.weight, "quant_state") for layer in layers.values()):
+            raise ValueError(
+                f"method '{self.name}': lora_init '{self.init}' moves a part of the base's weights into LoRA, which a base in 4 bits cannot do: use 'default'"
+            )
         name, side = min(((name, min(layer.weight.shape)) for name, layer in layers.items()), key=lambda pair: pair[1])
-        if self.rank > side: raise ValueError(f"lora_init '{self.init}' allows a rank of at most {side}, the shorter side of {name}, got {self.rank}")
+        if self.rank > side:
+            raise ValueError(
+                f"lora_init '{self.init}' allows a rank of at most {side}, the shorter side of {name}, got {self.rank}"
+            )
 
     def tensors(self, model) -> dict:
         "What is saved: A and B, or, where they started from the base's weights, the rank-2r change against the base as published."
         found = super().tensors(model)
-        if self.init == 'default': return found
-        start, scale = model.lora_start, self.alpha / (self.rank ** .5 if self.rslora else self.rank)
-        for name in [name for name in found if '.lora_A.' in name]:
-            b = name.replace('.lora_A.', '.lora_B.')
+        if self.init == "default":
+            return found
+        start, scale = model.lora_start, self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        for name in [name for name in found if ".lora_A." in name]:
+            b = name.replace(".lora_A.", ".lora_B.")
             found |= {name: torch.cat([found[name], start[name]]), b: scale * torch.cat([found[b], -start[b]], dim=1)}
         return found
 
-    def loaded(self) -> 'Lora':
+    def loaded(self) -> "Lora":
         "The method that takes what `tensors` saves."
-        return self if self.init == 'default' else dataclasses.replace(self, rank=2 * self.rank, alpha=2 * self.rank, rslora=False, init='default')
+        return (
+            self
+            if self.init == "default"
+            else dataclasses.replace(self, rank=2 * self.rank, alpha=2 * self.rank, rslora=False, init="default")
+        )
 
 # %% ../../nbs/lib/09_tuning/02_lora.ipynb #cell-011
 def lora_options(
-    P:Profile, # LoRA's settings
-) -> dict: # Fields of `Lora`
+    P: Profile,  # LoRA's settings
+) -> dict:  # Fields of `Lora`
     "What all variants of LoRA share."
     return dict(rank=P.rank, alpha=P.alpha, dropout=P.lora_dropout, rslora=P.rslora, init=P.lora_init, plus=P.lora_plus)
 
 # %% ../../nbs/lib/09_tuning/02_lora.ipynb #cell-012
 def lora_vision(
-    P:Profile, # LoRA's settings
+    P: Profile,  # LoRA's settings
 ) -> Lora:
     "LoRA on the linear layers of decoder, vision tower and projector."
-    return Lora(name='lora_vision', label='LoRA + vision', targets=f'{DECODER}|{VISION}|{PROJECTOR}', **lora_options(P))
+    return Lora(name="lora_vision", label="LoRA + vision", targets=f"{DECODER}|{VISION}|{PROJECTOR}", **lora_options(P))
 
 # %% ../../nbs/lib/09_tuning/02_lora.ipynb #cell-015
 @dataclass(frozen=True)
 class QLora(Lora):
     "LoRA on a decoder held in 4-bit NormalFloat. Source: Dettmers et al. 2023, sec. 3."
-    name:str='qlora'
-    label:str='QLoRA, 4 bit'
 
-    def base_options(self, P:Profile) -> dict:
+    name: str = "qlora"
+    label: str = "QLoRA, 4 bit"
+
+    def base_options(self, P: Profile) -> dict:
         from transformers import BitsAndBytesConfig
-        return dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=pick_dtype(P.precision), llm_int8_skip_modules=['model.vision_tower', 'model.multi_modal_projector', 'lm_head']))
+
+        return dict(
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=pick_dtype(P.precision),
+                llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+            )
+        )
 
 # %% ../../nbs/lib/09_tuning/02_lora.ipynb #cell-016
 def lora_methods(
-    P:Profile, # LoRA's settings
-) -> dict[str,Method]: # In the order in which they are run
+    P: Profile,  # LoRA's settings
+) -> dict[str, Method]:  # In the order in which they are run
     "The methods of this notebook."
     return dict(lora=Lora(**lora_options(P)), qlora=QLora(**lora_options(P)), lora_vision=lora_vision(P))

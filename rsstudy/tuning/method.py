@@ -8,8 +8,10 @@ __all__ = ['Method', 'trainable_parameters', 'attach']
 # %% ../../nbs/lib/09_tuning/01_method.ipynb #cell-002
 import dataclasses
 import re
-import torch
 from dataclasses import dataclass
+
+import torch
+
 from ..common.settings import Profile
 from ..model.base import load_base
 from ..model.generate import Captioner
@@ -19,44 +21,54 @@ from ..training.checkpoint import whole
 @dataclass(frozen=True)
 class Method:
     "A way to adapt the base model; subclasses add their settings."
-    name:str='none' # The method's name in every result
-    label:str='untuned base' # What figures call it
-    trains:str='(?!)' # Pattern that matches the whole name of every parameter that trains, and of no other
 
-    def base_options(self, P:Profile) -> dict: # For `load_base`
+    name: str = "none"  # The method's name in every result
+    label: str = "untuned base"  # What figures call it
+    trains: str = "(?!)"  # Pattern that matches the whole name of every parameter that trains, and of no other
+
+    def base_options(self, P: Profile) -> dict:  # For `load_base`
         "How the base is loaded for this method."
         return {}
-    def attach(self, captioner:Captioner) -> Captioner:
+
+    def attach(self, captioner: Captioner) -> Captioner:
         "The captioner with the method's parameters in place and everything else frozen."
         captioner.model.requires_grad_(False)
         return dataclasses.replace(captioner, method=self.name)
-    def tensors(self, model) -> dict[str,torch.Tensor]: # Name -> value
+
+    def tensors(self, model) -> dict[str, torch.Tensor]:  # Name -> value
         "What must be saved to have the tuned model again."
-        return {name: whole(p).contiguous().cpu() for name, p in model.named_parameters() if re.fullmatch(self.trains, name)}
-    def loaded(self) -> 'Method':
+        return {
+            name: whole(p).contiguous().cpu() for name, p in model.named_parameters() if re.fullmatch(self.trains, name)
+        }
+
+    def loaded(self) -> "Method":
         "The method that takes what `tensors` gave: itself, unless its start changes the base."
         return self
-    def settings(self) -> dict: # What a result says of the method
+
+    def settings(self) -> dict:  # What a result says of the method
         "The method's own settings."
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ('name', 'label', 'trains')}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "label", "trains")}
 
 # %% ../../nbs/lib/09_tuning/01_method.ipynb #cell-005
 def trainable_parameters(
-    model, # With a method attached
+    model,  # With a method attached
 ) -> int:
     "Count of the numbers that train."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/lib/09_tuning/01_method.ipynb #cell-007
 def attach(
-    P:Profile, # Names the base model
-    method:Method, # What to attach
-    seed:int=0, # Seed of what the method draws
+    P: Profile,  # Names the base model
+    method: Method,  # What to attach
+    seed: int = 0,  # Seed of what the method draws
 ) -> Captioner:
     "A fresh base model with the method in place. Raises `ValueError` where other parameters train than the method names."
     model, processor = load_base(P, **method.base_options(P))
     torch.manual_seed(seed)
     captioner = method.attach(Captioner(model, processor, P.prompt))
-    wrong = [n for n, p in captioner.model.named_parameters() if p.requires_grad != bool(re.fullmatch(method.trains, n))]
-    if wrong: raise ValueError(f"method '{method.name}' trains or freezes against its own word: {wrong[:3]}")
+    wrong = [
+        n for n, p in captioner.model.named_parameters() if p.requires_grad != bool(re.fullmatch(method.trains, n))
+    ]
+    if wrong:
+        raise ValueError(f"method '{method.name}' trains or freezes against its own word: {wrong[:3]}")
     return captioner

@@ -7,6 +7,7 @@ __all__ = ['MAIN', 'methods', 'load_tuned', 'family_of', 'method_of']
 
 # %% ../../nbs/lib/09_tuning/06_methods.ipynb #cell-002
 import dataclasses
+
 from ..common.settings import Profile
 from ..model.base import load_base
 from ..model.generate import Captioner
@@ -17,45 +18,63 @@ from .prompt import PromptTuning
 from .saved import load_weights, tuned_folder
 
 # %% ../../nbs/lib/09_tuning/06_methods.ipynb #cell-005
-MAIN = ('none', 'lora', 'qlora', 'prompt', 'adapter', 'full') # the methods that the study compares; the others are variants of one of them
+MAIN = (
+    "none",
+    "lora",
+    "qlora",
+    "prompt",
+    "adapter",
+    "full",
+)  # the methods that the study compares; the others are variants of one of them
+
+
 def methods(
-    P:Profile, # The methods' settings
-) -> dict[str,Method]: # Name -> method
+    P: Profile,  # The methods' settings
+) -> dict[str, Method]:  # Name -> method
     "Every method there is, the untuned base (`none`) first."
-    dora = Lora(name='dora', label='DoRA', dora=True, **lora_options(P))
+    dora = Lora(name="dora", label="DoRA", dora=True, **lora_options(P))
     prompt = PromptTuning(length=P.prompt_length, start=P.prompt_text)
-    return {'none': Method(), **lora_methods(P), 'dora': dora, 'prompt': prompt, **adapter_methods(P)}
+    return {"none": Method(), **lora_methods(P), "dora": dora, "prompt": prompt, **adapter_methods(P)}
 
 # %% ../../nbs/lib/09_tuning/06_methods.ipynb #cell-006
 def load_tuned(
-    P:Profile, # The settings under which it was tuned
-    name:str, # A key of `methods`
-    seed:int=0, # Of the run
+    P: Profile,  # The settings under which it was tuned
+    name: str,  # A key of `methods`
+    seed: int = 0,  # Of the run
 ) -> Captioner:
     "A tuned captioner, or the base for `none`. Raises `ValueError` for an unknown name, `FileNotFoundError` where the method has not been run."
     known = methods(P)
-    if name not in known: raise ValueError(f"unknown method '{name}': the methods are {', '.join(known)}")
-    if name == 'none': return Captioner(*load_base(P), P.prompt)
+    if name not in known:
+        raise ValueError(f"unknown method '{name}': the methods are {', '.join(known)}")
+    if name == "none":
+        return Captioner(*load_base(P), P.prompt)
     method = known[name].loaded()
     return load_weights(attach(P, method, seed), method, tuned_folder(P, name, seed))
 
 # %% ../../nbs/lib/09_tuning/06_methods.ipynb #cell-009
 def family_of(
-    name:str, # Of a method or a variant
-    known, # Names of methods
-) -> str|None: # The method that it is or varies; None where it is none
+    name: str,  # Of a method or a variant
+    known,  # Names of methods
+) -> str | None:  # The method that it is or varies; None where it is none
     "Which of the known methods a name stands for: the longest that it starts with."
-    return next((n for n in sorted(known, key=len, reverse=True) if name == n or name.startswith(f'{n}_')), None)
+    return next((n for n in sorted(known, key=len, reverse=True) if name == n or name.startswith(f"{n}_")), None)
 
 # %% ../../nbs/lib/09_tuning/06_methods.ipynb #cell-010
 def method_of(
-    P:Profile, # For what the facts leave open
-    facts:dict, # Of `read_facts`
-) -> Method: # As it was trained
+    P: Profile,  # For what the facts leave open
+    facts: dict,  # Of `read_facts`
+) -> Method:  # As it was trained
     "The method that a folder's weights belong to. Raises `ValueError` for a method or a setting that there is not."
-    known, name = methods(P), facts['method']
+    known, name = methods(P), facts["method"]
     family = family_of(name, known)
-    if family in (None, 'none'): raise ValueError(f"method.json names the method '{name}': the methods are {', '.join(n for n in known if n != 'none')}")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in facts['settings'].items()}
-    try: return dataclasses.replace(known[family], name=name, **settings)
-    except TypeError: raise ValueError(f"method.json gives '{name}' the settings {', '.join(settings)}: it has {', '.join(known[family].settings()) or 'none'}") from None
+    if family in (None, "none"):
+        raise ValueError(
+            f"method.json names the method '{name}': the methods are {', '.join(n for n in known if n != 'none')}"
+        )
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["settings"].items()}
+    try:
+        return dataclasses.replace(known[family], name=name, **settings)
+    except TypeError:
+        raise ValueError(
+            f"method.json gives '{name}' the settings {', '.join(settings)}: it has {', '.join(known[family].settings()) or 'none'}"
+        ) from None

@@ -7,8 +7,10 @@ __all__ = ['PromptTuning']
 
 # %% ../../nbs/lib/09_tuning/03_prompt.ipynb #cell-002
 import dataclasses
-import torch
 from dataclasses import dataclass
+
+import torch
+
 from ..model.generate import Captioner
 from .method import Method
 
@@ -16,31 +18,40 @@ from .method import Method
 @dataclass(frozen=True)
 class PromptTuning(Method):
     "Soft prompt of reserved tokens. Source: Lester et al. 2021, started from vocabulary words (sec. 3.2)."
-    name:str='prompt'
-    label:str='prompt tuning'
-    trains:str=r'.*embed_tokens\.trainable_tokens_delta\.default'
-    length:int=16 # Soft tokens
+
+    name: str = "prompt"
+    label: str = "prompt tuning"
+    trains: str = r".*embed_tokens\.trainable_tokens_delta\.default"
+    length: int = 16  # Soft tokens
     # Words whose embeddings the soft tokens start from, repeated as needed; '': the prompt's own; None: the reserved tokens' embeddings as they are
-    start:str|None='an aerial image of a place , seen from above : describe what is there'
+    start: str | None = "an aerial image of a place , seen from above : describe what is there"
 
     def soft_tokens(self, tokenizer) -> list[int]:
         "Ids of the reserved tokens. Raises `ValueError` where the vocabulary has too few."
-        ids = [tokenizer.convert_tokens_to_ids(f'<unused{i}>') for i in range(self.length)]
+        ids = [tokenizer.convert_tokens_to_ids(f"<unused{i}>") for i in range(self.length)]
         if tokenizer.unk_token_id in ids or None in ids:
-            raise ValueError(f'prompt_length {self.length} needs as many <unused..> tokens, the vocabulary has {sum(i not in (None, tokenizer.unk_token_id) for i in ids)}')
+            raise ValueError(
+                f"prompt_length {self.length} needs as many <unused..> tokens, the vocabulary has {sum(i not in (None, tokenizer.unk_token_id) for i in ids)}"
+            )
         return ids
 
-    def attach(self, captioner:Captioner) -> Captioner:
+    def attach(self, captioner: Captioner) -> Captioner:
         from peft import TrainableTokensConfig, get_peft_model
+
         tokenizer = captioner.processor.tokenizer
         ids = self.soft_tokens(tokenizer)
-        model = get_peft_model(captioner.model, TrainableTokensConfig(token_indices=ids, target_modules=['embed_tokens']))
+        model = get_peft_model(
+            captioner.model, TrainableTokensConfig(token_indices=ids, target_modules=["embed_tokens"])
+        )
         base = model.get_base_model()
-        base.lm_head = getattr(base.lm_head, 'base_layer', base.lm_head) # peft ties it to the embeddings, soft vectors included: soft tokens could then be said
+        base.lm_head = getattr(
+            base.lm_head, "base_layer", base.lm_head
+        )  # peft ties it to the embeddings, soft vectors included: soft tokens could then be said
         layer = base.model.language_model.embed_tokens
         if self.start is not None:
             words = tokenizer(self.start or captioner.prompt, add_special_tokens=False).input_ids
             rows = torch.tensor([words[i % len(words)] for i in range(len(ids))], device=layer.weight.device)
-            with torch.no_grad(): layer.trainable_tokens_delta['default'].copy_(layer.base_layer.weight[rows])
-        prompt = ''.join(tokenizer.convert_ids_to_tokens(ids)) + captioner.prompt
+            with torch.no_grad():
+                layer.trainable_tokens_delta["default"].copy_(layer.base_layer.weight[rows])
+        prompt = "".join(tokenizer.convert_ids_to_tokens(ids)) + captioner.prompt
         return dataclasses.replace(captioner, model=model.eval(), prompt=prompt, method=self.name)

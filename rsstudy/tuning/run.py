@@ -10,9 +10,11 @@ __all__ = ['TRAINING', 'checkpoint_folder', 'method_modules', 'run_key', 'finish
 import dataclasses
 import hashlib
 import json
-import numpy as np
 import shutil
 from pathlib import Path
+
+import numpy as np
+
 from ..common.code import code_digest, code_revision, device_name, main_process, versions
 from ..common.files import announce, write_json
 from ..common.settings import Profile
@@ -28,49 +30,83 @@ from .saved import load_weights, save_tuned, tuned_folder
 from .score import score_test
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-005
-def checkpoint_folder(P, name, run) -> Path: return P.work_dir/'checkpoints'/f'{name}-{run}'
+def checkpoint_folder(P, name, run) -> Path:
+    return P.work_dir / "checkpoints" / f"{name}-{run}"
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-006
 # Modules whose code decides what a training run gives; the method's own come on top (`method_modules`)
-TRAINING = tuple(f'rsstudy.{name}' for name in ('model.base', 'model.features', 'model.forward', 'model.generate', 'model.pack', 'model.parts',
-    'training.data', 'training.fit', 'training.guard', 'training.loader', 'training.plan', 'training.step', 'tuning.method', 'tuning.run'))
+TRAINING = tuple(
+    f"rsstudy.{name}"
+    for name in (
+        "model.base",
+        "model.features",
+        "model.forward",
+        "model.generate",
+        "model.pack",
+        "model.parts",
+        "training.data",
+        "training.fit",
+        "training.guard",
+        "training.loader",
+        "training.plan",
+        "training.step",
+        "tuning.method",
+        "tuning.run",
+    )
+)
+
 
 def method_modules(
-    method:Method, # Such as QLoRA
-) -> list[str]: # Where its class and the classes it builds on are defined, `Method` left out
+    method: Method,  # Such as QLoRA
+) -> list[str]:  # Where its class and the classes it builds on are defined, `Method` left out
     "The modules of a tuning method."
-    return sorted({kind.__module__ for kind in type(method).__mro__ if kind.__module__.startswith('rsstudy.')} - set(TRAINING))
+    return sorted(
+        {kind.__module__ for kind in type(method).__mro__ if kind.__module__.startswith("rsstudy.")} - set(TRAINING)
+    )
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-008
 def run_key(
-    P:Profile, # Its base model, precision and prompt count
-    method:Method, # What is tuned
-    data:StudyData, # Whose training and validation images and captions count
-    plan:TrainingPlan, # How
-) -> str: # Hexadecimal
+    P: Profile,  # Its base model, precision and prompt count
+    method: Method,  # What is tuned
+    data: StudyData,  # Whose training and validation images and captions count
+    plan: TrainingPlan,  # How
+) -> str:  # Hexadecimal
     "Stands for all that decides a run's outcome."
-    from rsstudy.metrics.scores import CIDER # its version rises where its values could change
-    facts = [P.base_model, base_version(P.base_model), P.precision, P.prompt, dataclasses.asdict(plan) | dict(track=None), method.name, method.settings(), data.material, CIDER,
-        code_digest(*TRAINING, *method_modules(method)), versions()]
+    from rsstudy.metrics.scores import CIDER  # its version rises where its values could change
+
+    facts = [
+        P.base_model,
+        base_version(P.base_model),
+        P.precision,
+        P.prompt,
+        dataclasses.asdict(plan) | dict(track=None),
+        method.name,
+        method.settings(),
+        data.material,
+        CIDER,
+        code_digest(*TRAINING, *method_modules(method)),
+        versions(),
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-009
 def finished_run(
-    path:Path, # The run's JSON
-    key:str, # Of the run wanted
-) -> dict|None: # What `keep_run` was given; None where the run has not ended, or was another
+    path: Path,  # The run's JSON
+    key: str,  # Of the run wanted
+) -> dict | None:  # What `keep_run` was given; None where the run has not ended, or was another
     "A run that need not be trained again."
-    if not path.is_file(): return None
-    found = json.loads(path.read_text(encoding='utf-8'))
-    return found if found['key'] == key else None
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if found["key"] == key else None
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-010
 def keep_run(
-    path:Path, # The run's JSON, beside its weights if it has any
-    key:str, # Of the run
-    checkpoints:Path, # Folder of its checkpoints, which have served
-    **facts, # What is to be known of it
-) -> dict: # key and facts
+    path: Path,  # The run's JSON, beside its weights if it has any
+    key: str,  # Of the run
+    checkpoints: Path,  # Folder of its checkpoints, which have served
+    **facts,  # What is to be known of it
+) -> dict:  # key and facts
     "Says that a run has ended, when all else of it is on disk."
     if main_process():
         write_json(path, dict(key=key, **facts))
@@ -79,83 +115,149 @@ def keep_run(
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-011
 def training_rows(
-    captioner:Captioner, # With the method attached
-    data:StudyData, # What to train on
-) -> tuple[CaptionRows,CaptionRows]: # Training and validation
+    captioner: Captioner,  # With the method attached
+    data: StudyData,  # What to train on
+) -> tuple[CaptionRows, CaptionRows]:  # Training and validation
     "The rows of a method: from features where its tower is frozen, from pixels where it trains."
     cached = data.features if data.features and not sees_pixels(captioner.model) else {}
-    return (CaptionRows(captioner, data.train['image'], data.captions, features=cached.get('train')),
-        CaptionRows(captioner, data.val['image'], data.val['captions'], features=cached.get('val')))
+    return (
+        CaptionRows(captioner, data.train["image"], data.captions, features=cached.get("train")),
+        CaptionRows(captioner, data.val["image"], data.val["captions"], features=cached.get("val")),
+    )
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-012
 def sweep(
-    P:Profile, # Settings
-    method:Method, # Whose learning rate is chosen
-    data:StudyData, # Shared by all runs
-    grid:tuple[float,...], # Learning rates to try
-    progress:bool=True, # Bars?
-) -> tuple[float,list[dict]]: # Best learning rate; lr, val_loss, val_cider and collapse of each
+    P: Profile,  # Settings
+    method: Method,  # Whose learning rate is chosen
+    data: StudyData,  # Shared by all runs
+    grid: tuple[float, ...],  # Learning rates to try
+    progress: bool = True,  # Bars?
+) -> tuple[float, list[dict]]:  # Best learning rate; lr, val_loss, val_cider and collapse of each
     """Chooses the learning rate as `fit` chooses the state: by the validation captions' CIDEr, then by loss; with the first seed and short runs.
 
     A high rate can lower the loss and ruin the captions: the model learns how captions sound and forgets how to look. Raises `ValueError` where every rate collapsed.
     """
-    if P.lr is not None: return P.lr, []
+    if P.lr is not None:
+        return P.lr, []
     tried = []
     for lr in grid:
         count = min(P.sweep_images or len(data.train), len(data.train))
-        plan = TrainingPlan.of(P, lr=lr, epochs=P.sweep_epochs, seed=P.seeds[0], track='none', evaluate_every=P.sweep_epochs * -(-count // P.batch_images)) # at its end
-        name, key = f'{method.name}-lr{lr:g}', f'{run_key(P, method, data, plan)} {count}'
-        record = finished_run(P.work_dir/'sweeps'/f'{name}.json', key)
+        plan = TrainingPlan.of(
+            P,
+            lr=lr,
+            epochs=P.sweep_epochs,
+            seed=P.seeds[0],
+            track="none",
+            evaluate_every=P.sweep_epochs * -(-count // P.batch_images),
+        )  # at its end
+        name, key = f"{method.name}-lr{lr:g}", f"{run_key(P, method, data, plan)} {count}"
+        record = finished_run(P.work_dir / "sweeps" / f"{name}.json", key)
         if record is None:
             captioner = attach(P, method, P.seeds[0])
             train_rows, val_rows = training_rows(captioner, data)
-            folder = checkpoint_folder(P, method.name, f'lr{lr:g}')
+            folder = checkpoint_folder(P, method.name, f"lr{lr:g}")
             history = fit(captioner, train_rows.first(count), val_rows, plan, folder, key, progress)
-            record = keep_run(P.work_dir/'sweeps'/f'{name}.json', key, folder, val_loss=history['best_val_loss'], val_cider=history['best_val_cider'], collapse=history['collapse'])
-        tried.append(dict(lr=lr, **{k: record[k] for k in ('val_loss', 'val_cider', 'collapse')}))
-    sound = [t for t in tried if not t['collapse']]
-    if not sound: raise ValueError(f"method '{method.name}' collapsed at every learning rate of {grid}: {tried[0]['collapse']}")
-    return max(sound, key=lambda t: (t['val_cider'] or 0., -t['val_loss']))['lr'], tried
+            record = keep_run(
+                P.work_dir / "sweeps" / f"{name}.json",
+                key,
+                folder,
+                val_loss=history["best_val_loss"],
+                val_cider=history["best_val_cider"],
+                collapse=history["collapse"],
+            )
+        tried.append(dict(lr=lr, **{k: record[k] for k in ("val_loss", "val_cider", "collapse")}))
+    sound = [t for t in tried if not t["collapse"]]
+    if not sound:
+        raise ValueError(f"method '{method.name}' collapsed at every learning rate of {grid}: {tried[0]['collapse']}")
+    return max(sound, key=lambda t: (t["val_cider"] or 0.0, -t["val_loss"]))["lr"], tried
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-013
 def tuned(
-    P:Profile, # Settings
-    method:Method, # What is tuned
-    data:StudyData, # Shared by all runs
-    lr:float, # Learning rate
-    seed:int, # Of the run
-    progress:bool=True, # Bars?
-) -> tuple[Captioner,dict]: # The tuned captioner; history, cost and code of its training
+    P: Profile,  # Settings
+    method: Method,  # What is tuned
+    data: StudyData,  # Shared by all runs
+    lr: float,  # Learning rate
+    seed: int,  # Of the run
+    progress: bool = True,  # Bars?
+) -> tuple[Captioner, dict]:  # The tuned captioner; history, cost and code of its training
     "One run, trained or taken up where it has been trained; its weights are in `tuned_folder`."
-    plan, folder, checkpoints = TrainingPlan.of(P, lr=lr, seed=seed), tuned_folder(P, method.name, seed), checkpoint_folder(P, method.name, f'seed{seed}')
+    plan, folder, checkpoints = (
+        TrainingPlan.of(P, lr=lr, seed=seed),
+        tuned_folder(P, method.name, seed),
+        checkpoint_folder(P, method.name, f"seed{seed}"),
+    )
     key = run_key(P, method, data, plan)
-    if record := finished_run(folder/'run.json', key): return load_weights(attach(P, method.loaded(), seed), method.loaded(), folder), record
+    if record := finished_run(folder / "run.json", key):
+        return load_weights(attach(P, method.loaded(), seed), method.loaded(), folder), record
     captioner = attach(P, method, seed)
     manifest = dict(code=code_revision(), versions=versions(), device=device_name(), data_digest=data.digest)
-    history = fit(captioner, *training_rows(captioner, data), plan, checkpoints, key, progress,
-        about=dict(profile=dataclasses.asdict(P), method=method.name, settings=method.settings(), **manifest), logs=P.work_dir/'tracking')
-    if history['collapse']: announce(f'{method.name}, seed {seed}', f"the guard ended the run: {history['collapse']}")
-    if main_process(): (folder/'run.json').unlink(missing_ok=True) # from here to `keep_run` the folder's weights have no word on what they are
-    size = save_tuned(captioner, method, folder, seed=seed, lr=lr, base=P.base_model, base_version=base_version(P.base_model), profile=P.name)
-    cost = dict(trainable_parameters=trainable_parameters(captioner.model), adapter_bytes=size, **dataclasses.asdict(history.pop('cost')))
-    return captioner, keep_run(folder/'run.json', key, checkpoints, code=manifest['code'], cost=cost, history=history)
+    history = fit(
+        captioner,
+        *training_rows(captioner, data),
+        plan,
+        checkpoints,
+        key,
+        progress,
+        about=dict(profile=dataclasses.asdict(P), method=method.name, settings=method.settings(), **manifest),
+        logs=P.work_dir / "tracking",
+    )
+    if history["collapse"]:
+        announce(f"{method.name}, seed {seed}", f"the guard ended the run: {history['collapse']}")
+    if main_process():
+        (folder / "run.json").unlink(
+            missing_ok=True
+        )  # from here to `keep_run` the folder's weights have no word on what they are
+    size = save_tuned(
+        captioner,
+        method,
+        folder,
+        seed=seed,
+        lr=lr,
+        base=P.base_model,
+        base_version=base_version(P.base_model),
+        profile=P.name,
+    )
+    cost = dict(
+        trainable_parameters=trainable_parameters(captioner.model),
+        adapter_bytes=size,
+        **dataclasses.asdict(history.pop("cost")),
+    )
+    return captioner, keep_run(folder / "run.json", key, checkpoints, code=manifest["code"], cost=cost, history=history)
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-017
 def run_method(
-    P:Profile, # Settings
-    method:Method, # What is tuned
-    data:StudyData, # Shared by all methods of a notebook
-    grid:tuple[float,...], # Learning rates to try
-    progress:bool=True, # Bars?
-) -> dict: # label, config, lr, sweep, plan, runs, cost: the method's part of a result
+    P: Profile,  # Settings
+    method: Method,  # What is tuned
+    data: StudyData,  # Shared by all methods of a notebook
+    grid: tuple[float, ...],  # Learning rates to try
+    progress: bool = True,  # Bars?
+) -> dict:  # label, config, lr, sweep, plan, runs, cost: the method's part of a result
     "Chooses the learning rate, trains with every seed, saves the weights, scores the test split."
     lr, tried = sweep(P, method, data, grid, progress)
     runs = []
     for seed in P.seeds:
         captioner, trained = tuned(P, method, data, lr, seed, progress)
-        plan = trained['history'].pop('plan')
-        runs.append(dict(seed=seed, code=trained['code'], history=trained['history'], cost=trained['cost'], **score_test(captioner, P, data, progress)))
-    costs = [run['cost'] for run in runs]
-    mean = {k: int(np.mean([c[k] for c in costs])) for k in ('trainable_parameters', 'peak_memory_bytes', 'adapter_bytes')}
-    return dict(label=method.label, config=method.settings(), lr=lr, sweep=tried, plan=plan, runs=runs,
-        cost=mean | dict(seconds=float(np.mean([c['seconds'] for c in costs])), energy_joules=costs[0]['energy_joules']))
+        plan = trained["history"].pop("plan")
+        runs.append(
+            dict(
+                seed=seed,
+                code=trained["code"],
+                history=trained["history"],
+                cost=trained["cost"],
+                **score_test(captioner, P, data, progress),
+            )
+        )
+    costs = [run["cost"] for run in runs]
+    mean = {
+        k: int(np.mean([c[k] for c in costs])) for k in ("trainable_parameters", "peak_memory_bytes", "adapter_bytes")
+    }
+    return dict(
+        label=method.label,
+        config=method.settings(),
+        lr=lr,
+        sweep=tried,
+        plan=plan,
+        runs=runs,
+        cost=mean
+        | dict(seconds=float(np.mean([c["seconds"] for c in costs])), energy_joules=costs[0]["energy_joules"]),
+    )

@@ -9,8 +9,10 @@ __all__ = ['tuned_folder', 'save_tuned', 'load_weights', 'read_facts']
 import dataclasses
 import json
 import re
-import torch
 from pathlib import Path
+
+import torch
+
 from ..common.code import main_process
 from ..common.files import atomic_path, write_json
 from ..common.settings import Profile
@@ -19,56 +21,81 @@ from .method import Method
 
 # %% ../../nbs/lib/09_tuning/07_saved.ipynb #cell-004
 def tuned_folder(
-    P:Profile, # Names the folder of weights
-    name:str, # Of the method
-    seed:int, # Of the run
-): # Path
+    P: Profile,  # Names the folder of weights
+    name: str,  # Of the method
+    seed: int,  # Of the run
+):  # Path
     "Where a tuning notebook leaves a run's weights."
-    return P.work_dir/'weights'/f'{name}-seed{seed}'
+    return P.work_dir / "weights" / f"{name}-seed{seed}"
 
 # %% ../../nbs/lib/09_tuning/07_saved.ipynb #cell-005
 def save_tuned(
-    captioner:Captioner, # Tuned
-    method:Method, # The method that was attached
-    folder:str|Path, # Where to
-    **facts, # More for method.json
-) -> int: # Bytes of the weights; 0 on a process that does not write
+    captioner: Captioner,  # Tuned
+    method: Method,  # The method that was attached
+    folder: str | Path,  # Where to
+    **facts,  # More for method.json
+) -> int:  # Bytes of the weights; 0 on a process that does not write
     "Writes a tuned model, whole or not at all."
     from safetensors.torch import save_file
+
     folder, tensors = Path(folder), method.tensors(captioner.model)
-    if not main_process(): return 0
-    with atomic_path(folder/'adapter.safetensors') as temporary: save_file(tensors, temporary)
-    write_json(folder/'method.json', dict(method=method.name, settings=method.settings(), prompt=captioner.prompt, **facts))
-    return (folder/'adapter.safetensors').stat().st_size
+    if not main_process():
+        return 0
+    with atomic_path(folder / "adapter.safetensors") as temporary:
+        save_file(tensors, temporary)
+    write_json(
+        folder / "method.json", dict(method=method.name, settings=method.settings(), prompt=captioner.prompt, **facts)
+    )
+    return (folder / "adapter.safetensors").stat().st_size
 
 # %% ../../nbs/lib/09_tuning/07_saved.ipynb #cell-006
 def load_weights(
-    captioner:Captioner, # With the method attached
-    method:Method, # The method of the file
-    folder:str|Path, # Of `save_tuned`
+    captioner: Captioner,  # With the method attached
+    method: Method,  # The method of the file
+    folder: str | Path,  # Of `save_tuned`
 ) -> Captioner:
     "Puts saved weights in place. Raises `FileNotFoundError` where there are none, `ValueError` where they are of another method or shape."
     from safetensors.torch import load_file
+
     folder = Path(folder)
-    if not (folder/'adapter.safetensors').is_file(): raise FileNotFoundError(f'no tuned weights in {folder}: the notebook of the method writes them')
-    saved, wanted = load_file(folder/'adapter.safetensors'), dict(captioner.model.named_parameters())
-    facts = json.loads((folder/'method.json').read_text())
+    if not (folder / "adapter.safetensors").is_file():
+        raise FileNotFoundError(f"no tuned weights in {folder}: the notebook of the method writes them")
+    saved, wanted = load_file(folder / "adapter.safetensors"), dict(captioner.model.named_parameters())
+    facts = json.loads((folder / "method.json").read_text())
     here = {n for n in wanted if re.fullmatch(method.trains, n)}
     wrong = sorted(here ^ saved.keys()) or [n for n in saved if saved[n].shape != wanted[n].shape]
-    if wrong: raise ValueError(f"{folder} holds '{facts['method']}' {facts['settings']}, which does not fit '{method.name}' {method.settings()}: {wrong[:2]}")
+    if wrong:
+        raise ValueError(
+            f"{folder} holds '{facts['method']}' {facts['settings']}, which does not fit '{method.name}' {method.settings()}: {wrong[:2]}"
+        )
     with torch.no_grad():
-        for name, value in saved.items(): wanted[name].copy_(value)
-    return dataclasses.replace(captioner, prompt=facts['prompt'])
+        for name, value in saved.items():
+            wanted[name].copy_(value)
+    return dataclasses.replace(captioner, prompt=facts["prompt"])
 
 # %% ../../nbs/lib/09_tuning/07_saved.ipynb #cell-008
 def read_facts(
-    folder:str|Path, # With method.json
-) -> dict: # method, settings, prompt; seed, lr, base where the writer said them; `export` and more of an exported folder
+    folder: str | Path,  # With method.json
+) -> (
+    dict
+):  # method, settings, prompt; seed, lr, base where the writer said them; `export` and more of an exported folder
     "What a folder of tuned weights says of itself. Raises `FileNotFoundError`, and `ValueError` where the file is not what `save_tuned` or the export wrote."
-    path = Path(folder)/'method.json'
-    if not path.is_file(): raise FileNotFoundError(f'{folder} has no method.json: a folder of tuned weights has, as `rsstudy tune` or `rsstudy export` leaves it')
-    try: facts = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error: raise ValueError(f'{path} is not JSON: {error}') from None
-    missing = [key for key, kind in dict(method=str, settings=dict, prompt=str).items() if not isinstance(facts, dict) or not isinstance(facts.get(key), kind)]
-    if missing: raise ValueError(f"{path} lacks '{missing[0]}': it must hold method, settings and prompt, as `rsstudy tune` writes them")
+    path = Path(folder) / "method.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no method.json: a folder of tuned weights has, as `rsstudy tune` or `rsstudy export` leaves it"
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    missing = [
+        key
+        for key, kind in dict(method=str, settings=dict, prompt=str).items()
+        if not isinstance(facts, dict) or not isinstance(facts.get(key), kind)
+    ]
+    if missing:
+        raise ValueError(
+            f"{path} lacks '{missing[0]}': it must hold method, settings and prompt, as `rsstudy tune` writes them"
+        )
     return facts

@@ -7,6 +7,7 @@ __all__ = ['known_facts', 'score_test']
 
 # %% ../../nbs/lib/09_tuning/08_score.ipynb #cell-002
 import functools
+
 from ..common.settings import Profile
 from ..model.features import sees_pixels
 from ..model.generate import Captioner, generate_captions
@@ -15,29 +16,48 @@ from ..training.data import StudyData
 # %% ../../nbs/lib/09_tuning/08_score.ipynb #cell-003
 @functools.cache
 def known_facts(
-    P:Profile, # Whose data may be the built-in world
-    image_ids:tuple[str,...], # Scenes
-) -> list[dict]|None: # What is true of each, `rsstudy.scenes.world.scene_facts`; None for other data
+    P: Profile,  # Whose data may be the built-in world
+    image_ids: tuple[str, ...],  # Scenes
+) -> list[dict] | None:  # What is true of each, `rsstudy.scenes.world.scene_facts`; None for other data
     "The truth about the images, read once for all runs."
     from rsstudy.data.load import draw_world
     from rsstudy.scenes.world import scene_facts
-    return scene_facts(draw_world(P, progress=False), image_ids) if P.data == 'scenes' else None
+
+    return scene_facts(draw_world(P, progress=False), image_ids) if P.data == "scenes" else None
 
 # %% ../../nbs/lib/09_tuning/08_score.ipynb #cell-004
 def score_test(
-    captioner:Captioner, # Any
-    P:Profile, # Decoding, tasks
-    data:StudyData, # Whose test split is captioned; its features serve where the captioner's tower is the base's
-    progress:bool=True, # A bar?
-    **kwargs, # For `generate_captions`
-) -> dict: # predictions, scores, per_image, info; failures: counts, corpus, info; transfer: task -> result
+    captioner: Captioner,  # Any
+    P: Profile,  # Decoding, tasks
+    data: StudyData,  # Whose test split is captioned; its features serve where the captioner's tower is the base's
+    progress: bool = True,  # A bar?
+    **kwargs,  # For `generate_captions`
+) -> dict:  # predictions, scores, per_image, info; failures: counts, corpus, info; transfer: task -> result
     "Captions the test split, scores it against all references, counts what is wrong in it, and asks the base's own tasks."
     from rsstudy.evaluation.failures import failure_scores
-    from rsstudy.metrics.registry import score_captions
     from rsstudy.evaluation.tasks import transfer
-    features = None if data.features is None or sees_pixels(captioner.model) else data.features['test']
-    options = dict(max_new_tokens=P.max_new_tokens, num_beams=P.num_beams, batch_size=P.generate_batch, progress=progress, features=features) | kwargs
-    predictions, references = generate_captions(captioner, data.test['image'], **options), list(data.test['captions'])
-    scores = score_captions(predictions, references, training=[c for own in data.captions for c in own], progress=progress).to_json()
-    counts, wrong, about = failure_scores(predictions, references, known_facts(P, tuple(data.test['image_id'])))
-    return dict(predictions=predictions, scores=scores.pop('corpus'), **scores, failures=dict(counts=counts, corpus=wrong, info=about), transfer=transfer(P, captioner, progress=progress))
+    from rsstudy.metrics.registry import score_captions
+
+    features = None if data.features is None or sees_pixels(captioner.model) else data.features["test"]
+    options = (
+        dict(
+            max_new_tokens=P.max_new_tokens,
+            num_beams=P.num_beams,
+            batch_size=P.generate_batch,
+            progress=progress,
+            features=features,
+        )
+        | kwargs
+    )
+    predictions, references = generate_captions(captioner, data.test["image"], **options), list(data.test["captions"])
+    scores = score_captions(
+        predictions, references, training=[c for own in data.captions for c in own], progress=progress
+    ).to_json()
+    counts, wrong, about = failure_scores(predictions, references, known_facts(P, tuple(data.test["image_id"])))
+    return dict(
+        predictions=predictions,
+        scores=scores.pop("corpus"),
+        **scores,
+        failures=dict(counts=counts, corpus=wrong, info=about),
+        transfer=transfer(P, captioner, progress=progress),
+    )
