@@ -19,7 +19,7 @@ from rsstudy.common.settings import load_profile
 from rsstudy.faithfulness.masks import energy_in_mask
 from rsstudy.faithfulness.removal import curve_scores, removal_curves
 from rsstudy.tuning.method import attach
-from rsstudy.tuning.methods import MAIN, methods
+from rsstudy.tuning.methods import compared_methods, methods
 
 CAPTION = "several planes are parked near the terminal ."
 METHODS = dict(
@@ -49,7 +49,7 @@ def prepare(captioner, image, caption=CAPTION):
     return caption_target(captioner.processor, image, captioner.prompt, caption)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", compared_methods())
 def test_target_does_not_leak(captioners, image, name):
     "Another last word leaves the log-probabilities before it unchanged, bit for bit."
     model, target = captioners[name].model, prepare(captioners[name], image)
@@ -61,7 +61,7 @@ def test_target_does_not_leak(captioners, image, name):
     assert torch.equal(a[0, :-1], b[0, :-1]) and a[0, -1] != b[0, -1]
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", compared_methods())
 def test_target_is_the_models_own_loss(captioners, image, name):
     "Minus the summed log-probability is the cross-entropy that training minimises, without <eos>."
     from rsstudy.model.forward import pixel_tensor, target_logits
@@ -75,7 +75,7 @@ def test_target_is_the_models_own_loss(captioners, image, name):
         assert torch.allclose(token_log_probability(c.model, target, target.pixel_values)[0], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", compared_methods())
 def test_every_attribution_works_under_every_method(captioners, image, name):
     "Gradients arrive at the pixels through adapters, soft prompts and 4-bit weights; every map is finite and not empty."
     target = prepare(captioners[name], image)

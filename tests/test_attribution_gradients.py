@@ -15,12 +15,12 @@ from rsstudy.attribution.words import caption_target
 from rsstudy.common.settings import load_profile
 from rsstudy.model.parts import core
 from rsstudy.tuning.method import attach
-from rsstudy.tuning.methods import MAIN, methods
+from rsstudy.tuning.methods import compared_methods, methods
 
 CAPTION, WORDS = "several planes are parked near the terminal .", ["planes", "terminal"]
 
 
-@pytest.fixture(scope="module", params=MAIN)
+@pytest.fixture(scope="module", params=compared_methods())
 def captioner(request):
     "Every method of the study, freshly attached to the shipped base."
     P = load_profile("nano")

@@ -7,9 +7,10 @@ import pytest
 from toys import ROOT, rsstudy
 
 from rsstudy.metrics.bleu import bleu_from_counts
-from rsstudy.report.tidy import METHODS, compare_results
+from rsstudy.report.tidy import compare_results
 from rsstudy.stats.intervals import paired_difference
 from rsstudy.stats.rows import turned
+from rsstudy.tuning.methods import compared_methods
 
 LEVELS = dict(none=0.2, lora=0.9, lora_vision=1.0, qlora=0.88, prompt=0.6, adapter=0.95, adapter_pfeiffer=0.9, full=1.1)
 TRAINED = dict(
@@ -320,9 +321,12 @@ def test_methods_come_in_their_order(tmp_path):
     """Rows name the later method first, whatever order the files are in."""
     write_chapters(tmp_path)
     results = {f.stem: json.loads(f.read_text()) for f in sorted(tmp_path.glob("*.json"), reverse=True)}
-    order, rows = [*METHODS, "lora_vision", "adapter_pfeiffer"], compare_results(results, 50, 50)["differences"]
+    order, rows = (
+        [*compared_methods(), "lora_vision", "adapter_pfeiffer"],
+        compare_results(results, 50, 50)["differences"],
+    )
     assert all(
         order.index(r["against"]) < order.index(r["method"])
         for r in rows
-        if {r["method"], r["against"]} <= set(METHODS)
+        if {r["method"], r["against"]} <= set(compared_methods())
     )

@@ -211,17 +211,20 @@ def blocks(page, language):  # of a page's Markdown
 
 @pytest.mark.parametrize("page", [p for p in HOWTO if blocks(p, "python")], ids=lambda p: p.stem)
 def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
-    from rsstudy.attribution.attributions import EXPLAINERS
+    "Word for word. What a page adds to a registry is taken out again."
+    from rsstudy.attribution.attributions import ATTRIBUTIONS
+    from rsstudy.tuning.methods import METHODS
 
     shutil.copy(ROOT / "settings.ini", tmp_path)  # results and work go to its folder
     monkeypatch.chdir(tmp_path)
-    before, names = dict(EXPLAINERS), {"__name__": f"howto_{page.stem}"}
+    registries, names = [(r, dict(r)) for r in (ATTRIBUTIONS, METHODS)], {"__name__": f"howto_{page.stem}"}
     try:
         for code in blocks(page, "python"):
             exec(compile(code, str(page), "exec", dont_inherit=True), names)
     finally:
-        for name in EXPLAINERS.keys() - before.keys():
-            del EXPLAINERS[name]
+        for registry, before in registries:
+            registry.clear()
+            registry.update(before)
 
 
 @pytest.mark.parametrize("page", [*HOWTO, ROOT / "docs/index.md"], ids=lambda p: p.stem)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rsstudy.attribution.attributions import ATTRIBUTIONS, CONTROLS
+from rsstudy.attribution.attributions import ATTRIBUTIONS, controls
 from rsstudy.commands.main import main, parser
 from rsstudy.common.settings import load_profile
 from rsstudy.explain.image import explain_image
@@ -183,7 +183,7 @@ def test_every_method_reaches_the_page(blocks):
     assert (
         {m for m, (nats, none) in unit.items() if none}
         == {m for m, (nats, none) in unit.items() if not nats}
-        == {"grad_cam", "layer_cam", "attention_rollout", "gradient_attention", *CONTROLS}
+        == {"grad_cam", "layer_cam", "attention_rollout", "gradient_attention", *controls()}
     )
     assert {m for m, (nats, _) in unit.items() if nats == " nats"} == {
         "occlusion",
@@ -195,7 +195,7 @@ def test_every_method_reaches_the_page(blocks):
         assert ("By SHAP of prompt and photo" in d["pieces"][0]["note"]) != own
         sums = [row for row in d["pieces"][0]["facts"] if row[0] == "sum of the map"]
         assert len(sums) == (method in ("integrated_gradients", "ig_tokens", "shap", "kernel_shap", "pixelshap"))
-        assert ("likely" in d["pieces"][0]["says"]) == (method not in CONTROLS)
+        assert ("likely" in d["pieces"][0]["says"]) == (method not in controls())
 
 
 @pytest.mark.parametrize("name", ["qlora", "prompt"])

@@ -228,7 +228,7 @@ def test_the_default_profile_keeps_the_recipes():
     known = methods(load_profile("nano"))
     for name in ("lora", "qlora", "lora_vision", "dora"):
         assert (known[name].rslora, known[name].init, known[name].plus) == (False, "default", 1)
-    assert known["prompt"] == PromptTuning()
+    assert known["prompt"].settings() == PromptTuning().settings()
     assert [known[name].activation for name in ("adapter", "adapter_pfeiffer")] == ["gelu", "gelu"]
     assert methods(dataclasses.replace(P, lora_plus=16.0))["lora"].settings()["plus"] == 16
 

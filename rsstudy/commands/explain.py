@@ -6,7 +6,7 @@
 __all__ = ['grammar']
 
 # %% ../../nbs/lib/18_commands/05_explain.ipynb #cell-002
-from .options import add_model_options, add_profile_options, listed, overrides
+from .options import RegisteredNames, add_model_options, add_profile_options, listed, overrides
 from ..common.settings import load_profile
 
 # %% ../../nbs/lib/18_commands/05_explain.ipynb #cell-004
@@ -35,11 +35,12 @@ def grammar(
     )
     explain.add_argument("image", metavar="IMAGE", help="image file")
     explain.add_argument("--words", metavar="W,W,...", help="words or phrases of the caption (default: every word)")
-    explain.add_argument(
+    method = explain.add_argument(
         "--method",
         metavar="M,M,...",
-        help="attribution methods (default: integrated_gradients,grad_cam,shap,pixelshap); also ig_tokens, smooth_grad, gradient_x_input, layer_cam, attention_rollout, gradient_attention, occlusion, kernel_shap, rise, random, blob, edges",
+        help="attribution methods, of %(names)s (default: integrated_gradients,grad_cam,shap,pixelshap)",
     )
+    method.names = RegisteredNames("rsstudy.attribution.attributions", "ATTRIBUTIONS")
     explain.add_argument("--caption", metavar="TEXT", help="caption that is explained (default: what the model writes)")
     add_model_options(explain)
     explain.add_argument(

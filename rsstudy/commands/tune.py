@@ -6,7 +6,7 @@
 __all__ = ['grammar']
 
 # %% ../../nbs/lib/18_commands/03_tune.ipynb #cell-002
-from .options import add_profile_options, overrides
+from .options import RegisteredNames, add_profile_options, overrides
 from ..common.settings import load_profile
 
 # %% ../../nbs/lib/18_commands/03_tune.ipynb #cell-004
@@ -31,8 +31,7 @@ def grammar(
         "with every seed, scores the test split and leaves the weights in runs/PROFILE/weights and the scores in results/PROFILE/tune_METHOD.json.",
         epilog="on four GPUs: accelerate launch --num_processes 4 $(which rsstudy) tune lora --profile paligemma",
     )
-    tune.add_argument(
-        "method", metavar="METHOD", help="lora, qlora, lora_vision, dora, prompt, adapter, adapter_pfeiffer or full"
-    )
+    method = tune.add_argument("method", metavar="METHOD", help="one of %(names)s")
+    method.names = RegisteredNames("rsstudy.tuning.methods", "METHODS", without=("none",))
     add_profile_options(tune, data=True, seeds=True)
     tune.set_defaults(run=_tune)

@@ -17,7 +17,6 @@ from PIL import Image
 
 from ..attribution.attributions import explain, known_methods, label
 from ..attribution.controls import random_map
-from ..attribution.draw import MODELS
 from ..attribution.prompt_words import prompt_shap, prompt_words
 from ..attribution.scorer import Scorer, caption_scorer
 from ..attribution.words import CaptionTarget, caption_target, word_spans
@@ -29,6 +28,8 @@ from .page import Explanation, Piece
 from ..faithfulness.removal import area, removal_curves
 from ..model.generate import Captioner, generate_captions
 from ..tuning.captioners import load_captioner
+from ..tuning.method import METHODS
+from ..tuning.methods import method_label
 
 # %% ../../nbs/lib/14_explain/04_image.ipynb #cell-005
 def read_image(
@@ -171,7 +172,7 @@ def explain_image(
         target.image.shape[:2],
         caption,
         written,
-        model or MODELS.get(captioner.method, captioner.method),
+        model or method_label(captioner.method),
         pieces,
         found,
         dict(zip(found, gains)),
@@ -204,8 +205,8 @@ def explain_file(
     check_image(image, plain_text(Path(path).name))
     captioner, short = load_captioner(P, model, seed), Path(model).name
     known = (
-        f"{MODELS[model]} {P.base_model}" + (f", seed {seed}" if model != "none" else "")
-        if model in MODELS
+        f"{method_label(model)} {P.base_model}" + (f", seed {seed}" if model != "none" else "")
+        if model in METHODS
         else plain_text(short)
     )
     try:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..attribution.answer import Attribution, at_patch_scale
-from ..attribution.attributions import ADDS_UP, CONTROLS, IN_NATS, UNITLESS, UNSIGNED, label
+from ..attribution.attributions import ATTRIBUTIONS, controls, label
 from ..attribution.words import Span
 from ..common.files import atomic_path
 from .look import SCRIPT, STYLE, data_uri, levels, map_uri, number, on_white, palette
@@ -73,7 +73,7 @@ class Explanation:
         return float(np.quantile(cells, WORTH) or cells.max())
 
     def signed(self, method: str) -> bool:
-        return method not in UNSIGNED
+        return ATTRIBUTIONS[method].signed
 
     def probability(self, u: int) -> float:  # From 0 to 1
         "Geometric mean of the probabilities of a piece's tokens."
@@ -118,14 +118,10 @@ def scale_text(
     u: int,  # Piece
 ) -> str:  # With its unit
     "The value of the last colour."
-    scale = e.scale(method, u)
-    return (
-        f"{scale:.2g}"
-        if method in UNITLESS
-        else f"{scale:.2g} nats"
-        if method in IN_NATS
-        else f"{scale * 1000:.2g} nats per 1,000 pixels"
-    )
+    scale, unit = e.scale(method, u), ATTRIBUTIONS[method].unit
+    if unit is None:
+        return f"{scale:.2g}"
+    return f"{scale:.2g} nats" if unit == "nats" else f"{scale * 1000:.2g} nats per 1,000 pixels"
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #cell-012
 def facts(
@@ -147,7 +143,7 @@ def facts(
     name, *remarks = a.error_name.split("; ")
     if np.isfinite(a.error[u]):
         rows.append((name, error_text(a, u), "; ".join(["the method's own error; 0 is exact", *remarks])))
-    if method in ADDS_UP:
+    if ATTRIBUTIONS[method].adds_up:
         means = (
             "what the photo adds over its blur, with the prompt as it is"
             if a.error[u] <= FAR
@@ -184,12 +180,12 @@ def page_data(
             text = "the whole caption" if u == whole else f"\u201c{piece.span.text}\u201d"
             end, scale = scale_text(e, method, u).split(" ")[0], e.scale(method, u)
             low, high = (
-                ("low", "high") if method in CONTROLS else ("less likely", "more likely" if signed else "stronger")
+                ("low", "high") if method in controls() else ("less likely", "more likely" if signed else "stronger")
             )
             prompt, note = prompt_rows(a, e.words, e.prompt, u)
             says = (
                 f"{label(method)}: a control, which knows nothing of {text}"
-                if method in CONTROLS
+                if method in controls()
                 else f"What made {text} likely, by {label(method)}"
             )
             pieces.append(
@@ -205,7 +201,7 @@ def page_data(
                         f"{'+' * signed}{end} {high}",
                     ],
                     scale=f"{'One scale for the whole caption' if u == whole else 'One scale for all words'} of this method: the last colour is {scale_text(e, method, u)} or beyond"
-                    f"{' (no unit)' if method in UNITLESS else ''}, which {100 - 100 * WORTH:.1f} % of the cells are. Near zero the photo shows through.",
+                    f"{' (no unit)' if ATTRIBUTIONS[method].unit is None else ''}, which {100 - 100 * WORTH:.1f} % of the cells are. Near zero the photo shows through.",
                     facts=facts(e, method, u),
                 )
             )

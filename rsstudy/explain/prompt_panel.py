@@ -9,7 +9,7 @@ __all__ = ['prompt_shares', 'prompt_note', 'prompt_rows']
 import numpy as np
 
 from ..attribution.answer import Attribution
-from ..attribution.attributions import CONTROLS, label
+from ..attribution.attributions import controls, label
 from ..attribution.prompt_words import prompt_parts
 from ..attribution.words import word_spans
 from .look import number, on_white, palette
@@ -50,7 +50,7 @@ def prompt_note(
         return f"By {says}: what removing each would change if the model were linear. The photo is the sum of the map."
     if a.text is not None:
         return f"By {says}: the words on a path of their own, from embeddings of zeros; the photo is the sum of the map, from its blur."
-    why = "a control explains nothing" if a.method in CONTROLS else f"{says} explains the photo only"
+    why = "a control explains nothing" if a.method in controls() else f"{says} explains the photo only"
     return (
         f"By SHAP of prompt and photo ({game.calls:,} combinations of their parts), because {why}. Together {number(total, sign=True)} nats over no prompt and a blurred photo; "
         "the photo's share is a mean over combinations, not the sum of the map."

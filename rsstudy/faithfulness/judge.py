@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from ..attribution.answer import Attribution
-from ..attribution.attributions import SAMPLED, explain
+from ..attribution.attributions import ATTRIBUTIONS, explain
 from ..attribution.scorer import Scorer
 from ..common.settings import Profile
 from .agreement import seed_stability
@@ -58,7 +58,7 @@ def repeated_scores(
     for name, first in found.items():
         others = (
             [explain(scorer, name, P, 1000 * k + seed).heat for k in range(1, SEEDS)]
-            if name in SAMPLED
+            if ATTRIBUTIONS[name].sampled
             else [first.heat] * (SEEDS - 1)
         )
         stable = [seed_stability(np.stack(maps), scorer.grid) for maps in zip(first.heat, *others)]

@@ -12,7 +12,7 @@ import re
 import numpy as np
 
 from ..attribution.answer import Attribution, at_patch_scale
-from ..attribution.attributions import EXPLAINERS, explain
+from ..attribution.attributions import ATTRIBUTIONS, explain
 from ..attribution.draw import compact_map
 from ..attribution.prompt_words import prompt_shap
 from ..attribution.scorer import Scorer, caption_scorer
@@ -64,11 +64,11 @@ def all_maps(
     scorer: Scorer,  # What is explained
     P: Profile,  # Budgets
     seed: int = 0,  # Of controls and sampling
-    names: list[str] = tuple(EXPLAINERS),  # Methods
+    names: list[str] | None = None,  # Attribution methods; None: all
 ) -> tuple[dict[str, Attribution], dict[str, str]]:  # Maps by method; why a method has none
     "Every method and control on one image."
     found, failed = {}, {}
-    for name in names:
+    for name in names or ATTRIBUTIONS:
         try:
             found[name] = explain(scorer, name, P, seed)
         except ValueError as e:
@@ -154,7 +154,7 @@ def explain_study_image(
     row: dict,  # image_id, image, caption, masks, pairs
     number: int,  # Of the image: seed of controls and sampling
     P: Profile,  # Budgets
-    names: list[str] = tuple(EXPLAINERS),  # Methods
+    names: list[str] | None = None,  # Attribution methods; None: all
     draw: bool = False,  # Explain more words, and keep the maps for a figure?
     checks: bool = False,  # Explain again under noise and other seeds?
 ) -> tuple[Scorer, dict[str, Attribution]]:  # Of the first word, for the test with shuffled parameters
@@ -218,7 +218,7 @@ def study_run(
     images: list[tuple[int, dict]],  # Number and row of its images
     P: Profile,  # Budgets
     checks: int,  # Images whose number is below are explained again
-    names: list[str] = tuple(EXPLAINERS),  # Methods
+    names: list[str] | None = None,  # Attribution methods; None: all
 ):
     "Explain the images of one run. An image that cannot be explained is left out and listed."
     kept = []

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from ..attribution.attributions import CONTROLS
+from ..attribution.attributions import controls
 from .agreement import map_correlation
 from .counterfactual import counterfactual_faithfulness
 from ..stats.intervals import interval_of, resample, verdict
@@ -103,7 +103,7 @@ def map_changes(
     out = {"map_correlation.v1": {}, "centre_shift.v1": {}}
     for (method, attribution, image), cells in coarse.items():
         base = coarse.get(("none", attribution, image))
-        if method == "none" or base is None or attribution in CONTROLS:
+        if method == "none" or base is None or attribution in controls():
             continue
         for metric, value in zip(
             out, (map_correlation(cells, base, len(cells)), float(np.linalg.norm(centre(cells) - centre(base))))
@@ -123,9 +123,9 @@ def against_controls(
         for method in dict.fromkeys(m for m, _ in groups):
             mine = []
             for (m, attribution), values in groups.items():
-                if m != method or attribution in CONTROLS:
+                if m != method or attribution in controls():
                     continue
-                sides = {attribution: values} | {c: groups[method, c] for c in CONTROLS if (method, c) in groups}
+                sides = {attribution: values} | {c: groups[method, c] for c in controls() if (method, c) in groups}
                 images = [i for i in values if all(np.isfinite(s.get(i, np.nan)) for s in sides.values())]
                 if len(images) < 2:
                     continue
@@ -159,7 +159,7 @@ def tuned_values(
     for metric in TUNED[len(OF_MODELS) :]:
         cells = {}
         for r in rows:
-            if r["attribution"] not in CONTROLS and np.isfinite(r.get(metric, np.nan)):
+            if r["attribution"] not in controls() and np.isfinite(r.get(metric, np.nan)):
                 cells.setdefault(r["method"], {}).setdefault(r["image_id"], []).append(r[metric])
         out[metric] = {m: {i: float(np.mean(v)) for i, v in images.items()} for m, images in cells.items()}
     return {k: {m: v for m, v in out[k].items() if v} for k in TUNED if any(out[k].values())}

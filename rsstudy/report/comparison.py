@@ -8,10 +8,11 @@ __all__ = ['FAITHFULNESS', 'SUBSETS', 'short_number', 'whole_scores', 'measures'
            'table_text', 'floor_table', 'wrong_claims_table']
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-002
-from ..attribution.attributions import CONTROLS
+from ..attribution.attributions import controls
 from ..metrics.scores import family
-from .tidy import FAILURES, METHODS, QUALITY
+from .tidy import FAILURES, QUALITY
 from ..stats.rows import metric_named, turned
+from ..tuning.methods import compared_methods
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-007
 FAITHFULNESS = dict(deletion_gain="deletion", insertion_gain="insertion", pointing_game="pointing")  # higher is better
@@ -60,7 +61,7 @@ def mean_faithfulness(
 ) -> float | None:  # Mean over attribution methods, controls left out; None when there is none
     "How faithful a method's explanations are on average."
     found = [
-        r["value"] for r in rows if r["method"] == method and measures(r, stem) and r["attribution"] not in CONTROLS
+        r["value"] for r in rows if r["method"] == method and measures(r, stem) and r["attribution"] not in controls()
     ]
     return sum(found) / len(found) if found else None
 
@@ -100,7 +101,7 @@ def main_table(
         line |= {
             title: say(mean_faithfulness(result["faithfulness"], name, stem), 2) for stem, title in FAITHFULNESS.items()
         }
-        lines[result["labels"].get(name, METHODS.get(name, name))] = line
+        lines[result["labels"][name]] = line
     return pd.DataFrame.from_dict(lines, orient="index").fillna("-")
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-015
@@ -121,7 +122,7 @@ def quality_findings(
     "Who beats the untuned base, who is best, and who cannot be told from the best; by CIDEr."
     scores, label = (
         whole_scores(result["scores"], "cider"),
-        lambda name: result["labels"].get(name, METHODS.get(name, name)),
+        result["labels"].get,
     )
     tuned = [name for name in scores if name != "none"]
     if not tuned:
@@ -160,7 +161,7 @@ def quality_findings(
     rows = [
         r
         for r in result["differences"]
-        if r["method"] not in METHODS and r["metric"] == metric and r["source"] == "all"
+        if r["method"] not in compared_methods() and r["metric"] == metric and r["source"] == "all"
     ]
     if rows:
         said.append(
@@ -186,7 +187,7 @@ def cost_findings(
     "What the best quality costs at least, and which methods nothing beats in both quality and trained parameters."
     scores, label = (
         whole_scores(result["scores"], "cider"),
-        lambda name: result["labels"].get(name, METHODS.get(name, name)),
+        result["labels"].get,
     )
     cost = {r["method"]: r for r in result["cost"]}
     tuned = [name for name in scores if name != "none" and cost.get(name, {}).get("trainable_parameters")]
@@ -228,15 +229,18 @@ def faithfulness_findings(
     result: dict,  # 07_comparison.json
 ) -> list[str]:  # Sentences in Markdown
     "Whether explanations beat a random map, and whether tuning changed that."
-    label, said = lambda name: result["labels"].get(name, METHODS.get(name, name)), []
+    label = result["labels"].get
+    said = []
     for stem, title in FAITHFULNESS.items():
         here = [
             r
             for r in result["faithfulness"]
-            if measures(r, stem) and r["attribution"] not in CONTROLS and r["low"] is not None
+            if measures(r, stem) and r["attribution"] not in controls() and r["low"] is not None
         ]
         beat = {
-            m: [r["low"] > 0 for r in here if r["method"] == m] for m in METHODS if any(r["method"] == m for r in here)
+            m: [r["low"] > 0 for r in here if r["method"] == m]
+            for m in compared_methods()
+            if any(r["method"] == m for r in here)
         }
         if stem.endswith("gain") and beat:
             said.append(
@@ -266,7 +270,8 @@ def forgetting_findings(
     result: dict,  # 07_comparison.json
 ) -> list[str]:  # Sentences in Markdown
     "What each method has forgotten of the base's own tasks."
-    label, said = lambda name: result["labels"].get(name, METHODS.get(name, name)), []
+    label = result["labels"].get
+    said = []
     for task in dict.fromkeys(r["task"] for r in result["forgetting"]):
         rows = [r for r in result["forgetting"] if r["task"] == task]
         said.append(
@@ -339,9 +344,7 @@ def floor_table(
     rows.sort(key=lambda at: found[at[0]]["cider"][at[1]]["value"])
     return pd.DataFrame.from_dict(
         {
-            result["labels"].get(name, METHODS.get(name, name)): {
-                title: span(found[kind][stem].get(name)) for stem, title in QUALITY.items()
-            }
+            result["labels"][name]: {title: span(found[kind][stem].get(name)) for stem, title in QUALITY.items()}
             for kind, name in rows
         },
         orient="index",

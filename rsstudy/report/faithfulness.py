@@ -9,9 +9,10 @@ __all__ = ['SHOWN', 'CHANGES', 'draw_curves', 'draw_scores', 'draw_checks', 'dra
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-002
 import numpy as np
 
-from ..attribution.attributions import ATTRIBUTIONS, CONTROLS, label
-from ..attribution.draw import MODELS
+from ..attribution.attributions import ATTRIBUTIONS, controls, label
 from ..faithfulness.summary import AGAINST_CONTROLS, MEASURES, TUNED
+from ..tuning.method import METHODS
+from ..tuning.methods import method_label
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-007
 def _colours(n):
@@ -21,7 +22,7 @@ def _colours(n):
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-008
 def _models(rows):
-    return [m for m in MODELS if any(r["method"] == m for r in rows)]
+    return [m for m in METHODS if any(r["method"] == m for r in rows)]
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-009
 def _attributions(rows):
@@ -49,7 +50,7 @@ def draw_curves(
     import matplotlib.pyplot as plt
 
     models, names = _models(result["curves"]), [a for a in _attributions(result["curves"]) if a in shown]
-    style = dict(zip([a for a in names if a not in CONTROLS], _colours(len(names))))
+    style = dict(zip([a for a in names if a not in controls()], _colours(len(names))))
     fig, axes = plt.subplots(
         2,
         len(models),
@@ -62,7 +63,7 @@ def draw_curves(
     for c in result["curves"]:
         if c["attribution"] not in names:
             continue
-        control = c["attribution"] in CONTROLS
+        control = c["attribution"] in controls()
         axes[int(c["curve"] == "insertion"), models.index(c["method"])].plot(
             c["fractions"],
             c["mean"],
@@ -72,7 +73,7 @@ def draw_curves(
             label=label(c["attribution"]),
         )
     for ax, m in zip(axes[0], models):
-        ax.set_title(MODELS[m], fontsize=10)
+        ax.set_title(method_label(m), fontsize=10)
     for ax, kind in zip(axes[:, 0], ("deletion", "insertion")):
         ax.set_ylabel(f"{kind} (nats)")
     for ax in axes[1]:
@@ -115,8 +116,10 @@ def _panels(
     for ax in axes.flat[len(metrics) :]:
         ax.set_axis_off()
     for ax, metric in zip(axes.flat, metrics):
-        if any(a in CONTROLS for a in names):
-            ax.axhspan(min(names.index(a) for a in CONTROLS if a in names) - 0.5, len(names) - 0.5, color="0.92", lw=0)
+        if any(a in controls() for a in names):
+            ax.axhspan(
+                min(names.index(a) for a in controls() if a in names) - 0.5, len(names) - 0.5, color="0.92", lw=0
+            )
         for k, (m, colour, marker) in enumerate(zip(models, _colours(len(models)), "osD^vPX")):
             mine = [r for r in rows if r["metric"] == metric and r["method"] == m]
             y = np.array([names.index(r["attribution"]) for r in mine]) + (k - (len(models) - 1) / 2) * 0.3
@@ -129,7 +132,7 @@ def _panels(
                 color=colour,
                 ms=4,
                 lw=1,
-                label=MODELS[m],
+                label=method_label(m),
             )
         text, way = MEASURES[metric]
         ax.set_xlabel(text + {1: "\nhigher is better \u2192", -1: "\n\u2190 lower is better", 0: ""}[way], fontsize=8)
@@ -220,7 +223,7 @@ def draw_agreement(
                     )
         ax.set_xticks(range(len(names)), [label(a) for a in names], rotation=60, ha="right", fontsize=8)
         ax.set_yticks(range(len(names)), [label(a) for a in names], fontsize=8)
-        ax.set_title(MODELS[m], fontsize=10)
+        ax.set_title(method_label(m), fontsize=10)
     fig.colorbar(shown, ax=axes, shrink=0.7, label="rank correlation of two maps")
     return fig
 
@@ -246,7 +249,7 @@ def draw_tuning(
         if r["metric"] == "map_correlation.v1":
             moved.setdefault(r["method"], []).append((r["attribution"], r["value"]))
     metrics = [m for m in CHANGES if m == "map_correlation.v1" or any(r["metric"] == m for r in result["tuning"])]
-    models = [m for m in MODELS if m in moved]
+    models = [m for m in METHODS if m in moved]
     fig, axes = plt.subplots(
         1,
         len(metrics),
@@ -288,7 +291,7 @@ def draw_tuning(
                 fontsize=8,
             )
         ax.tick_params(labelsize=8)
-    axes[0, 0].set_yticks(range(len(models)), [MODELS[m] for m in models])
+    axes[0, 0].set_yticks(range(len(models)), [method_label(m) for m in models])
     axes[0, 0].set_ylim(len(models) - 0.5, -0.5)
     n = max((r["n"] for r in result["tuning"]), default=0)
     fig.suptitle(
@@ -300,7 +303,7 @@ def draw_tuning(
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-023
 def _names(models):
-    return ", ".join(MODELS[m] for m in MODELS if m in models)
+    return ", ".join(method_label(m) for m in METHODS if m in models)
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-024
 def answer(
@@ -311,17 +314,17 @@ def answer(
     for r in result["faithfulness"]:
         if r["metric"] == "map_correlation.v1":
             moved.setdefault(r["method"], []).append(r["value"])
-        if r["metric"] == "seed_spearman.v1" and r["method"] == "none" and r["attribution"] not in CONTROLS:
+        if r["metric"] == "seed_spearman.v1" and r["method"] == "none" and r["attribution"] not in controls():
             own[r["attribution"]] = r["value"]
     if not moved:
         return "No tuned model was there to be explained."
     mean = {m: float(np.mean(v)) for m, v in moved.items()}
     most, least = min(mean, key=mean.get), max(mean, key=mean.get)
     parts = [
-        f"**Where it looks.** Over the attribution methods, the maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({MODELS[most]}) to {mean[least]:.2f} ({MODELS[least]}) in rank, on the same "
+        f"**Where it looks.** Over the attribution methods, the maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({method_label(most)}) to {mean[least]:.2f} ({method_label(least)}) in rank, on the same "
         f"images and words; the untuned model's sampled maps repeat under another seed with {min(own.values()):.2f} to {max(own.values()):.2f}."
         if own
-        else f"**Where it looks.** The maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({MODELS[most]}) to {mean[least]:.2f} ({MODELS[least]}) in rank."
+        else f"**Where it looks.** The maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({method_label(most)}) to {mean[least]:.2f} ({method_label(least)}) in rank."
     ]
     for metric in TUNED:
         rows = [r for r in result["tuning"] if r["metric"] == metric]
@@ -370,7 +373,8 @@ def faithfulness_table(
         for (a, m, _), beaten in wins.items():
             cells.setdefault((a, m), []).append(all(beaten))
         rows = [
-            dict(attribution=label(a), model=MODELS[m], cell=f"{sum(v)} of {len(v)}") for (a, m), v in cells.items()
+            dict(attribution=label(a), model=method_label(m), cell=f"{sum(v)} of {len(v)}")
+            for (a, m), v in cells.items()
         ]
         table, title = (
             pd.DataFrame(rows),
@@ -379,7 +383,7 @@ def faithfulness_table(
     elif what == "prompt":
         table, title = (
             pd.DataFrame(
-                [dict(attribution=r["part"], model=MODELS[r["method"]], cell=say(r)) for r in result["prompt"]]
+                [dict(attribution=r["part"], model=method_label(r["method"]), cell=say(r)) for r in result["prompt"]]
             ),
             "Nats of the word's log-probability",
         )
@@ -389,7 +393,7 @@ def faithfulness_table(
                 [
                     dict(
                         attribution=label(r["attribution"]),
-                        model=MODELS[r["method"]],
+                        model=method_label(r["method"]),
                         cell=f"{r['median']:.1%} ({r['share_under_1_percent']:.0%})",
                     )
                     for r in result["own_error"]
@@ -412,7 +416,7 @@ def faithfulness_table(
             )
         table, title = (
             pd.DataFrame(
-                [dict(attribution=label(r["attribution"]), model=MODELS[r["method"]], cell=say(r)) for r in rows]
+                [dict(attribution=label(r["attribution"]), model=method_label(r["method"]), cell=say(r)) for r in rows]
             ),
             MEASURES[what][0].replace("\n", " "),
         )
@@ -421,7 +425,7 @@ def faithfulness_table(
     order = list(dict.fromkeys(table["attribution"]))
     wide = (
         table.pivot(index="attribution", columns="model", values="cell")
-        .reindex(index=order, columns=[m for m in MODELS.values() if m in set(table["model"])])
+        .reindex(index=order, columns=[label for label in map(method_label, METHODS) if label in set(table["model"])])
         .fillna("")
     )
     return f"{title}:\n\n{wide.to_markdown()}"

@@ -233,18 +233,6 @@ def data_lines(
     return hub, [f"{where[0].upper()}{where[1:]}, whose licence its owner knows. {split}"]
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-017
-_TOLD = dict(
-    lora="Low-rank adaptation (Hu et al. 2022)",
-    qlora="Low-rank adaptation on a base in 4-bit NormalFloat (Dettmers et al. 2023)",
-    dora="Weight-decomposed low-rank adaptation (Liu et al. 2024)",
-    lora_vision="Low-rank adaptation (Hu et al. 2022) of decoder, vision tower and projector",
-    prompt="Prompt tuning (Lester et al. 2021) on reserved tokens of the vocabulary",
-    adapter="Bottleneck adapters (Houlsby et al. 2019)",
-    adapter_pfeiffer="Bottleneck adapters, one a layer (Pfeiffer et al. 2021)",
-    full="Full fine-tuning",
-)
-
-
 def _method(facts, record):
     plan, say = record["entry"].get("plan") if record else None, lambda v: f"`{v}`" if isinstance(v, str) else str(v)
     settings = "".join(f"; {k} {say(v)}" for k, v in facts["settings"].items() if v is not False)
@@ -254,7 +242,7 @@ def _method(facts, record):
         + ([f"seed {facts['seed']}"] if facts.get("seed") is not None else [])
     )
     return [
-        f"{_TOLD[facts['family']]}{settings}. "
+        f"{facts['source']}{settings}. "
         + (
             f"Trained with {', '.join(trained)}." if trained else "How it was trained is not recorded with its weights."
         ),
@@ -339,7 +327,7 @@ def usage(
 def _notes(facts):  # what is unusual in how this method travels
     merged = (
         ["The scores below were taken before merging, which changes nothing but the last digits."]
-        if facts["merged"] and facts["family"] != "full"
+        if facts["change_merged"]
         else []
     )
     return merged + _method_notes(facts)
@@ -347,7 +335,7 @@ def _notes(facts):  # what is unusual in how this method travels
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-022
 def _method_notes(facts):
     repo = facts.get("repo") or "OWNER/NAME"
-    if facts["family"] == "prompt":
+    if facts["forbidden_tokens"]:
         return [
             "The `<unused..>` tokens in the prompt stand for trained vectors. Where the model speaks, the same vectors would stand in its output layer (PaliGemma ties the two), and it would say these tokens; it was trained with an output layer that lacks them. "
             "`generation_config.json` restores that: `suppress_tokens` names them and `renormalize_logits` shares their probability out among the others. Generate with it, as the lines above do. (peft warns that `lm_head.trainable_tokens_delta` is missing: that is the tied layer, which has no vectors of its own.)"
@@ -357,7 +345,7 @@ def _method_notes(facts):
             "peft has no bottleneck adapter. `adapter.py` in this folder is the class it was trained with, in plain torch; the lines above import it from the folder they run in. "
             f"Nothing is run from a hub, and `trust_remote_code` is not needed: get the folder first, `hf download {repo} --local-dir .`, and read the file."
         ]
-    if facts["family"] == "qlora" and facts["form"] == "merged":
+    if facts["four_bits"] and facts["form"] == "merged":
         return [
             "The adapter was trained on a base in 4 bits and is merged into that base, read back into full precision: not into the published weights, on which it was not trained, and not rounded to 4 bits again."
         ]
@@ -441,7 +429,7 @@ def card_text(
     sections = {
         f"{facts['base'].split('/')[-1]}, {facts['label']}: captions of aerial images": [
             f"A captioner of images from above: `{facts['base']}`, tuned by {facts['label']}"
-            + (", the change merged into its weights" if facts["merged"] and facts["method"] != "full" else "")
+            + (", the change merged into its weights" if facts["change_merged"] else "")
             + ". Made by the study rsstudy, which compares ways of tuning PaliGemma and how far their explanations can be trusted."
         ],
         "# How to use": [

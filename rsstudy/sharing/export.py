@@ -54,14 +54,22 @@ def _dequantised(model, P):
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-006
 def check_mergeable(
-    name: str,  # Of the method
-    family: str,  # Of `family_of`
+    method: Method,  # To be merged
 ):
     "Raises `ValueError` for a bottleneck adapter."
-    if family.startswith("adapter"):
+    if method.form == "adapter":
         raise ValueError(
-            f"'{name}' cannot be merged: a bottleneck adapter is no sum of weights; export it without --merge"
+            f"'{method.name}' cannot be merged: a bottleneck adapter is no sum of weights; export it without --merge"
         )
+
+# %% ../../nbs/lib/16_sharing/02_export.ipynb #5cf6d879
+def _with_soft_tokens(model):
+    "PaliGemma with the trained vectors of a soft prompt in its table of embeddings."
+    layer = model.model.language_model.embed_tokens
+    trained = layer.trainable_tokens_delta["default"].to(layer.base_layer.weight.dtype)
+    layer.base_layer.weight[layer.token_indices["default"]] = trained
+    model.model.language_model.embed_tokens = layer.base_layer
+    return model
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-007
 @torch.no_grad()
@@ -71,18 +79,13 @@ def merged_model(
     P: Profile,  # Names its base
 ):  # PaliGemma without a wrapper
     "The tuned model as plain PaliGemma. Raises `ValueError` for a bottleneck adapter."
-    model, family = captioner.model, family_of(method.name, methods(P))
-    check_mergeable(method.name, family)
+    check_mergeable(method)
+    model = captioner.model
     if any(hasattr(p, "quant_state") for p in model.parameters()):
         return _dequantised(model, P)
-    if family == "prompt":
-        plain = core(model)
-        layer = plain.model.language_model.embed_tokens
-        layer.base_layer.weight[layer.token_indices["default"]] = layer.trainable_tokens_delta["default"].to(
-            layer.base_layer.weight.dtype
-        )
-        plain.model.language_model.embed_tokens = layer.base_layer
-        return plain
+    layer = core(model).model.language_model.embed_tokens
+    if hasattr(layer, "trainable_tokens_delta"):
+        return _with_soft_tokens(core(model))
     return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-009
@@ -313,6 +316,13 @@ def _run_folder(P, run):
         )
     return folder
 
+# %% ../../nbs/lib/16_sharing/02_export.ipynb #efccafc2
+def _trained_dtype(precision, device):
+    "What a run computed in: on the device that its record names, or, without a record, on this one."
+    if device is None or precision != "auto":
+        return pick_dtype(precision)
+    return torch.float32 if device.startswith("CPU") else torch.bfloat16
+
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-024
 def _facts(P, folder, merge, repo, record, name):
     "What card, usage and method.json say of the model."
@@ -320,23 +330,15 @@ def _facts(P, folder, merge, repo, record, name):
     if "export" in own:
         raise ValueError(f"{folder} is an export already: export the run that it was made of")
     method = method_of(P, own)
-    there, known = dataclasses.replace(P, base_model=own.get("base", P.base_model)), family_of(method.name, methods(P))
+    there = dataclasses.replace(P, base_model=own.get("base", P.base_model))
     if merge:
-        check_mergeable(method.name, known)
+        check_mergeable(method)
     settings = record["settings"] if record else dataclasses.asdict(P)
     device = record["device"] if record else None
-    dtype = (
-        torch.float32
-        if known == "full"
-        else pick_dtype(settings["precision"])
-        if device is None or settings["precision"] != "auto"
-        else torch.float32
-        if device.startswith("CPU")
-        else torch.bfloat16
-    )
+    dtype = method.base_options(there).get("dtype") or _trained_dtype(settings["precision"], device)
     there = dataclasses.replace(there, precision=str(dtype).removeprefix("torch."))
     options = method.base_options(there)
-    form = "merged" if merge or known == "full" else "adapter" if known.startswith("adapter") else "peft"
+    form = "merged" if merge else method.form
     carried = form != "merged" and (there.base_model == "paligemma-nano" or Path(there.base_model).is_dir())
     quantised = (
         {
@@ -355,7 +357,10 @@ def _facts(P, folder, merge, repo, record, name):
             export=FORM,
             form=form,
             merged=form == "merged",
-            family=known,
+            family=family_of(method.name),
+            change_merged=merge,
+            source=method.source,
+            four_bits="quantization_config" in options,
             label=record["entry"]["label"] if record else method.label,
             profile=P.name,
             name=name,
@@ -397,7 +402,8 @@ def export_run(
     method, there, facts = _facts(P, folder, merge, push, record, name)
     check_target(target, folder, force)
     captioner = load_folder(there, folder)
-    forbidden = method.soft_tokens(captioner.processor.tokenizer) if facts["family"] == "prompt" else None
+    forbidden = method.forbidden_tokens(captioner.processor.tokenizer)
+    facts["forbidden_tokens"] = len(forbidden)
     facts["pixels"], facts["generation"] = (
         core(captioner.model).config.vision_config.image_size,
         _decoding(captioner, facts["decoding"], forbidden),

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..attribution.draw import MODELS
 from ..common.settings import Profile
 from ..explain.image import USUAL, explain_image
 from ..model.generate import Captioner, generate_captions
 from ..tuning.captioners import find_captioner, load_captioner
+from ..tuning.method import METHODS
 from ..tuning.methods import methods
 from ..tuning.saved import tuned_folder
 
@@ -82,7 +82,9 @@ def served_models(
         short = (
             f"untuned {Path(P.base_model).name}"
             if name == "none"
-            else MODELS.get(name) or Path(name).expanduser().resolve().name
+            else METHODS[name].label
+            if name in METHODS
+            else Path(name).expanduser().resolve().name
         )
         labels[short if short not in labels else f"{short} ({len(labels) + 1})"] = name
     return labels

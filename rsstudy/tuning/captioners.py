@@ -55,11 +55,7 @@ def _peft_captioner(P, method, facts, folder):
             "ignore", "Model has `tie_word_embeddings=True`|Found missing adapter keys.*lm_head"
         )  # the tie, which the next lines undo
         model = PeftModel.from_pretrained(model, str(folder)).eval()
-    base = model.get_base_model()
-    if method.name.startswith("prompt"):
-        base.lm_head = getattr(
-            base.lm_head, "base_layer", base.lm_head
-        )  # as `PromptTuning.attach` does: soft tokens are not to be said
+    model = method.from_peft(model)
     return Captioner(model, processor, facts["prompt"], method.name)
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-008
@@ -98,7 +94,7 @@ def find_run(
     stem, dash, number = name.rpartition("-seed")
     if dash and number.isdecimal():
         name, seed = stem, int(number)
-    family, folder = family_of(name, methods(P)), tuned_folder(P, name, seed)
+    family, folder = family_of(name), tuned_folder(P, name, seed)
     if family in (None, "none") or "/" in name:
         return None
     return folder if family == name or folder.is_dir() or not Path(name).is_dir() else None

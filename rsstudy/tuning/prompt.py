@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..common.settings import Profile
 from ..model.generate import Captioner
 from .method import Method
 
@@ -21,10 +22,17 @@ class PromptTuning(Method):
 
     name: str = "prompt"
     label: str = "prompt tuning"
+    source: str = "Prompt tuning (Lester et al. 2021) on reserved tokens of the vocabulary"
+    form: str = "peft"
+    mark: str = "D"
     trains: str = r".*embed_tokens\.trainable_tokens_delta\.default"
     length: int = 16  # Soft tokens
     # Words whose embeddings the soft tokens start from, repeated as needed; '': the prompt's own; None: the reserved tokens' embeddings as they are
     start: str | None = "an aerial image of a place , seen from above : describe what is there"
+
+    @classmethod
+    def of(cls, P: Profile) -> "PromptTuning":
+        return cls(lr_grid=P.lr_grid_prompt, length=P.prompt_length, start=P.prompt_text)
 
     def soft_tokens(self, tokenizer) -> list[int]:
         "Ids of the reserved tokens. Raises `ValueError` where the vocabulary has too few."
@@ -35,19 +43,23 @@ class PromptTuning(Method):
             )
         return ids
 
+    def from_peft(self, model):
+        "peft ties the output layer to the embeddings, soft vectors included: soft tokens could then be said."
+        base = model.get_base_model()
+        base.lm_head = getattr(base.lm_head, "base_layer", base.lm_head)
+        return model
+
+    def forbidden_tokens(self, tokenizer) -> list[int]:
+        return self.soft_tokens(tokenizer)
+
     def attach(self, captioner: Captioner) -> Captioner:
         from peft import TrainableTokensConfig, get_peft_model
 
         tokenizer = captioner.processor.tokenizer
         ids = self.soft_tokens(tokenizer)
-        model = get_peft_model(
-            captioner.model, TrainableTokensConfig(token_indices=ids, target_modules=["embed_tokens"])
-        )
-        base = model.get_base_model()
-        base.lm_head = getattr(
-            base.lm_head, "base_layer", base.lm_head
-        )  # peft ties it to the embeddings, soft vectors included: soft tokens could then be said
-        layer = base.model.language_model.embed_tokens
+        config = TrainableTokensConfig(token_indices=ids, target_modules=["embed_tokens"])
+        model = self.from_peft(get_peft_model(captioner.model, config))
+        layer = model.get_base_model().model.language_model.embed_tokens
         if self.start is not None:
             words = tokenizer(self.start or captioner.prompt, add_special_tokens=False).input_ids
             rows = torch.tensor([words[i % len(words)] for i in range(len(ids))], device=layer.weight.device)

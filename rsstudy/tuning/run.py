@@ -130,17 +130,19 @@ def sweep(
     P: Profile,  # Settings
     method: Method,  # Whose learning rate is chosen
     data: StudyData,  # Shared by all runs
-    grid: tuple[float, ...],  # Learning rates to try
     progress: bool = True,  # Bars?
 ) -> tuple[float, list[dict]]:  # Best learning rate; lr, val_loss, val_cider and collapse of each
     """Chooses the learning rate as `fit` chooses the state: by the validation captions' CIDEr, then by loss; with the first seed and short runs.
 
-    A high rate can lower the loss and ruin the captions: the model learns how captions sound and forgets how to look. Raises `ValueError` where every rate collapsed.
+    A high rate can lower the loss and ruin the captions: the model learns how captions sound and forgets how to look. Raises `ValueError` where every rate collapsed, and where
+    the method has none.
     """
     if P.lr is not None:
         return P.lr, []
+    if not method.lr_grid:
+        raise ValueError(f"method '{method.name}' has no learning rates to try: give it an `lr_grid`, or set `lr`")
     tried = []
-    for lr in grid:
+    for lr in method.lr_grid:
         count = min(P.sweep_images or len(data.train), len(data.train))
         plan = TrainingPlan.of(
             P,
@@ -168,7 +170,9 @@ def sweep(
         tried.append(dict(lr=lr, **{k: record[k] for k in ("val_loss", "val_cider", "collapse")}))
     sound = [t for t in tried if not t["collapse"]]
     if not sound:
-        raise ValueError(f"method '{method.name}' collapsed at every learning rate of {grid}: {tried[0]['collapse']}")
+        raise ValueError(
+            f"method '{method.name}' collapsed at every learning rate of {method.lr_grid}: {tried[0]['collapse']}"
+        )
     return max(sound, key=lambda t: (t["val_cider"] or 0.0, -t["val_loss"]))["lr"], tried
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-013
@@ -229,11 +233,10 @@ def run_method(
     P: Profile,  # Settings
     method: Method,  # What is tuned
     data: StudyData,  # Shared by all methods of a notebook
-    grid: tuple[float, ...],  # Learning rates to try
     progress: bool = True,  # Bars?
 ) -> dict:  # label, config, lr, sweep, plan, runs, cost: the method's part of a result
     "Chooses the learning rate, trains with every seed, saves the weights, scores the test split."
-    lr, tried = sweep(P, method, data, grid, progress)
+    lr, tried = sweep(P, method, data, progress)
     runs = []
     for seed in P.seeds:
         captioner, trained = tuned(P, method, data, lr, seed, progress)
