@@ -1,8 +1,11 @@
-"""The site: nbdev reads the notebooks, Sphinx renders them. Offline, without Quarto, nothing is run; `make docs` calls it.
+"""The site: nbdev reads the notebooks, Sphinx renders them.
 
-    python docs/build.py [--out FOLDER]      FOLDER/html holds the site, static files that can be put anywhere; docs/_build by default
+    python docs/build.py [--out FOLDER]      FOLDER is docs/_build by default
 
-The chapters are taken as they ran, from results/<profile>/; the parts from nbs/lib, their exported cells turned into signatures (docs/signatures.py).
+FOLDER/html then holds the site, static files that can be put anywhere.
+It is built offline and without Quarto, and nothing is run; `make docs` calls it.
+The chapters are taken as they ran, from results/<profile>/.
+The parts come from nbs/lib, their exported cells turned into signatures (docs/signatures.py).
 A warning of Sphinx's is an error, and so is a figure that docs/figures.toml does not describe.
 """
 
@@ -87,7 +90,7 @@ class Site:
         }
         self.owners = {}  # a name without its module -> the modules that define it
         for full in self.names:
-            for stem, module in self.modules.items():
+            for module in self.modules.values():
                 if full.startswith(f"rsstudy.{module}."):
                     self.owners.setdefault(full[len(f"rsstudy.{module}.") :], []).append(module)
 
@@ -125,8 +128,10 @@ class Site:
             if not stem:
                 PROBLEMS.append(f"{page} links to the notebook {found[2]}, which is not there")
                 return found[0]
-            folder = page.partition("/")[0]
-            return f"{found[1]}(/{folder if folder == 'real' and self.is_chapter(stem) else self.pages[stem].partition('/')[0]}/{self.pages[stem].partition('/')[2]}.ipynb)"
+            folder, _, name = self.pages[stem].partition("/")
+            if page.startswith("real/") and self.is_chapter(stem):
+                folder = "real"
+            return f"{found[1]}(/{folder}/{name}.ipynb)"
 
         text = re.sub(
             r"!\[([^\]]*)\]\(https?:[^)]*\)", r"\1", text
@@ -230,6 +235,10 @@ def title(stem: str, site: Site) -> str:  # of a chapter, numbered
     return f"{int(stem[:2])}. " + re.sub(r"^# (\d\d )?", "", site.cells[stem][0].source.split("\n")[0])
 
 
+AS_IT_RAN = "As it ran on {world}; [the same chapter on {other_world}]({other}). {defined}[Open in Colab]({colab})."
+DEFINED = "Its definitions are in {{py:mod}}`rsstudy.{module}`. "
+
+
 def chapter(stem: str, profile: str, site: Site, pages: Path):
     "A chapter as it ran: prose, results and figures; definitions, settings and tests folded away."
     folder, world = PROFILES[profile]
@@ -239,15 +248,14 @@ def chapter(stem: str, profile: str, site: Site, pages: Path):
         if c.cell_type == "markdown":
             source = site.linked(c.source, page)
             if not cells:  # the title
-                defined = (
-                    f"Its definitions are in {{py:mod}}`rsstudy.{site.modules[stem]}`. " if stem in site.modules else ""
-                )
-                source = (
-                    f"# {title(stem, site)}"
-                    + (f", {world}" if folder == "real" else "")
-                    + "\n"
-                    + source.partition("\n")[2]
-                    + f"\n\nAs it ran on {world}; [the same chapter on {other_world}](/{other}/{stem}.ipynb). {defined}[Open in Colab]({colab(stem)})."
+                head = f"# {title(stem, site)}" + (f", {world}" if folder == "real" else "")
+                _, _, rest = source.partition("\n")
+                source = f"{head}\n{rest}\n\n" + AS_IT_RAN.format(
+                    world=world,
+                    other_world=other_world,
+                    other=f"/{other}/{stem}.ipynb",
+                    defined=DEFINED.format(module=site.modules[stem]) if stem in site.modules else "",
+                    colab=colab(stem),
                 )
             cells.append(cell("markdown", source))
         elif c.cell_type == "code" and not signatures.only_imports(c.source):
@@ -283,12 +291,9 @@ def module(stem: str, site: Site, pages: Path):
                     for n in signatures.names(c.source)
                     if "." not in n
                 )
-                cells.append(
-                    cell(
-                        "markdown",
-                        f"{head}\n\n:::{{py:module}} rsstudy.{name}\n:::\n\n`rsstudy.{name}`: {defined}\n{link(rest)}\n\n{where}",
-                    )
-                )
+                anchor = f":::{{py:module}} rsstudy.{name}\n:::"
+                listed = f"`rsstudy.{name}`: {defined}\n{link(rest)}"
+                cells.append(cell("markdown", f"{head}\n\n{anchor}\n\n{listed}\n\n{where}"))
             elif not chapter:
                 cells.append(cell("markdown", link(c.source)))
         elif c.cell_type == "code" and "export" in c.directives_:
@@ -373,7 +378,10 @@ def commands() -> str:  # MyST Markdown
 
 
 def thin(site: Path, pages: Path):
-    "Takes out the tags around code that no colour is needed for, a third of the site's weight, and pages of an earlier build."
+    """Takes out pages of an earlier build, and the tags around code that no colour is needed for.
+
+    These tags are a third of the site's weight.
+    """
     kept = {
         page.relative_to(pages).with_suffix("").as_posix() for page in WRITTEN if page.suffix in (".md", ".ipynb")
     } | {"search", "genindex"}
@@ -462,9 +470,8 @@ def main() -> int:
     status = status or int(bool(PROBLEMS))
     files = [f for f in (out / "html").rglob("*") if f.is_file()]
     if not status:
-        print(
-            f"{sum(f.suffix == '.html' for f in files)} pages, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB: {out}/html/index.html"
-        )
+        count, megabytes = sum(f.suffix == ".html" for f in files), sum(f.stat().st_size for f in files) / 1e6
+        print(f"{count} pages, {megabytes:.1f} MB: {out}/html/index.html")
     return status
 
 

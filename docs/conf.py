@@ -48,7 +48,10 @@ def block_math(page, node):
 
 
 class TypesOfOneMeaning(SphinxPostTransform):
-    "The type `Item` in a signature is linked wherever it is defined, but where two modules have one, only to that of the same module."
+    """The type `Item` in a signature is linked wherever it is defined.
+
+    Where two modules have one, it is linked only to that of the same module.
+    """
 
     default_priority = 5  # before links are resolved
 

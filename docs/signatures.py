@@ -1,4 +1,6 @@
-"""An exported cell as documentation: Sphinx directives with signatures, a table of what every parameter means, and the definition's own prose.
+"""An exported cell as documentation.
+
+Sphinx directives with signatures, a table of what every parameter means, and the definition's own prose.
 
 The comments beside parameters (docments) are read from the cell's source; nothing is imported and nothing is run.
 """

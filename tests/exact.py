@@ -1,4 +1,7 @@
-"""What the exactness tests share: pictures, transformers' own loss of captions written out one by one, and an arithmetic without float32 in it."""
+"""What the exactness tests share.
+
+Pictures, transformers' own loss of captions written out one by one, and an arithmetic without float32 in it.
+"""
 
 import numpy as np
 import torch
@@ -21,9 +24,10 @@ def images(n=2, size=224):
 
 
 def keep_float64(monkeypatch):
-    """Transformers casts to float32 in places: norms, the softmax of plain attention. For a float32 model that is exact; a float64 model it would round.
+    """Lets transformers' casts to float32, in norms and in the softmax of plain attention, leave float64 alone.
 
-    Here these casts leave float64 alone, so that two ways of computing one thing can be compared to float64's last digits.
+    For a float32 model they are exact; a float64 model they would round.
+    So two ways of computing one thing can be compared to float64's last digits.
     """
     to_float, softmax = torch.Tensor.float, F.softmax
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_float(x))
@@ -64,7 +68,8 @@ def gradients(model, loss):
 def distance(found, wanted, floor=1e-6):
     """Largest relative distance of two sets of gradients, tensor by tensor.
 
-    A tensor smaller than `floor` of the whole is measured against that: SigLIP's key biases have no gradient at all (a softmax does not see a shift), only its rounding.
+    A tensor smaller than `floor` of the whole is measured against that.
+    SigLIP's key biases have no gradient at all, as a softmax does not see a shift, only its rounding.
     """
     assert found.keys() == wanted.keys()
     whole = sum(g.norm() ** 2 for g in wanted.values()) ** 0.5

@@ -1,6 +1,7 @@
-"""PaliGemma and PaliGemma 2, and their checkpoints for other image sizes, as tiny random models: what holds for one architecture holds for all.
+"""PaliGemma and PaliGemma 2, for several image sizes, as tiny random models: what holds for one holds for all.
 
-A mix checkpoint is a pt checkpoint's architecture with other weights. The windows are shorter than the rows and the caps low enough to be felt, which tests here make sure of.
+A mix checkpoint is a pt checkpoint's architecture with other weights.
+The windows are shorter than the rows and the caps low enough to be felt, which tests here make sure of.
 """
 
 import dataclasses
@@ -33,7 +34,10 @@ EACH = [CAPTIONS[:2] + CAPTIONS[3:4], CAPTIONS[2:3]]  # 'two planes .' twice
 
 
 def build(gemma, side):
-    "A tiny model whose layers outweigh its embedding, so that captions differ, and whose logits reach the cap; its processor."
+    """A tiny model and its processor.
+
+    Its layers outweigh its embedding, so that captions differ, and its logits reach the cap.
+    """
     processor = nano_processor()
     tokens = (side // 28) ** 2
     processor.image_processor.size, processor.image_processor.image_seq_length, processor.image_seq_length = (

@@ -1,4 +1,4 @@
-"""Attribution across tuning methods: one target for all of them, axioms that each method promises, and answers that are known."""
+"""Attribution across tuning methods: one target for all, axioms that each method promises, answers that are known."""
 
 import dataclasses
 
@@ -77,7 +77,7 @@ def test_target_is_the_models_own_loss(captioners, image, name):
 
 @pytest.mark.parametrize("name", compared_methods())
 def test_every_attribution_works_under_every_method(captioners, image, name):
-    "Gradients arrive at the pixels through adapters, soft prompts and 4-bit weights; every map is finite and not empty."
+    "Gradients reach the pixels through adapters, soft prompts and 4-bit weights; every map is finite and not empty."
     target = prepare(captioners[name], image)
     scorer = caption_scorer(captioners[name].model, target, [target.span("planes"), target.span()])
     for explain in METHODS.values():

@@ -1,4 +1,7 @@
-"""Gradient and attention methods under every tuning method: hooks and switches leave no trace, prompts are words like any other, sums are what they promise."""
+"""Gradient and attention methods under every tuning method.
+
+Hooks and switches leave no trace, prompts are words like any other, sums are what they promise.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The benchmark: it runs on a machine with little more than torch, transformers and peft, and from a profile to its JSON."""
+"""The benchmark: it runs with little more than torch, transformers and peft, and from a profile to its JSON."""
 
 import json
 import subprocess
@@ -15,8 +15,8 @@ from rsstudy.scenes.world import ensure_world
 BARE = """
 import importlib.abc, sys
 from pathlib import Path
-ABSENT = set("PIL pandas pyarrow datasets scipy sklearn skimage fastcore nbdev matplotlib seaborn nltk evaluate captum shap bert_score papermill IPython torchvision "
-    "bitsandbytes ray pycocoevalcap imagehash pynvml".split())
+ABSENT = set("PIL pandas pyarrow datasets scipy sklearn skimage fastcore nbdev matplotlib seaborn nltk evaluate captum "
+    "shap bert_score papermill IPython torchvision bitsandbytes ray pycocoevalcap imagehash pynvml".split())
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ABSENT: raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
@@ -34,7 +34,10 @@ assert not ABSENT & {name.split(".")[0] for name in sys.modules}
 
 
 def test_bare_machine(tmp_path):
-    """`bench gpu` imports nothing that a bare machine lacks; without bitsandbytes it leaves QLoRA out, without shap it scores masks, and says so."""
+    """`bench gpu` imports nothing that a bare machine lacks.
+
+    Without bitsandbytes it leaves QLoRA out, without shap it scores masks, and it says so.
+    """
     run = subprocess.run(
         [sys.executable, "-c", BARE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
@@ -47,7 +50,10 @@ def test_bare_machine(tmp_path):
 
 
 def test_profile(tmp_path):
-    """A profile's own model and images: the same captions as plain `generate`, the same gradient as the usual recipe, every lever in the JSON."""
+    """A profile's own model and images, every lever in the JSON.
+
+    The captions are those of plain `generate`, the gradient is the usual recipe's.
+    """
     P = load_profile(
         "nano",
         data=str(
@@ -86,7 +92,7 @@ def test_profile(tmp_path):
 
 
 def test_explanations(tmp_path):
-    """Ours and the usual explanations of a profile's own image: the same maps from as many evaluations, every lever in the JSON."""
+    """Ours and the usual explanations of one image: the same maps from as many evaluations, every lever in the JSON."""
     P = load_profile(
         "nano",
         data=str(

@@ -1,4 +1,4 @@
-"""Captioning anything, as its user meets it: killed and resumed, broken files, archives, rasters, a cluster, and every bad request in one sentence."""
+"""Captioning anything, as its user meets it: killed and resumed, broken files, archives, rasters, a cluster."""
 
 import contextlib
 import csv
@@ -100,7 +100,10 @@ sys.exit(main())
 
 
 def test_killed(photos, whole, tmp_path, capsys):
-    "Killed in the middle, the same command ends with the bytes of a run that was never killed; another request does not mix with it."
+    """Killed in the middle, the same command ends with the bytes of a run that was never killed.
+
+    Another request does not mix with it.
+    """
     words = ["caption", str(photos), "--out", str(tmp_path / "c.jsonl"), *SMALL]
     state = tmp_path / "c.jsonl.part" / "state.json"
     run = subprocess.Popen([sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True)
@@ -199,7 +202,10 @@ def scene(path, side=1000):
 
 
 def test_scene(tmp_path, captioner):
-    "A GeoTIFF above 896 pixels is cut by itself; tiles without data are left out, which is said and no failure; outlines lie where they should."
+    """A GeoTIFF above 896 pixels is cut by itself, and outlines lie where they should.
+
+    Tiles without data are left out, which is said and no failure.
+    """
     done = caption_paths(
         scene(tmp_path / "scene.tif"), tmp_path / "c.geojson", captioner, bands=(4, 3, 2), explain=True, progress=False
     )
@@ -227,7 +233,7 @@ def test_scene(tmp_path, captioner):
 
 
 def test_without_rasterio(photos, tmp_path, captioner, monkeypatch):
-    "A plain TIFF is captioned all the same; a located one too, with a word; one that Pillow would spoil ends the request."
+    "A plain TIFF is captioned all the same, a located one too, with a word; one that Pillow would spoil is refused."
     rasterio = pytest.importorskip("rasterio", reason="writes a GeoTIFF: pip install 'rsstudy[geo]'")
     with rasterio.open(
         tmp_path / "eight.tif",
@@ -341,7 +347,7 @@ def test_full_disk(photos, captioner, whole, tmp_path, monkeypatch):
         caption_paths, photos, tmp_path / "c.jsonl", captioner, P=load_profile("nano", generate_batch=4), progress=False
     )
     monkeypatch.setattr("os.fsync", fsync)
-    with pytest.raises(OSError, match="no space left on the disk for .*c.jsonl: 8 captions are safe"):
+    with pytest.raises(OSError, match=r"no space left on the disk for .*c\.jsonl: 8 captions are safe"):
         again()
     monkeypatch.setattr("os.fsync", real)
     again()

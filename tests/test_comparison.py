@@ -1,4 +1,4 @@
-"""07_comparison on made-up chapters in the schema that the chapters write: run for real by the runner, its JSON checked row by row."""
+"""07_comparison on made-up chapters in the chapters' own schema: run by the runner, its JSON checked row by row."""
 
 import json
 
@@ -282,7 +282,10 @@ def test_more_than_scores(tmp_path):
 
 
 def test_three_lucky_seeds_are_a_tie(tmp_path):
-    """A method whose seeds fall far apart is not better than one that they overlap, however sure the images are; five agreeing seeds are."""
+    """A method whose seeds fall far apart is not better than one that they overlap, however sure the images are.
+
+    Five agreeing seeds are.
+    """
     rng, n = np.random.default_rng(0), 400
     hard = rng.normal(1, 0.4, n)
 

@@ -1,4 +1,4 @@
-"""Captions from folders and hub datasets: every kind of bad input, and the real images where a folder of them is at hand.
+"""Captions from folders and hub datasets: every kind of bad input, and the real images where they are at hand.
 
 The real data is looked for in $RSSTUDY_RISCM; without it those tests are skipped.
 """
@@ -10,11 +10,11 @@ import os
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from toys import NO_RISCM, RISCM
 
 from rsstudy.common.files import FALLBACKS
 from rsstudy.common.settings import load_profile
@@ -25,9 +25,6 @@ from rsstudy.data.splits import seeded_split
 from rsstudy.data.table import CAPTION_COLUMNS, HUB, draw_folder
 from rsstudy.model.clip import ClipScorer, tiny_clip
 from rsstudy.training.captions import choose_all
-
-ROOT = Path(__file__).resolve().parents[1]
-from toys import NO_RISCM, RISCM
 
 real = pytest.mark.skipif(not (RISCM / "captions.csv").is_file(), reason=NO_RISCM)
 FIVE = "one .,two .,three .,four .,five ."
@@ -59,7 +56,7 @@ def problems(data):
     return [(b.row, b.kind) for b in sorted(data.report)]
 
 
-# -- the schema -------------------------------------------------------------------------------------------------------------------------
+# -- the schema
 
 
 def test_schema_and_lazy_images(folder):
@@ -96,7 +93,7 @@ def test_digest_follows_the_data_and_not_its_place(folder, tmp_path):
     assert load(folder, split="seeded").digest != before
 
 
-# -- bad rows ---------------------------------------------------------------------------------------------------------------------------
+# -- bad rows
 
 
 def spoil(name):
@@ -287,11 +284,11 @@ def test_what_is_missing_is_named(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="resized"):
         load(folder)
     (folder / "captions.csv").unlink()
-    with pytest.raises(FileNotFoundError, match="captions.csv"):
+    with pytest.raises(FileNotFoundError, match=r"captions\.csv"):
         load(folder)
 
 
-# -- splits and subsets -----------------------------------------------------------------------------------------------------------------
+# -- splits and subsets
 
 
 def test_seeded_split_keeps_equal_images_together(tmp_path):
@@ -313,7 +310,8 @@ def test_seeded_split_is_80_10_10():
 
 
 def test_a_table_without_splits_is_split_and_says_so(folder):
-    rows = list(csv.reader(open(folder / "captions.csv")))
+    with open(folder / "captions.csv", newline="") as file:
+        rows = list(csv.reader(file))
     with open(folder / "captions.csv", "w", newline="") as f:
         csv.writer(f).writerows(row[2:] for row in rows)
     FALLBACKS.pop("split", None), FALLBACKS.pop("source", None)
@@ -338,7 +336,7 @@ def test_subsets_are_nested_and_seeded(tmp_path):
         assert len(subset(data, "test", 9)) == 4
 
 
-# -- protocols --------------------------------------------------------------------------------------------------------------------------
+# -- protocols
 
 
 def under(data, split, **settings):  # the protocols' names are checked by the loader too
@@ -411,7 +409,7 @@ def test_protocols_need_sources_and_official_needs_splits(three, folder, cache):
     table = (three / "captions.csv").read_text()
     rows = list(csv.reader(table.splitlines()))
     for kept, split, message in (
-        (1, "official", "'official' needs the source of every image.*names none for 30 of 30"),
+        (1, "official", r"'official' needs the source of every image.*names none for 30 of 30"),
         (1, "leave_UCM_out", "needs the source of every image"),
         (None, "official", "starts from the table's own splits"),
     ):
@@ -428,7 +426,7 @@ def test_protocols_need_sources_and_official_needs_splits(three, folder, cache):
     for split in ("official", "leave_UCM_out"):
         with pytest.raises(ValueError, match="needs the source of every image"):
             under(hub, split)
-    with pytest.raises(ValueError, match="known for NWPU, RSICD, UCM, and .* has nature"):
+    with pytest.raises(ValueError, match=r"known for NWPU, RSICD, UCM, and .* has nature"):
         (three / "captions.csv").write_text(table.replace("UCM,train,UCM_0.jpg", "nature,train,UCM_0.jpg"))
         under(three, "official")
 
@@ -466,14 +464,15 @@ def test_leaks_and_a_split_without_them(tmp_path):
     assert torn(tight) == 0 < torn(loose) and abs(Counter(tight)["test"] - 7) <= 1
 
 
-# -- the hub ----------------------------------------------------------------------------------------------------------------------------
+# -- the hub
 
 
 def parquet(folder, source, name="train", cells=lambda path: dict(bytes=path.read_bytes(), path=None), **columns):
     """The drawn images as `caglarmert/full_riscm` has them: image, caption_1 .. caption_5."""
     import datasets
 
-    rows = list(csv.DictReader(open(source / "captions.csv")))
+    with open(source / "captions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     table = (
         dict(image=[cells(source / "resized" / r["image"]) for r in rows])
         | {c: [r[c] for r in rows] for c in CAPTION_COLUMNS}
@@ -540,7 +539,7 @@ def test_a_hub_dataset_that_is_not_one(folder, cache, monkeypatch):
     assert HUB == "caglarmert/full_riscm"
 
 
-# -- caption choice ---------------------------------------------------------------------------------------------------------------------
+# -- caption choice
 
 
 def test_choice_over_a_dataset(folder, tmp_path):
@@ -558,11 +557,14 @@ def test_choice_over_a_dataset(folder, tmp_path):
         ClipScorer(str(tmp_path / "absent"))
 
 
-# -- the whole of RISC(M), in numbers -----------------------------------------------------------------------------------------------------
+# -- the whole of RISC(M), in numbers
 
 
 def resident_peak_while(work):
-    """Runs `work` and gives its result, its seconds and the most memory it added to the process, bytes: other tests leave theirs behind."""
+    """Runs `work`; its result, its seconds, and the most memory in bytes that it added to the process.
+
+    Added, because other tests leave theirs behind.
+    """
     import psutil
 
     process, peak, done = psutil.Process(), [0], threading.Event()
@@ -583,7 +585,10 @@ def resident_peak_while(work):
 
 
 def test_a_table_of_the_size_of_riscm(tmp_path):
-    """44,521 rows in at most 10 s and 1 GB. Images are small here and distinct; the real ones cost what `test_real_data` measures."""
+    """44,521 rows in at most 10 s and 1 GB.
+
+    Images are small here and distinct; the real ones cost what `test_real_data` measures.
+    """
     n = 44_521
     (tmp_path / "resized").mkdir()
     whole = (draw_folder(tmp_path / "one", 1, side=64) / "resized" / "UCM_0.jpg").read_bytes()

@@ -64,8 +64,17 @@ def test_sharded_over_two_processes(one):
     folder, alone = one
     config = folder / "fsdp.yaml"
     config.write_text(
-        'compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\nmixed_precision: "no"\n'
-        "fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_transformer_layer_cls_to_wrap: GemmaDecoderLayer}\n"
+        """compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+use_cpu: true
+num_processes: 2
+num_machines: 1
+mixed_precision: "no"
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: GemmaDecoderLayer
+"""
     )
     shards = launch(folder, "shards", 3, 1, "--config_file", str(config))
     np.testing.assert_allclose(shards["losses"], alone["losses"], rtol=1e-5)

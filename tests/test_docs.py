@@ -1,4 +1,7 @@
-"""The site as its readers meet it: built without a warning, no link dead, no host asked, readable on a telephone and in the dark; how-to pages that do what they say."""
+"""The site as its readers meet it, and how-to pages that do what they say.
+
+It is built without a warning, no link is dead, no host is asked, it can be read on a telephone and in the dark.
+"""
 
 import functools
 import html.parser
@@ -165,11 +168,22 @@ def test_every_page_fits_telephone_and_desktop(browser, address, pages):
 
 CONTRAST = """() => {
   const bare = c => (c.match(/[\\d.]+/g) || []).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
-  const ground = e => { for (; e; e = e.parentElement) { const c = bare(getComputedStyle(e).backgroundColor); if (c.length == 3 || c[3] > .9) return c; } return [255, 255, 255]; };
-  const found = [...document.querySelectorAll('article p, article li, article td, article th, article figcaption, article summary, article dt.sig, article pre, article code, article a')]
-    .filter(e => e.innerText && e.offsetParent).map(e => { const [a, b] = [light(bare(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x);
-      return [(a + .05) / (b + .05), e.tagName + '.' + e.className + ': ' + e.innerText.slice(0, 40)]; });
+  const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => .2126 * linear(r / 255) + .7152 * linear(g / 255) + .0722 * linear(b / 255);
+  const ground = e => {
+    for (; e; e = e.parentElement) {
+      const c = bare(getComputedStyle(e).backgroundColor);
+      if (c.length == 3 || c[3] > .9) return c;
+    }
+    return [255, 255, 255];
+  };
+  const contrast = e => {
+    const [a, b] = [light(bare(getComputedStyle(e).color)), light(ground(e))].sort((x, y) => y - x);
+    return (a + .05) / (b + .05);
+  };
+  const texts = 'p li td th figcaption summary dt.sig pre code a'.split(' ').map(name => 'article ' + name).join(',');
+  const found = [...document.querySelectorAll(texts)].filter(e => e.innerText && e.offsetParent)
+    .map(e => [contrast(e), e.tagName + '.' + e.className + ': ' + e.innerText.slice(0, 40)]);
   found.sort((x, y) => x[0] - y[0]);
   return found.slice(0, 1).concat([[found.length, 'count']]); }"""
 
@@ -229,7 +243,7 @@ def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", [*HOWTO, ROOT / "docs/index.md"], ids=lambda p: p.stem)
 def test_commands_of_the_page_are_in_the_grammar(page):
-    "Each line is a command that this project has, with options and settings that it takes; or one of the few others that a reader is told of."
+    "Each line is a command of this project with options and settings that it takes, or one of a few others."
     from rsstudy.commands.main import parser
 
     extras = re.findall(
@@ -262,7 +276,17 @@ def test_a_cell_becomes_a_signature(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import signatures
 
-    source = 'LIMIT = 3 # metres\n\ndef far(\n    x:float, # Metres | from `here`\n    *, near:bool=False,\n) -> bool: # Beyond?\n    "Whether it is far."\n    return x > LIMIT\n\ndef _hidden(): pass\n'
+    source = """LIMIT = 3 # metres
+
+def far(
+    x:float, # Metres | from `here`
+    *, near:bool=False,
+) -> bool: # Beyond?
+    "Whether it is far."
+    return x > LIMIT
+
+def _hidden(): pass
+"""
     text = signatures.document(source)
     assert "{py:data} LIMIT\n:value: 3" in text and "{py:function} far(x: float, *, near: bool=False) -> bool" in text
     assert (
@@ -290,6 +314,6 @@ def test_a_figure_without_a_description_stops_the_build(monkeypatch):
     )
     with pytest.raises(ValueError, match="does not describe"):
         build.outputs(cell, iter(()), "study/01_eda")
-    with pytest.raises(ValueError, match="shows the figure mine where docs/figures.toml has yours"):
+    with pytest.raises(ValueError, match=r"shows the figure mine where docs/figures\.toml has yours"):
         build.outputs(cell, iter([("yours", "")]), "study/01_eda")
     assert build.outputs(cell, iter([("mine", "text")]), "study/01_eda")[0]["data"] == {"text/markdown": "text"}

@@ -1,4 +1,4 @@
-"""Explanations for people: bad requests in one sentence, hostile text, and the page used in a real browser."""
+"""Explanations for people: hostile text, every method on the page, and the page used in a real browser."""
 
 import json
 import re
@@ -272,7 +272,10 @@ def test_in_a_browser(opened):
 
 
 def test_prompt_in_a_browser(opened):
-    "What the prompt's words add follows word and method, by mouse and by keyboard, is read out, and is text whatever it says."
+    """What the prompt's words add follows word and method, by mouse and by keyboard.
+
+    It is read out, and it is text whatever it says.
+    """
     page, data = opened, json.loads(opened.text_content("#data"))
     bars, names = page.locator("#prompt li"), [part["name"] for part in data["shap"]["pieces"][0]["prompt"]]
 
@@ -285,8 +288,10 @@ def test_prompt_in_a_browser(opened):
             p["says"] for p in parts
         ]
         assert page.text_content("#note") == data[method]["pieces"][u]["note"]
-        boxes = page.evaluate("""[...document.querySelectorAll('.track')].map(t => { const a = t.getBoundingClientRect(), b = t.firstChild.getBoundingClientRect();
-            return [(b.left - a.left) / a.width, (b.right - a.left) / a.width, getComputedStyle(t.firstChild).backgroundColor.replaceAll(' ', '')]; })""")
+        boxes = page.evaluate("""[...document.querySelectorAll('.track')].map(track => {
+            const a = track.getBoundingClientRect(), b = track.firstChild.getBoundingClientRect();
+            const colour = getComputedStyle(track.firstChild).backgroundColor.replaceAll(' ', '');
+            return [(b.left - a.left) / a.width, (b.right - a.left) / a.width, colour]; })""")
         for (left, right, colour), p in zip(boxes, parts):
             low, high = sorted((0.5, 0.5 + p["share"] / 2))
             assert abs(left - low) < 0.03 and abs(right - high) < 0.03 and colour == p["colour"]
@@ -318,9 +323,9 @@ def test_in_a_notebook_the_page_keeps_to_its_frame(browser, written):
     "The rich display: srcdoc in a sandbox works, and the surrounding page keeps its own styles."
     import html
 
-    page = browser.new_page()
+    page, text = browser.new_page(), html.escape(written.read_text(encoding="utf-8"))
     page.set_content(
-        f'<h1>mine</h1><iframe sandbox="allow-scripts" srcdoc="{html.escape(written.read_text(encoding="utf-8"))}" width=800 height=780></iframe>'
+        f'<h1>mine</h1><iframe sandbox="allow-scripts" srcdoc="{text}" width=800 height=780></iframe>',
     )
     frame = page.frame_locator("iframe")
     frame.locator(".caption button").first.hover()

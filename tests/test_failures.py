@@ -62,7 +62,10 @@ def test_numbers_tell_the_class(riscm, word, land):
 
 
 def test_an_interval_of_a_share_of_claims():
-    "The bootstrap draws images with whatever they claim; the value is the ratio of the sums, also where many images claim nothing."
+    """The bootstrap draws images with whatever they claim.
+
+    The value is the ratio of the sums, also where many images claim nothing.
+    """
     rng = np.random.default_rng(0)
     claims = rng.integers(0, 3, (2, 300))
     counts = np.stack([rng.binomial(claims, 0.3), claims], -1)

@@ -1,4 +1,7 @@
-"""Faithfulness: our formulas against those of Quantus and captum on a toy classifier, and every score on the shipped model and the drawn world."""
+"""Faithfulness: our formulas against those of Quantus and captum on a toy classifier.
+
+And every score on the shipped model and the drawn world.
+"""
 
 import json
 from dataclasses import replace
@@ -82,28 +85,25 @@ def test_deletion_is_pixel_flipping(toy):
 
 def test_mask_scores_are_those_of_quantus(toy):
     q, (model, scorer, heat, mask) = quantus(), toy
+
+    def score(metric, positive):
+        options = dict(abs=False, normalise=False, disable_warnings=True, display_progressbar=False)
+        found = metric(**options)(
+            model=model,
+            x_batch=scorer.pixels.numpy(),
+            y_batch=np.array([1]),
+            a_batch=positive[None, None],
+            s_batch=mask[None, None],
+            device="cpu",
+        )
+        return float(np.ravel(found)[0])
+
     for h in (heat[0], np.abs(heat[0]), np.where(mask, 2, 1) * np.abs(heat[0])):
         positive = np.maximum(h, 0)
-
-        def score(metric):
-            return float(
-                np.ravel(
-                    metric(
-                        model=model,
-                        x_batch=scorer.pixels.numpy(),
-                        y_batch=np.array([1]),
-                        a_batch=positive[None, None],
-                        s_batch=mask[None, None],
-                        device="cpu",
-                    )
-                )[0]
-            )
-
-        options = dict(abs=False, normalise=False, disable_warnings=True, display_progressbar=False)
-        hit = score(q.RelevanceRankAccuracy(**options))
+        hit = score(q.RelevanceRankAccuracy, positive)
         assert np.isclose(iou_at_area(positive, mask), hit / (2 - hit))
-        assert np.isclose(energy_in_mask(h, mask), score(q.RelevanceMassAccuracy(**options)))
-        assert pointing_game(h, mask) == bool(score(q.PointingGame(**options)))
+        assert np.isclose(energy_in_mask(h, mask), score(q.RelevanceMassAccuracy, positive))
+        assert pointing_game(h, mask) == bool(score(q.PointingGame, positive))
 
 
 def test_imputation_is_that_of_quantus(toy):

@@ -1,4 +1,7 @@
-"""The gradient of a packed batch is that of its captions one by one, for every method; and chunks of the vocabulary's loss change nothing."""
+"""The gradient of a packed batch is that of its captions one by one, for every method.
+
+And chunks of the vocabulary's loss change nothing.
+"""
 
 import pytest
 import torch
@@ -47,7 +50,8 @@ def test_packed_gradient_is_that_of_single_captions(name, monkeypatch):
     assert count == sum(
         (processed(captioner, images(1)[0], text)["labels"] != -100).sum() for texts in EACH for text in texts
     )
-    # bitsandbytes multiplies 4-bit matrices in float32 whatever it is given: there, float32's rounding is what can be asked for (1.8e-7 where this was measured)
+    # bitsandbytes multiplies 4-bit matrices in float32 whatever it is given:
+    # there, float32's rounding is what can be asked for (1.8e-7 where this was measured)
     tolerance = 1e-5 if name == "qlora" else 1e-9
     assert abs(total.item() / separate.item() - 1) < tolerance
     assert distance(found, gradients(captioner.model, separate)) < tolerance

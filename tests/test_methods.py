@@ -1,4 +1,4 @@
-"""What must always hold, for every tuning method: no leak, the base's own masks, labels, gradients, round trip, repeatability."""
+"""What must hold for every tuning method: no leak, the base's masks, labels, gradients, round trip, repeatability."""
 
 import dataclasses
 import json
@@ -201,7 +201,10 @@ def test_merged_gives_the_same_captions(name):
 
 
 def test_a_saved_start_in_the_weights_needs_no_decomposition():
-    "What is saved of a PiSSA run is plain LoRA of twice the rank: where the decomposition comes out otherwise, the loaded model does not."
+    """What is saved of a PiSSA run is plain LoRA of twice the rank.
+
+    Where the decomposition comes out otherwise, the loaded model does not.
+    """
     captioner, (settings, method) = disturbed("pissa"), case("pissa")
     saved = method.tensors(captioner.model)
     a = next(value for name, value in saved.items() if ".lora_A." in name)
@@ -216,10 +219,10 @@ def test_a_saved_start_in_the_weights_needs_no_decomposition():
 def test_a_start_in_the_weights_is_refused_on_four_bits():
     for init in ("pissa", "olora"):
         settings = dataclasses.replace(P, lora_init=init)
-        with pytest.raises(
-            ValueError,
-            match=f"method 'qlora': lora_init '{init}' moves a part of the base's weights into LoRA, which a base in 4 bits cannot do",
-        ):
+        refused = (
+            f"method 'qlora': lora_init '{init}' moves a part of the base's weights into LoRA, which a base in 4 bits"
+        )
+        with pytest.raises(ValueError, match=refused):
             attach(settings, methods(settings)["qlora"])
 
 

@@ -1,4 +1,4 @@
-"""Every metric against its reference implementation, on captions written in the manner of the data; and what must hold for any caption."""
+"""Every metric against its reference implementation, on captions like the data's; and what holds for any caption."""
 
 import json
 import sys
@@ -52,16 +52,14 @@ def captions(n, seed):
     "n images with five references each, and one prediction that shares words with them."
     rng = np.random.default_rng(seed)
     things = "trees buildings planes cars boats storage tanks courts houses ships".split()
-    places = "a road|a river|the sea|an airport|a large lawn|the bird's nest stadium|a parking lot|semi-circle farmland".split(
-        "|"
-    )
+    places = "a road|a river|the sea|an airport|a large lawn|the bird's nest stadium|a parking lot|semi-circle farmland"
 
     def one():
         return (
             rng.choice(["Many", "Some", "Two", "Several green", "There are many"])
             + f" {rng.choice(things)} "
             + rng.choice(["are near", "are in", "surround", "next to"])
-            + f" {rng.choice(places)}"
+            + f" {rng.choice(places.split('|'))}"
             + rng.choice([" .", ".", ", and more .", ""])
         )
 
@@ -143,7 +141,7 @@ def test_synonyms_are_nltks():
     ours = wordnet()[0]
 
     def names(reader, word):
-        return [(s.name(), [l.name() for l in s.lemmas()]) for s in reader.synsets(word)]
+        return [(synset.name(), [lemma.name() for lemma in synset.lemmas()]) for synset in reader.synsets(word)]
 
     for word in (
         "plane planes better geese lay green road build storag car auto circle semi-circle xyz went 一座 100 A".split()
@@ -157,21 +155,21 @@ def test_plain_cider_is_the_papers(data, scores):
     def grams(text, k):
         return Counter(zip(*(tokenize(text)[i:] for i in range(k))))
 
+    def tfidf(text, k, images):
+        return {g: h * np.log(len(data[1]) / max(1, images[g])) for g, h in grams(text, k).items()}
+
+    def norm(v):
+        return sum(x * x for x in v.values()) ** 0.5
+
+    def cosine(a, b):
+        return sum(x * b.get(g, 0) for g, x in a.items()) / norm(a) / norm(b) if norm(a) * norm(b) else 0
+
     expected = np.zeros(len(data[0]))
     for k in range(1, 5):
         images = Counter(g for rs in data[1] for g in {g for r in rs for g in grams(r, k)})
-
-        def tfidf(text):
-            return {g: h * np.log(len(data[1]) / max(1, images[g])) for g, h in grams(text, k).items()}
-
-        def norm(v):
-            return sum(x * x for x in v.values()) ** 0.5
-
         for i, (p, rs) in enumerate(zip(*data)):
-            c = tfidf(p)
-            for r in map(tfidf, rs):
-                if norm(c) * norm(r):
-                    expected[i] += sum(x * r.get(g, 0) for g, x in c.items()) / norm(c) / norm(r) / len(rs) / 4
+            said = tfidf(p, k, images)
+            expected[i] += sum(cosine(said, tfidf(r, k, images)) for r in rs) / len(rs) / 4
     np.testing.assert_allclose(scores.per_image[CIDER_PLAIN], expected, atol=1e-9)
 
 
@@ -220,7 +218,8 @@ def test_self_bleu_is_fast():
 
 # ---- Java
 
-GOLDEN = [  # caption, references, and what pycocoevalcap's own `Meteor` gives with a Java on the path; .3295596076779281 for the corpus
+# caption, references, and what pycocoevalcap's own `Meteor` gives with a Java on the path: .3295596076779281 in all
+GOLDEN = [
     (
         "many green trees are near a road",
         ["Many trees are in two sides of a road .", "A road near many green trees ."],
@@ -307,8 +306,12 @@ def test_spice_asks_and_reads(monkeypatch, tmp_path):
     java = a_java(
         tmp_path,
         """asked = json.load(open(sys.argv[4]))
-assert sys.argv[1:4] == ['-Xmx2G', '-jar', 'spice-1.0.jar'] and sys.argv[5] == '-out' and sys.argv[7:] == ['-subset', '-silent'], sys.argv
-json.dump([dict(image_id=a['image_id'], scores=dict(All=dict(pr=1., re=1., f=len(a['refs'])/10 if a['test'] != 'a' else None))) for a in reversed(asked)], open(sys.argv[6], 'w'))""",
+assert sys.argv[1:4] == ['-Xmx2G', '-jar', 'spice-1.0.jar'], sys.argv
+assert sys.argv[5] == '-out' and sys.argv[7:] == ['-subset', '-silent'], sys.argv
+def answer(a):
+    f = len(a['refs']) / 10 if a['test'] != 'a' else None
+    return dict(image_id=a['image_id'], scores=dict(All=dict(pr=1., re=1., f=f)))
+json.dump([answer(a) for a in reversed(asked)], open(sys.argv[6], 'w'))""",
     )
     monkeypatch.setattr(rsstudy.metrics.meteor, "java_tool", lambda name: (java, tmp_path))
     scores = score_captions(
@@ -316,7 +319,7 @@ json.dump([dict(image_id=a['image_id'], scores=dict(All=dict(pr=1., re=1., f=len
     )
     assert scores.per_image["spice-coco.v1"].tolist() == [0.2, 0, 0, 0] and scores.corpus == {"spice-coco.v1": 0.05}
     a_java(tmp_path, "sys.exit('no memory')")
-    with pytest.raises(RuntimeError, match="spice-1.0.jar ended with 1: .no memory"):
+    with pytest.raises(RuntimeError, match=r"spice-1\.0\.jar ended with 1: .no memory"):
         rsstudy.metrics.meteor.spice(["a"], [["a"]])
 
 
@@ -326,7 +329,7 @@ def test_a_failing_meteor_program_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(
         rsstudy.metrics.meteor, "java_tool", lambda name: (a_java(tmp_path, "sys.exit('no memory')"), tmp_path)
     )
-    with pytest.raises(RuntimeError, match="meteor-1.5.jar gave 0 answers to 300 captions: .no memory"):
+    with pytest.raises(RuntimeError, match=r"meteor-1\.5\.jar gave 0 answers to 300 captions: .no memory"):
         rsstudy.metrics.meteor.meteor15([f"a plane {i} " * 50 for i in range(300)], [["a"]] * 300)
 
 
@@ -387,7 +390,10 @@ def test_counting_is_five_times_as_fast_as_the_toolkit():
 
 
 def test_bertscore_is_bert_scores():
-    "bert_score pads a batch, which lifts a token's best match to 0 except in the longest sentence: one longer pair beside each batch makes it the same for all."
+    """The same scores as the package's, with one longer pair beside each batch.
+
+    bert_score pads a batch, which lifts a token's best match to 0 except in the longest sentence.
+    """
     from rsstudy.metrics.bertscore import bertscore, encoder
 
     if encoder() is None:
@@ -523,7 +529,10 @@ def test_intervals_are_fast_and_match_the_scores(data, scores):
 
 
 def test_difference_covers_its_true_value():
-    "200 simulated comparisons, three seeds against one, true difference 0.1: the 95 % interval holds it in about 95 % of them."
+    """200 simulated comparisons, three seeds against one, true difference 0.1.
+
+    The 95 % interval holds it in about 95 % of them.
+    """
     hits = 0
     for i in range(200):
         rng = np.random.default_rng([3, i])

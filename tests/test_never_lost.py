@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-# One process imports everything once and forks a child a run. The parent computes nothing itself, so the children's threads start fresh.
+# One process imports everything once and forks a child a run.
+# The parent computes nothing itself, so the children's threads start fresh.
 SCRIPT = r'''
 import json, os, random, signal, sys, time
 import numpy as np, torch
@@ -23,19 +24,23 @@ from rsstudy.training.loader import CaptionRows
 from rsstudy.training.fit import fit
 from rsstudy.training.plan import TrainingPlan
 here = Path(sys.argv[1])
-PLAN = TrainingPlan(lr=5e-3, epochs=6, batch_images=2, evaluate_every=7, checkpoint_every=3, val_captions=3, max_new_tokens=5, patience=3, warmup=.2)
+PLAN = TrainingPlan(
+    lr=5e-3, epochs=6, batch_images=2, evaluate_every=7, checkpoint_every=3,
+    val_captions=3, max_new_tokens=5, patience=3, warmup=.2)
 
 def run(folder, **more):
-    """LoRA with dropout on eight images, by a plan that evaluates, saves checkpoints and may stop early, each in its own rhythm."""
+    """LoRA with dropout on eight images, by a plan that evaluates, saves and may stop early, each in its own rhythm."""
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 255, (224, 224, 3), np.uint8) for _ in range(8)]
-    captions = [[f'a {"red green blue gray".split()[i % 4]} field .', 'a field near a road .'][:1 + i % 2] for i in range(8)]
+    colours = 'red green blue gray'.split() * 2
+    captions = [[f'a {colours[i]} field .', 'a field near a road .'][:1 + i % 2] for i in range(8)]
     torch.manual_seed(0)
     captioner = Lora(dropout=.2).attach(Captioner(nano_model(seed=0), nano_processor()))
     rows = CaptionRows(captioner, images, captions, features=cache_features(captioner, images))
     history = fit(captioner, rows, rows.first(4), PLAN, here/folder, **more)
     kept = {k: history[k] for k in ('losses', 'evaluations', 'best_step', 'collapse')}
-    (here/f'{folder}.json').write_text(json.dumps(kept | dict(weights={n: p.tolist() for n, p in captioner.model.named_parameters() if p.requires_grad})))
+    weights = {n: p.tolist() for n, p in captioner.model.named_parameters() if p.requires_grad}
+    (here/f'{folder}.json').write_text(json.dumps(kept | dict(weights=weights)))
 
 def child(job, *args):
     pid = os.fork()

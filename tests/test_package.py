@@ -1,6 +1,10 @@
-"""For people without the repository: the wheel runs the study, a notebook opened alone installs what it needs, and every notebook reads well."""
+"""For people without the repository: the wheel runs the study, and a notebook opened alone installs what it needs.
+
+And every notebook reads well.
+"""
 
 import ast
+import itertools
 import json
 import math
 import os
@@ -20,7 +24,8 @@ from toys import ROOT
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
 LEFT_ALONE = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", ".*.tmp", "_build")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-# Run All: every cell of a notebook in a fresh kernel, or the first of them. Arguments: notebook, the kernel's folder, cells (all without), code after them.
+# Run All: every cell of a notebook in a fresh kernel, or the first of them.
+# Arguments: notebook, the kernel's folder, cells (all without), code after them.
 RUN_ALL = """import sys, nbformat
 from nbclient import NotebookClient
 nb = nbformat.read(sys.argv[1], 4)
@@ -59,7 +64,10 @@ def archives(tree, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """This environment's packages without rsstudy. Its folder must have the usual name, by which dill knows what not to pickle."""
+    """This environment's packages without rsstudy.
+
+    Its folder must have the usual name, by which dill knows what not to pickle.
+    """
     folder = tmp_path_factory.mktemp("packages") / "site-packages"
     folder.mkdir()
     for place in (Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))):
@@ -70,7 +78,10 @@ def packages(tmp_path_factory):
 
 
 def bare(folder, packages, wheel=None):
-    """Another environment: with the packages, with rsstudy only from the wheel. -> its Python, and the variables to run it with."""
+    """Another environment, with the packages, and with rsstudy only from the wheel.
+
+    Its Python, and the variables to run it with.
+    """
     venv.create(folder, symlinks=True)
     python, site = folder / "bin" / "python", next(folder.glob("lib/python*/site-packages"))
     if wheel:
@@ -155,7 +166,8 @@ def test_archives(archives):
         len(NOTEBOOKS) == 7
         and zipfile.ZipFile(wheel).read("rsstudy/study_files/settings.ini") == (ROOT / "settings.ini").read_bytes()
     )
-    names = {n.partition("/")[2] for n in tarfile.open(source).getnames()}
+    with tarfile.open(source) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
     assert {
         "settings.ini",
         "setup.py",
@@ -210,7 +222,10 @@ def test_doctor_without_the_repository(installed, place):
 
 
 def test_a_copy_of_ones_own(installed, place):
-    """`rsstudy notebooks` gives a folder in which a notebook runs from top to bottom in JupyterLab, with settings that can be changed."""
+    """`rsstudy notebooks` gives a folder in which a notebook runs from top to bottom in JupyterLab.
+
+    Its settings can be changed.
+    """
     python, variables = installed
     said = rsstudy(installed, place, "notebooks", "mine")
     assert said.returncode == 0 and said.stdout.startswith("mine/settings.ini and 7 notebooks in mine/nbs"), said.stderr
@@ -239,7 +254,10 @@ def test_a_copy_of_ones_own(installed, place):
 
 
 def test_a_notebook_alone_installs_what_is_missing(tree, packages, tmp_path):
-    """As in Colab: one notebook, an environment without rsstudy, an empty folder. Its first cell installs from the repository; run again, it does nothing."""
+    """As in Colab: one notebook, an environment without rsstudy, an empty folder.
+
+    The notebook's first cell installs from the repository; run again, it does nothing.
+    """
     from rsstudy.runner.notebooks import repository
 
     subprocess.run(
@@ -274,7 +292,9 @@ def test_a_notebook_alone_installs_what_is_missing(tree, packages, tmp_path):
 
     module, results, dictionary = run(
         "notebook_profile(globals())",
-        "import rsstudy\nfrom rsstudy.metrics.wordnet import find_wordnet\nprint(rsstudy.__file__, P.results_dir, find_wordnet() is not None)",
+        "import rsstudy\n"
+        "from rsstudy.metrics.wordnet import find_wordnet\n"
+        "print(rsstudy.__file__, P.results_dir, find_wordnet() is not None)",
     )
     assert module.startswith(str(tmp_path / "environment")) and results == str(tmp_path / "content/results/nano")
     assert dictionary == "True" or not (Path(sys.prefix) / "nltk_data").is_dir()
@@ -304,7 +324,7 @@ def test_headings_make_a_table_of_contents(path):
     )
     levels = [len(h) for h in re.findall(r"^(#+) ", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)]
     assert levels[0] == 1 and levels.count(1) == 1 and levels.count(2) >= 3
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:]))
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
 
 def lines_shown(output):
@@ -322,7 +342,10 @@ def lines_shown(output):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_no_cell_prints_more_than_a_screen(path):
-    """In the notebooks as they ran, at most 40 lines a cell; cells that were changed since are judged when they have run."""
+    """In the notebooks as they ran, at most 40 lines a cell.
+
+    Cells that were changed since are judged when they have run.
+    """
     now = {"".join(c["source"]) for c in json.loads(path.read_text())["cells"]}
     ran = [
         (copy.parent.name, c)
@@ -340,7 +363,10 @@ def test_no_cell_prints_more_than_a_screen(path):
 
 
 def test_what_stales_no_result_is_no_part_of_the_study():
-    """`RUNNER` names modules whose change leaves finished results as they are: nothing that a study notebook imports, directly or not, but what only checks requests."""
+    """`RUNNER` names modules whose change leaves finished results as they are.
+
+    It names nothing that a study notebook imports, directly or not, but what only checks requests.
+    """
     from rsstudy.common.code import RUNNER, imported_modules, module_code
 
     code = [

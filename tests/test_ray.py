@@ -1,4 +1,7 @@
-"""The study on a real Ray cluster of two machines with one core each, both of them here: workers killed, a machine lost, failures told, stopped and resumed."""
+"""The study on a real Ray cluster of two machines with one core each, both of them here.
+
+Workers are killed, a machine is lost, failures are told, it is stopped and resumed.
+"""
 
 import io
 import json
@@ -25,7 +28,10 @@ NOTE = 'import os; note = lambda word: journal(f"{word}:{os.getpid()}:{os.getppi
 
 
 def meet(me, other, name, value):
-    """A notebook that waits for another one to run, and then for a file: two of these end only when they run at the same time."""
+    """A notebook that waits for another one to run, and then for a file.
+
+    Two of these end only when they run at the same time.
+    """
     return (
         NOTE
         + f'''import time
@@ -67,7 +73,7 @@ def on_cluster(machines):
 
 
 def in_the_middle(folder, machines, **more):
-    """A run that is inside its first two notebooks at once; with the kernel's and the worker's process number of each."""
+    """A run that is inside its first two notebooks at once, and the process numbers of their kernels and workers."""
     project(folder, **(dict(one=ONE, two=TWO, three=THREE) | more))
     run = start(folder, *on_cluster(machines))
     wait_for(lambda: len(journal(folder)) == 2, run)
@@ -91,7 +97,10 @@ def content(folder):
 
 
 def test_worker_killed(tmp_path, machines):
-    """A worker killed in mid-run: its notebook is started again, which is said; everything ends as with the local engine, and what that has finished is skipped."""
+    """A worker killed in mid-run: its notebook is started again, which is said.
+
+    Everything ends as with the local engine, and what that has finished is skipped.
+    """
     run, first = in_the_middle(tmp_path / "ray", machines)
     os.kill(first["two"][1], signal.SIGKILL)
     wait_for(lambda: len(journal(tmp_path / "ray")) == 3, run)
@@ -99,7 +108,10 @@ def test_worker_killed(tmp_path, machines):
     (tmp_path / "ray/go").touch()
     _, said = run.communicate(timeout=STUCK)
     assert run.returncode == 0, said
-    again = rf"\[2/3\] 02_two: started again on \S+, process \d+, retry 1 of 3: the worker before it was lost \(process {first['two'][1]} on \S+\) \(at \d+:\d\d\)\n"
+    again = (
+        r"\[2/3\] 02_two: started again on \S+, process \d+, retry 1 of 3: "
+        rf"the worker before it was lost \(process {first['two'][1]} on \S+\) \(at \d+:\d\d\)\n"
+    )
     assert re.search(again, said), said
     assert said.count("done in") == 3 and "01_one: started again" not in said and "Traceback" not in said, said
     assert [line.split(":")[0] for line in sorted(journal(tmp_path / "ray")[:2]) + journal(tmp_path / "ray")[2:]] == [
@@ -118,7 +130,10 @@ def test_worker_killed(tmp_path, machines):
 
 
 def test_failure(tmp_path, machines):
-    """A failing cell: not repeated, told as by the local engine, what runs beside it ends, what needs it does not start."""
+    """A failing cell is not repeated, and told as by the local engine.
+
+    What runs beside it ends, what needs it does not start.
+    """
     project(
         tmp_path,
         one='import time; journal("one"); time.sleep(2); write("01_one", 1)',
@@ -129,10 +144,9 @@ def test_failure(tmp_path, machines):
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
     told = rsstudy(tmp_path, "run")
     assert told.stderr.splitlines()[-1] == run.stderr.splitlines()[-1]
-    assert (
-        run.stderr.splitlines()[-1]
-        == f"rsstudy: 02_two: cell 3 failed: ValueError: only 3 are left (the notebook up to there: {tmp_path / 'runs/nano/failed/02_two.ipynb'})"
-    )
+    up_to_there = tmp_path / "runs/nano/failed/02_two.ipynb"
+    sentence = f"02_two: cell 3 failed: ValueError: only 3 are left (the notebook up to there: {up_to_there})"
+    assert run.stderr.splitlines()[-1] == f"rsstudy: {sentence}"
     assert "[1/3] 01_one: done before" in told.stderr  # it went on to its end on the cluster
     assert sorted(journal(tmp_path)) == ["one", "two", "two"]  # once with each engine
 
@@ -151,7 +165,10 @@ def test_lost_for_good(tmp_path, machines, monkeypatch):
 
 
 def test_stopped_and_resumed(tmp_path, machines):
-    """Ctrl-C on a cluster: the kernels end, and the local engine finishes the study. Until then no second run may use the folder."""
+    """Ctrl-C on a cluster: the kernels end, and the local engine finishes the study.
+
+    Until then no second run may use the folder.
+    """
     run, first = in_the_middle(tmp_path, machines)
     second = rsstudy(tmp_path, *on_cluster(machines))
     assert second.returncode == 2 and f"in use by another run (process {run.pid})" in second.stderr, second.stderr

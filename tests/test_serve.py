@@ -1,4 +1,7 @@
-"""The page for people: used in a real browser, with good files and bad ones; nothing leaves the machine, and nothing stays when it ends."""
+"""The page for people: used in a real browser, with good files and bad ones.
+
+Nothing leaves the machine, and nothing stays when it ends.
+"""
 
 import importlib.util
 import os

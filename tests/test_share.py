@@ -1,4 +1,7 @@
-"""A tuned model as a colleague gets it: the card's own lines, run where rsstudy cannot be imported, give the captions of this project."""
+"""A tuned model as a colleague gets it.
+
+The card's own lines, run where rsstudy cannot be imported, give the captions of this project.
+"""
 
 import argparse
 import dataclasses
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -63,7 +67,8 @@ for name, (folder, code) in json.load(open(sys.argv[1])).items():
     found[name] = []
     names = {}
     for image in sys.argv[3:]:
-        exec(code.replace('"image.png"', repr(image)).replace('folder, image = "."', f'folder, image = {folder!r}'), names)
+        mine = code.replace('"image.png"', repr(image)).replace('folder, image = "."', f'folder, image = {folder!r}')
+        exec(mine, names)
         found[name].append(names['caption'])
         code = '\n'.join(line for line in code.splitlines() if line[:8] not in ('model = ', 'processo'))  # loaded once
     sys.path.remove(folder)
@@ -389,7 +394,7 @@ def test_full_disk_and_broken_export_leave_the_earlier_one(tuned, tmp_path, monk
 class Hub:
     "Stands for huggingface_hub.HfApi."
 
-    sent = []
+    sent: ClassVar[list] = []
 
     def create_repo(self, repo, private, exist_ok):
         self.sent.append(("create", repo, private, exist_ok))

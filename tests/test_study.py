@@ -20,7 +20,7 @@ from rsstudy.tuning.methods import methods
 from rsstudy.tuning.run import run_key
 
 ONE = 'journal("one"); write("01_one", 1)'
-# the second notebook writes its result, then waits for a file that lets it end: the moment at which a test stops the run
+# the second notebook writes its result, then waits for a file that lets it end: then a test stops the run
 TWO = """import os, time
 from pathlib import Path
 journal(f"two:{os.getpid()}"); write("02_two", read("01_one") + 1)
@@ -62,7 +62,10 @@ def test_stopped_and_resumed(tmp_path, kind):
 
 
 def test_second_run_refuses(tmp_path):
-    """Two runs on one results folder: the second says so and touches nothing; the lock of a killed run does not count."""
+    """Two runs on one results folder: the second says so and touches nothing.
+
+    The lock of a killed run does not count.
+    """
     run, _ = in_the_middle(tmp_path)
     try:
         second = rsstudy(tmp_path, "run")
@@ -138,7 +141,10 @@ def test_old_figures_go(tmp_path):
 
 
 def test_failure(tmp_path):
-    """A failing cell: exit 2 for what a request can cause, 1 otherwise, notebook, cell and reason in one line, the partial notebook kept, the first notebook not repeated."""
+    """A failing cell: notebook, cell and reason in one line, and exit status 2 for what a request can cause.
+
+    The partial notebook is kept, the first notebook is not repeated.
+    """
     project(tmp_path, one=ONE, two='journal("two"); raise ValueError("images are too few\\nonly 3 are left")')
     run = rsstudy(tmp_path, "run")
     assert run.returncode == 2 and "Traceback" not in run.stderr
@@ -206,7 +212,10 @@ def keys_with(folder, monkeypatch, change=lambda module, code: code, notebooks=N
 
 
 def test_what_stales_a_result(tmp_path, monkeypatch):
-    """Prose, docstrings and comments re-run nothing; the training step re-trains; a metric re-scores without training; a chapter waits for what it reads."""
+    """Prose, docstrings and comments re-run nothing, the training step re-trains.
+
+    A metric re-scores without training; a chapter waits for what it reads.
+    """
 
     def keys(name, **more):
         shutil.rmtree(tmp_path / "x", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""How a model is computed is one thing, what it computes another: every switch for memory or speed gives the same gradients and captions."""
+"""How a model is computed is one thing, what it computes another: no switch changes gradients or captions."""
 
 import shutil
 
@@ -75,7 +75,10 @@ def plain():
 
 @pytest.mark.parametrize("name", ["lora", "qlora", "lora_vision", "prompt", "adapter", "full"])
 def test_checkpointing(name, plain):
-    "The base is frozen, the vocabulary too: without the right kind of checkpointing the lowest layers would get no gradient. Dropout is repeated as it was."
+    """The lowest layers get their gradient, and dropout is repeated as it was.
+
+    The base is frozen, the vocabulary too: the wrong kind of checkpointing would give the lowest layers none.
+    """
     losses, first, captions = tuned(name, enable_checkpointing)
     assert losses == plain(name)[0]
     assert first.keys() == plain(name)[1].keys() and all(torch.equal(first[n], g) for n, g in plain(name)[1].items())
@@ -150,7 +153,10 @@ def test_bfloat16(way, scenes):
 
 
 def test_four_bits_are_the_dequantised_weights(scenes):
-    "What 4 bits change is the weights, once; computing with them adds nothing. The same weights, written back as numbers, give the same logits and captions."
+    """What 4 bits change is the weights, once; computing with them adds nothing.
+
+    The same weights, written back as numbers, give the same logits and captions.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
     quantised = Captioner(*load_base(P, **methods(P)["qlora"].base_options(P)))

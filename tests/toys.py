@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RISCM = Path(os.environ.get("RSSTUDY_RISCM") or "/none")  # folder with captions.csv and resized/
 NO_RISCM = "needs the real images: set RSSTUDY_RISCM to a folder with captions.csv and resized/"
 
-# What a toy notebook starts with: its parameters, its results folder, and a line in a journal that tells what ran and how often.
+# What a toy notebook starts with: its parameters, its results folder, and a journal that tells what ran and how often.
 HEAD = """import json
 from rsstudy.common.settings import notebook_profile
 P = notebook_profile(globals())
