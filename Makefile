@@ -2,11 +2,14 @@
 #
 #   make study                        all seven notebooks on the built-in world, then the final table
 #   make study PROFILE=riscm-nano ARGS="--data ../riscm --set epochs=2"
-#   make test                         nbdev_test on every notebook, then pytest
-#   make env                          only the environment
+#   make test                         lint, nbdev_test on every notebook, then pytest
+#   make lint                         ruff's rules and layout; notebooks clean, package as they export it
+#   make env                          only the environment, with all that the tests need
 #   make docs                         the site, in docs/_build/html
 #   make bench                        speed against the usual recipe and the usual explanations, this machine, PROFILE's model and images
 #   make bench-gpu                    the same with PaliGemma-3B's architecture on a GPU; needs torch, transformers and peft, no environment
+#
+# `make study` installs what the study needs; the other targets but `make bench` add the rest to the same environment.
 #
 # PYTHON=python3.12   the interpreter that makes the environment (3.11, 3.12 or 3.13)
 # VENV=$VIRTUAL_ENV   an environment of your own instead of .venv; what is missing in it is installed
@@ -19,31 +22,42 @@ WORKERS ?= 2
 
 SHELL := /bin/bash
 BIN   := $(VENV)/bin
-STAMP := $(VENV)/.installed
 INPUT := pyproject.toml constraints.txt
+LINT  := nbs tests docs setup.py
+# what is installed: the study's packages, all packages
+STUDY := $(VENV)/.installed-study
+ALL   := $(VENV)/.installed-all
 
-.PHONY: study test env docs bench bench-gpu help
+.PHONY: study test lint env docs bench bench-gpu help
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,12s/^# \{0,1\}//p' Makefile
+	@sed -n '3,13s/^# \{0,1\}//p' Makefile
 
-study: $(STAMP)
+study: $(STUDY)
 	@$(BIN)/rsstudy run --profile $(PROFILE) $(ARGS)
 
 # One thread each: two notebooks at a time would fight over two cores, and toy models lose more to waiting threads than they gain.
-test: $(STAMP)
-	@echo "== 1/2 nbdev_test: every notebook"
+test: lint
+	@echo "== 2/3 nbdev_test: every notebook"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/nbdev_test --n-workers $(WORKERS) --do-print --timing
-	@echo "== 2/2 pytest"
+	@echo "== 3/3 pytest"
 	@command -v chromium chromium-browser google-chrome >/dev/null || timeout 60 $(BIN)/python -m playwright install chromium >/dev/null 2>&1 || echo "Chromium could not be had: the tests that open a page in a browser are skipped"
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/test_drift.py tests
 
-env: $(STAMP)
+# Whether export and clean would change the tree is a test of its own, which runs here.
+lint: $(ALL)
+	@echo "== lint"
+	@$(BIN)/ruff check --quiet $(LINT)
+	@$(BIN)/ruff format --check --quiet $(LINT)
+	@$(BIN)/python -m pytest tests/test_drift.py
 
-# The stamp holds a checksum of its inputs, so a checkout that only touches their dates installs nothing.
-$(STAMP): $(INPUT)
-	@if [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(cat $(INPUT) | cksum)" ]; then touch $(STAMP); exit 0; fi; \
+env: $(ALL)
+
+# A stamp holds a checksum of its inputs, so a checkout that only touches their dates installs nothing.
+# $(1): what pip installs; $(2): the stamps that this is worth
+define install
+	@if [ "$$(cat $@ 2>/dev/null)" = "$$(cat $(INPUT) | cksum)" ]; then touch $@; exit 0; fi; \
 	set -e; \
 	python="$(BIN)/python"; "$$python" -m pip --version >/dev/null 2>&1 || python="$(PYTHON)"; \
 	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
@@ -51,14 +65,21 @@ $(STAMP): $(INPUT)
 	if [ "$$python" = "$(PYTHON)" ]; then \
 	  echo "== environment: $(VENV), from $$("$$python" --version 2>&1)"; "$$python" -m venv $(if $(filter .venv,$(VENV)),--clear) "$(VENV)"; fi; \
 	echo "== packages: a few minutes, once"; \
-	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	"$(BIN)/python" -m pip install --disable-pip-version-check -c constraints.txt -e '$(1)'; \
 	"$(BIN)/python" -m rsstudy.metrics.meteor || echo "WordNet could not be set up: METEOR will match stems only, and each result will say so"; \
-	cat $(INPUT) | cksum > $(STAMP)
+	cat $(INPUT) | cksum | tee $(2) >/dev/null
+endef
 
-docs: $(STAMP)
+$(STUDY): $(INPUT)
+	$(call install,.,$(STUDY))
+
+$(ALL): $(INPUT)
+	$(call install,.[dev],$(STUDY) $(ALL))
+
+docs: $(ALL)
 	@$(BIN)/python docs/build.py
 
-bench: $(STAMP)
+bench: $(STUDY)
 	@$(BIN)/rsstudy bench train --profile $(PROFILE) $(ARGS)
 	@$(BIN)/rsstudy bench generate --profile $(PROFILE) $(ARGS)
 	@$(BIN)/rsstudy bench caption --profile $(PROFILE) $(ARGS)

@@ -1,4 +1,7 @@
-"""All is said in pyproject.toml but one step: the study's notebooks and settings travel in the wheel, so that a study runs without the repository."""
+"""All is said in pyproject.toml but one step: notebooks and settings travel in the wheel.
+
+So a study runs without the repository.
+"""
 
 import shutil
 from pathlib import Path
