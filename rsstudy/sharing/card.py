@@ -40,9 +40,9 @@ def find_record(
     P: Profile,  # Names the results folder
     facts: dict,  # `method` and `seed` of the tuned folder
     folder: str | Path,  # Tuned weights
-) -> (
-    dict | None
-):  # file, settings, device, versions, code, entry (the method's), run (this one), base (the untuned base's entry, None where it was not scored on the same images), sources; None: not scored
+    # file, settings, device, versions, code, entry (the method's), run (this one), base (the untuned base's entry, None
+    # where it was not scored on the same images), sources; None: not scored
+) -> dict | None:
     "The scored run whose weights these are. Raises `ValueError` where a results file is no JSON."
     own = Path(folder) / "run.json"
     if not own.is_file():
@@ -123,11 +123,17 @@ def _scored(record, rows):
         ]
         lines.append(f"| {metric_label(name)} (`{name}`) | " + " | ".join(cells) + " |")
     return [
-        f"{len(record['sources'])} test images, higher is better, with 95 % intervals: over the images for one run, over images and seeds for the mean.",
+        (
+            f"{len(record['sources'])} test images, higher is better, with 95 % intervals: "
+            "over the images for one run, over images and seeds for the mean."
+        ),
         "",
         *lines,
         "",
-        f"Computed by rsstudy, which the names in brackets belong to: a name holds the variant and its version. Numbers and captions of all test images are in `{record['file']}` of the study.",
+        (
+            "Computed by rsstudy, which the names in brackets belong to: a name holds the variant and its version. "
+            f"Numbers and captions of all test images are in `{record['file']}` of the study."
+        ),
     ]
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-012
@@ -141,9 +147,11 @@ def _failures(record, rows):
     said = []
     if row := mine.get("hallucinated-chair.v1"):
         said.append(
-            f"It names things that are not there: **{_cell(row, True)}** of the objects in its test captions are named by none of the image's references{against('hallucinated-chair.v1')}"
+            f"It names things that are not there: **{_cell(row, True)}** of the objects in its test captions are "
+            f"named by none of the image's references{against('hallucinated-chair.v1')}"
             + (
-                f", and {_cell(any_, True)} of its captions hold at least one of these{against('hallucinated_any-chair.v1')}"
+                f", and {_cell(any_, True)} of its captions hold at least one of "
+                f"these{against('hallucinated_any-chair.v1')}"
                 if (any_ := mine.get("hallucinated_any-chair.v1"))
                 else ""
             )
@@ -181,8 +189,10 @@ def _cost(record):
         f"{cost['energy_joules'] / 3600:.3g} Wh" if cost.get("energy_joules") is not None else "not told by the device"
     )
     return [
-        f"Tuned on {device}: {short_number(cost['trainable_parameters'])} trained parameters, {cost['seconds']:.0f} s, {short_number(cost['peak_memory_bytes'], 'B')} of memory at the most, "
-        f"{short_number(cost['adapter_bytes'], 'B')} of weights, energy {energy}. The choice of the learning rate and the scoring are not in these seconds."
+        f"Tuned on {device}: {short_number(cost['trainable_parameters'])} trained parameters, "
+        f"{cost['seconds']:.0f} s, {short_number(cost['peak_memory_bytes'], 'B')} of memory at the most, "
+        f"{short_number(cost['adapter_bytes'], 'B')} of weights, energy {energy}. "
+        "The choice of the learning rate and the scoring are not in these seconds."
     ]
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-015
@@ -195,7 +205,10 @@ def licence(
     if "gemma" in base.lower():
         return (
             "gemma",
-            "A derivative of PaliGemma: use and distribution are under the Gemma Terms of Use (<https://ai.google.dev/gemma/terms>), which must go along with every copy.",
+            (
+                "A derivative of PaliGemma: use and distribution are under the Gemma Terms of Use "
+                "(<https://ai.google.dev/gemma/terms>), which must go along with every copy."
+            ),
         )
     return (
         "other",
@@ -218,17 +231,24 @@ def data_lines(
     )
     if data == "scenes":
         return None, [
-            f"Scenes of the world that rsstudy draws (land cover and objects with five captions each, procedural, no photograph among them; Apache-2.0). {split}"
+            "Scenes of the world that rsstudy draws (land cover and objects with five captions each, procedural, "
+            f"no photograph among them; Apache-2.0). {split}"
         ]
     hub = data.removeprefix("hub:") if data.startswith("hub:") else None
     where = f"`{hub}` on the hub" if hub else "a folder in the layout of RISC (`captions.csv` and images)"
     if set(found) - {"unknown"} <= OFFICIAL.keys() and (set(found) != {"unknown"} or "riscm" in data.lower()):
         tell = ", ".join(f"{n:,} of {s}" for s, n in sorted(found.items()) if s != "unknown")
         return hub, [
-            f"RISC(M), as {where}: aerial images with five English captions each from NWPU-Captions (Cheng et al. 2022), RSICD (Lu et al. 2017) and UCM-Captions (Qu et al. 2016)"
+            (
+                f"RISC(M), as {where}: aerial images with five English captions each from NWPU-Captions "
+                "(Cheng et al. 2022), RSICD (Lu et al. 2017) and UCM-Captions (Qu et al. 2016)"
+            )
             + (f"; test images: {tell}" if tell else "")
             + f". {split}",
-            "Images and captions are not part of this model and have licences of their own, for research in the main: look at those of the three sources before any other use.",
+            (
+                "Images and captions are not part of this model and have licences of their own, "
+                "for research in the main: look at those of the three sources before any other use."
+            ),
         ]
     return hub, [f"{where[0].upper()}{where[1:]}, whose licence its owner knows. {split}"]
 
@@ -264,7 +284,9 @@ def _method(facts, record):
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-019
 def usage(
-    facts: dict,  # form (`peft`, `adapter` or `merged`), base, base_folder, base_version, dtype, quantised, prompt, activation, repo
+    # form (`peft`, `adapter` or `merged`), base, base_folder, base_version, dtype, quantised, prompt, activation,
+    # repo
+    facts: dict,
 ) -> str:  # Python
     "How to caption an image with the exported model, without rsstudy."
     own = "" if facts["form"] == "merged" else "base" if facts["base_folder"] else facts["base"]
@@ -272,7 +294,10 @@ def usage(
         *(["import bitsandbytes"] if facts["quantised"] else []),
         "from PIL import Image",
         *(["from peft import PeftModel"] if facts["form"] == "peft" else []),
-        f"from transformers import {'BitsAndBytesConfig, ' if facts['quantised'] else ''}GenerationConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor",
+        (
+            f"from transformers import {'BitsAndBytesConfig, ' if facts['quantised'] else ''}GenerationConfig, "
+            "PaliGemmaForConditionalGeneration, PaliGemmaProcessor"
+        ),
         *(
             ["from adapter import add_adapters  # adapter.py of this folder: plain torch, to be read before it is run"]
             if facts["form"] == "adapter"
@@ -286,24 +311,26 @@ def usage(
         if not own
         else f'"{own}"' + (f', revision="{facts["base_version"]}"' if facts["base_version"] != "unknown" else "")
     )
-    four = (
-        [
-            f"four_bits = BitsAndBytesConfig({', '.join(f'{k}={json.dumps(v) if v is not True else v}' for k, v in facts['quantised'].items())})"
-        ]
-        if facts["quantised"]
-        else []
-    )
+    four = []
+    if facts["quantised"]:
+        options = [f"{k}={json.dumps(v) if v is not True else v}" for k, v in facts["quantised"].items()]
+        four = [f"four_bits = BitsAndBytesConfig({', '.join(options)})"]
     if four and facts["dtype"] == "float32":
         four = [
-            "bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # on a CPU it would compute in bfloat16 and not, as in training, in float32",
+            (
+                "bitsandbytes.nn.modules.has_avx512bf16 = lambda: False  # on a CPU it would compute in bfloat16 "
+                "and not, as in training, in float32"
+            ),
             *four,
         ]
-    model = f'PaliGemmaForConditionalGeneration.from_pretrained({where}, dtype="{facts["dtype"]}"{", quantization_config=four_bits" if four else ""})'
+    quantisation = ", quantization_config=four_bits" if four else ""
+    model = f'PaliGemmaForConditionalGeneration.from_pretrained({where}, dtype="{facts["dtype"]}"{quantisation})'
     if facts["form"] == "peft":
         model = f"PeftModel.from_pretrained({model}, folder)"
     if facts["form"] == "adapter":
         model = f'add_adapters({model}, f"{{folder}}/adapter.safetensors", "{facts["activation"]}")'
     hub = facts.get("repo") if facts["form"] != "adapter" else None
+    prompt = json.dumps("<image>" + facts["prompt"], ensure_ascii=False)
     return "\n".join(
         [
             *imports,
@@ -317,7 +344,7 @@ def usage(
             "",
             "processor = PaliGemmaProcessor.from_pretrained(folder)",
             f"model = {model}",
-            f'inputs = processor(images=image, text={json.dumps("<image>" + facts["prompt"], ensure_ascii=False)}, return_tensors="pt").to(model.device, model.dtype)',
+            f'inputs = processor(images=image, text={prompt}, return_tensors="pt").to(model.device, model.dtype)',
             "ids = model.generate(**inputs, generation_config=GenerationConfig.from_pretrained(folder))",
             'caption = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()',
         ]
@@ -337,21 +364,31 @@ def _method_notes(facts):
     repo = facts.get("repo") or "OWNER/NAME"
     if facts["forbidden_tokens"]:
         return [
-            "The `<unused..>` tokens in the prompt stand for trained vectors. Where the model speaks, the same vectors would stand in its output layer (PaliGemma ties the two), and it would say these tokens; it was trained with an output layer that lacks them. "
-            "`generation_config.json` restores that: `suppress_tokens` names them and `renormalize_logits` shares their probability out among the others. Generate with it, as the lines above do. (peft warns that `lm_head.trainable_tokens_delta` is missing: that is the tied layer, which has no vectors of its own.)"
+            "The `<unused..>` tokens in the prompt stand for trained vectors. "
+            "Where the model speaks, the same vectors would stand in its output layer (PaliGemma ties the two), "
+            "and it would say these tokens; it was trained with an output layer that lacks them. "
+            "`generation_config.json` restores that: `suppress_tokens` names them and `renormalize_logits` shares "
+            "their probability out among the others. Generate with it, as the lines above do. "
+            "(peft warns that `lm_head.trainable_tokens_delta` is missing: "
+            "that is the tied layer, which has no vectors of its own.)"
         ]
     if facts["form"] == "adapter":
         return [
-            "peft has no bottleneck adapter. `adapter.py` in this folder is the class it was trained with, in plain torch; the lines above import it from the folder they run in. "
-            f"Nothing is run from a hub, and `trust_remote_code` is not needed: get the folder first, `hf download {repo} --local-dir .`, and read the file."
+            "peft has no bottleneck adapter. `adapter.py` in this folder is the class it was trained with, "
+            "in plain torch; the lines above import it from the folder they run in. "
+            "Nothing is run from a hub, and `trust_remote_code` is not needed: "
+            f"get the folder first, `hf download {repo} --local-dir .`, and read the file."
         ]
     if facts["four_bits"] and facts["form"] == "merged":
         return [
-            "The adapter was trained on a base in 4 bits and is merged into that base, read back into full precision: not into the published weights, on which it was not trained, and not rounded to 4 bits again."
+            "The adapter was trained on a base in 4 bits and is merged into that base, "
+            "read back into full precision: not into the published weights, on which it was not trained, "
+            "and not rounded to 4 bits again."
         ]
     if facts["quantised"]:
         return [
-            "The base is loaded in 4 bits by bitsandbytes, on a GPU or a CPU. Its kernels round differently from device to device: now and then a word differs."
+            "The base is loaded in 4 bits by bitsandbytes, on a GPU or a CPU. "
+            "Its kernels round differently from device to device: now and then a word differs."
         ]
     return []
 
@@ -361,17 +398,21 @@ def _limits(facts, record, rows):
     scenes = record is not None and record["settings"]["data"] == "scenes"
     said = (
         [
-            "Its base is a small model of PaliGemma's architecture, pre-trained on drawn scenes alone: it is for trying methods and tools, not for describing photographs."
+            "Its base is a small model of PaliGemma's architecture, pre-trained on drawn scenes alone: "
+            "it is for trying methods and tools, not for describing photographs."
         ]
         if nano and scenes
         else [
-            "Its base is a small model of PaliGemma's architecture that was pre-trained on drawn scenes: it is for comparing methods, and far from what PaliGemma itself does."
+            "Its base is a small model of PaliGemma's architecture that was pre-trained on drawn scenes: "
+            "it is for comparing methods, and far from what PaliGemma itself does."
         ]
         if nano
         else []
     )
     said += [
-        f"It sees every image at {facts['pixels']} x {facts['pixels']} pixels, whatever its size and ground resolution, and answers in English, in the manner of its training captions."
+        f"It sees every image at {facts['pixels']} x {facts['pixels']} pixels, "
+        "whatever its size and ground resolution, and answers in English, "
+        "in the manner of its training captions."
     ]
     return said + (
         _failures(record, rows)
@@ -418,7 +459,9 @@ def _header(facts, record, rows, dataset):
 
 # %% ../../nbs/lib/16_sharing/01_card.ipynb #cell-025
 def card_text(
-    facts: dict,  # What the export knows of the model: `usage`'s facts, and name, method, family, label, settings, lr, seed, decoding, pixels, merged, code
+    # What the export knows of the model: `usage`'s facts, and name, method, family, label, settings, lr, seed,
+    # decoding, pixels, merged, code
+    facts: dict,
     record: dict | None,  # Of `find_record`
     resamples: int = 1000,  # Bootstrap resamples of the intervals
 ) -> str:  # Markdown with the hub's header
@@ -430,7 +473,10 @@ def card_text(
         f"{facts['base'].split('/')[-1]}, {facts['label']}: captions of aerial images": [
             f"A captioner of images from above: `{facts['base']}`, tuned by {facts['label']}"
             + (", the change merged into its weights" if facts["change_merged"] else "")
-            + ". Made by the study rsstudy, which compares ways of tuning PaliGemma and how far their explanations can be trusted."
+            + (
+                ". Made by the study rsstudy, which compares ways of tuning PaliGemma and how far their explanations "
+                "can be trusted."
+            )
         ],
         "# How to use": [
             "```python",
@@ -448,7 +494,8 @@ def card_text(
         "# Scores": _scored(record, rows)
         if record
         else [
-            "**Not scored**: no results file of the study holds this very run. Score it on images with human captions before believing it."
+            "**Not scored**: no results file of the study holds this very run. "
+            "Score it on images with human captions before believing it."
         ],
         "# Cost": _cost(record) if record else ["Not recorded."],
         "# Limits": ["- " + line for line in _limits(facts, record, rows)],
@@ -457,7 +504,10 @@ def card_text(
             ", ".join(
                 f"{k} {v}" for k, v in made.items() if k in ("python", "torch", "transformers", "peft", "bitsandbytes")
             )
-            + f"; rsstudy at commit `{record['code'] if record else facts['code']}`. `method.json` holds all of this for programs."
+            + (
+                f"; rsstudy at commit `{record['code'] if record else facts['code']}`. "
+                "`method.json` holds all of this for programs."
+            )
         ],
     }
     return (

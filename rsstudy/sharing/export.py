@@ -112,7 +112,11 @@ def add_adapters(
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-010
 def adapter_source() -> str:  # Python
     "The file adapter.py of an export."
-    head = '"""Bottleneck adapters (Houlsby et al. 2019) for PaliGemma, in plain torch."""\nimport torch\nfrom torch import nn\n\nACTIVATIONS = dict(gelu=nn.functional.gelu, relu=nn.functional.relu, silu=nn.functional.silu)\n'
+    head = (
+        '"""Bottleneck adapters (Houlsby et al. 2019) for PaliGemma, in plain torch."""\n'
+        "import torch\nfrom torch import nn\n\n"
+        "ACTIVATIONS = dict(gelu=nn.functional.gelu, relu=nn.functional.relu, silu=nn.functional.silu)\n"
+    )
     return (
         "\n\n".join([head, *(inspect.getsource(part).rstrip() for part in (Bottleneck, Adapted, add_adapters))]) + "\n"
     )
@@ -205,7 +209,8 @@ def check_target(
         raise ValueError(f"--out {target} holds the run or the current folder: give a folder for the export alone")
     if target.is_dir() and any(target.iterdir()) and not force and not _is_export(target):
         raise FileExistsError(
-            f"--out {target} is not empty and holds more than an earlier export: give another folder, or --force to move it aside"
+            f"--out {target} is not empty and holds more than an earlier export: "
+            "give another folder, or --force to move it aside"
         )
 
 # %% ../../nbs/lib/16_sharing/02_export.ipynb #cell-018
@@ -213,7 +218,11 @@ def check_target(
 def replaced_folder(
     target: Path,  # Folder to be written, seen by `check_target`
 ):
-    "An empty folder to write to; it takes the name `target` when the block ends well and is removed when it does not. Raises `OSError` saying so where the disk is full."
+    """An empty folder to write to.
+
+    It takes the name `target` when the block ends well and is removed when it does not. Raises `OSError` saying so
+    where the disk is full.
+    """
     from safetensors import SafetensorError
 
     temporary, old = (target.with_name(f".{os.getpid()}-{word}-{target.name}") for word in ("new", "old"))
@@ -235,7 +244,8 @@ def replaced_folder(
         if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left" not in str(error):
             raise
         raise OSError(
-            f"the disk of {target.parent} is full: {shutil.disk_usage(target.parent).free / 1e6:,.0f} MB are free, which is too little for the export"
+            f"the disk of {target.parent} is full: {shutil.disk_usage(target.parent).free / 1e6:,.0f} MB are free, "
+            "which is too little for the export"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -281,11 +291,14 @@ def push_export(
             api.upload_folder(repo_id=made.repo_id, folder_path=str(folder), commit_message="rsstudy export")
     except Exception as error:  # whatever the network or the hub has against it
         raise RuntimeError(
-            f"'{repo}' could not be pushed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]:.150}): look at the token's rights with `hf auth whoami`{stays}"
+            f"'{repo}' could not be pushed ({type(error).__name__}: "
+            f"{(str(error).strip().splitlines() or [''])[0]:.150}): look at the token's rights with "
+            f"`hf auth whoami`{stays}"
         ) from error
     if open_:
         raise RuntimeError(
-            f"'{repo}' exists and is public, so nothing was sent: make it private in its settings on the hub, or give another name{stays}"
+            f"'{repo}' exists and is public, so nothing was sent: make it private in its settings on the hub, "
+            f"or give another name{stays}"
         )
     return made.repo_id
 
@@ -299,7 +312,8 @@ def _run_folder(P, run):
             if len(folder.parts) > 1:
                 raise FileNotFoundError(f"there is no folder {folder} to export")
             raise ValueError(
-                f"unknown run '{run}': give a folder of tuned weights such as runs/{P.name}/weights/lora-seed0, or a method: {', '.join(n for n in methods(P) if n != 'none')}"
+                f"unknown run '{run}': give a folder of tuned weights such as runs/{P.name}/weights/lora-seed0, "
+                f"or a method: {', '.join(n for n in methods(P) if n != 'none')}"
             )
     elif not (folder / "adapter.safetensors").is_file():
         name, _, seed = folder.name.rpartition("-seed")
@@ -391,7 +405,8 @@ def export_run(
 ) -> Path:  # The export
     """Writes a tuned model as everyone's tools read it, with its card; see the top of this page.
 
-    Raises `ValueError`, `FileNotFoundError`, `FileExistsError`, `NotADirectoryError`, `OSError` and `RuntimeError`, each one sentence with what is to be done.
+    Raises `ValueError`, `FileNotFoundError`, `FileExistsError`, `NotADirectoryError`, `OSError` and
+    `RuntimeError`, each one sentence with what is to be done.
     """
     if push:
         check_repo(push)

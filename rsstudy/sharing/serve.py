@@ -54,8 +54,10 @@ STYLE = """
 @media (max-width:46rem){.gradio-container{padding:.75rem!important}#explanation iframe{height:144rem}}
 """
 POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-    "connect-src 'self' data: blob:; media-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'"
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; "
+    "connect-src 'self' data: blob:; media-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; "
+    "base-uri 'self'; form-action 'self'"
 )
 
 
@@ -124,7 +126,9 @@ def demo(
     seed: int = 0,  # Of the methods' runs
     most_mb: float = MOST_MB,  # Largest upload, MB
 ):  # gradio.Blocks
-    """The page; `demo().launch()` shows it. Private: without telemetry or a public link unless `launch` is told otherwise.
+    """The page; `demo().launch()` shows it.
+
+    Private: without telemetry or a public link unless `launch` is told otherwise.
 
     Raises `RuntimeError` where Gradio is not installed, and as `served_models`.
     """
@@ -189,7 +193,10 @@ def _build(gr, page, offered, folder, most_mb):
         f"Loaded when it is first used; the {KEPT} used last stay in memory.",
     )
     gr.HTML(
-        "<h1>Caption an aerial image</h1><p>The image stays on the server that shows this page, and is deleted after about an hour.</p>",
+        (
+            "<h1>Caption an aerial image</h1><p>The image stays on the server that shows this page, "
+            "and is deleted after about an hour.</p>"
+        ),
         elem_id="head",
     )
     with gr.Row():
@@ -202,7 +209,8 @@ def _build(gr, page, offered, folder, most_mb):
                 buttons=[],
                 elem_id="picture",
                 alt_text="Your image",
-                placeholder=f"Drop an image here, or click to choose one\nPNG, JPEG, TIFF or WebP, at most {most_mb:g} MB",
+                placeholder="Drop an image here, or click to choose one\nPNG, JPEG, TIFF or WebP, "
+                f"at most {most_mb:g} MB",
             )
             gr.HTML("Or take one that is drawn on the spot:", elem_id="or")
             with gr.Row(elem_id="examples"):
@@ -291,7 +299,8 @@ def check_address(
     if not 1 <= port <= 65535:
         raise ValueError(f"--port must be from 1 to 65535, got {port}")
     foreign = OSError(
-        f"--host {host} is no name or address of an interface of this machine: 127.0.0.1 is this machine alone, 0.0.0.0 every interface"
+        f"--host {host} is no name or address of an interface of this machine: "
+        "127.0.0.1 is this machine alone, 0.0.0.0 every interface"
     )
     try:
         kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -327,7 +336,10 @@ def serve(
     names = ["localhost", "127.0.0.1", "::1", host] if is_loopback(host) else None
     if not names:
         print(
-            f"rsstudy: warning: --host {host} lets everyone who can reach this machine use the page, and there is no password",
+            (
+                f"rsstudy: warning: --host {host} lets everyone who can reach this machine use the page, "
+                "and there is no password"
+            ),
             file=sys.stderr,
         )
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "localhost"

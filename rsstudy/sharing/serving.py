@@ -37,7 +37,10 @@ def read_upload(
     most_mb: float = MOST_MB,  # Most bytes, in 1,048,576
     most_pixels: int = MOST_PIXELS,  # Most pixels
 ) -> Image.Image:  # RGB, upright
-    "Reads an image that a stranger sent. Raises `ValueError` with a sentence for that person; decodes nothing that is too large."
+    """Reads an image that a stranger sent.
+
+    Raises `ValueError` with a sentence for that person; decodes nothing that is too large.
+    """
     if (mb := os.path.getsize(path) / 2**20) > most_mb:
         raise ValueError(f"the file has {mb:.1f} MB: at most {most_mb:g} MB are taken")
 
@@ -176,7 +179,10 @@ def explanation_of(
     name: str,  # A model's label
     chosen: list[str],  # Attribution methods, of `USUAL`
 ) -> str:  # HTML
-    "The page of `rsstudy explain`, in a frame that keeps its script from everything around it. Raises as `explain_image`."
+    """The page of `rsstudy explain`, in a frame that keeps its script from everything around it.
+
+    Raises as `explain_image`.
+    """
     if not (chosen := [m for m in USUAL if m in (chosen or [])]):
         raise ValueError("choose at least one way to explain")
     with models.lock:
