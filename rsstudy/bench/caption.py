@@ -99,6 +99,7 @@ def bench_folder_captions(
     path = (folder or bench_folder()) / f"{result['name']}.json"
     write_json(path, result)
     print(
-        f"{result['name']}: {ours:.4g} images/s, plain loop {peer:.4g}, ratio {ours / peer:.3g}, {same:.0%} of the captions the same\n  {path}"
+        f"{result['name']}: {ours:.4g} images/s, plain loop {peer:.4g}, ratio {ours / peer:.3g}, "
+        f"{same:.0%} of the captions the same\n  {path}"
     )
     return path

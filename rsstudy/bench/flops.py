@@ -58,8 +58,9 @@ def training_flops(
 ) -> int:  # Floating-point operations of forward and backward, nothing computed twice
     """One step of LoRA training.
 
-    Backward: a frozen matrix passes the gradient on (as much as forward), a trained one needs its own, too (twice), and so do the two products of attention. The first layer's
-    queries, keys and values are where it ends: nothing before them trains.
+    Backward: a frozen matrix passes the gradient on (as much as forward), a trained one needs its own, too (twice),
+    and so do the two products of attention. The first layer's queries, keys and values are where it ends: nothing
+    before them trains.
     """
     c, inner, shapes = _decoder(config)
     tokens, pairs = sum(rows), sum(n * n for n in rows)

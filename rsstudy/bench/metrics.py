@@ -24,8 +24,13 @@ def bench_metrics(
     predictions: list[str],  # One caption per image
     references: list[list[str]],  # References of each image
     repeats: int = 3,  # The comparison with the toolkit is timed so many times; the best counts
-) -> dict:  # {"images", "references", "seconds" (CPU, by metric), "seconds_total", "toolkit": {"seconds_ours", "seconds_theirs", "times", "largest_difference"} or None}
-    "CPU seconds of every metric without a neural encoder, and of BLEU, ROUGE-L and CIDEr beside pycocoevalcap's where that is installed. Set OMP_NUM_THREADS=1."
+    # {"images", "references", "seconds" (CPU, by metric), "seconds_total", "toolkit": {"seconds_ours",
+    # "seconds_theirs", "times", "largest_difference"} or None}
+) -> dict:
+    """CPU seconds of every metric without a neural encoder.
+
+    Of BLEU, ROUGE-L and CIDEr also beside pycocoevalcap's where that is installed. Set OMP_NUM_THREADS=1.
+    """
 
     def timed(function):
         start = time.process_time()
@@ -36,7 +41,7 @@ def bench_metrics(
     seconds = {"tokens": timed(lambda: [tokenize(t) for p, rs in zip(predictions, references) for t in (p, *rs)])[1]}
     for metric in ALL:
         if metric != "bertscore":
-            seconds[metric] = timed(lambda: score_captions(predictions, references, metric))[1]
+            seconds[metric] = timed(lambda metric=metric: score_captions(predictions, references, metric))[1]
     result = dict(
         images=len(predictions),
         references=sum(map(len, references)),
@@ -87,10 +92,14 @@ def bench_scoring(
     P: Profile,  # Whose captions are scored, all splits
     rounds: int = 3,  # Turns of each, the best counts
     images: int = 4_454,  # At most
-    resamples: int = 10_000,  # Of the intervals of six systems on 5,000 images with three seeds, and exchanges of their tests
+    # Of the intervals of six systems on 5,000 images with three seeds, and exchanges of their tests
+    resamples: int = 10_000,
     folder: Path | None = None,  # `bench_folder()` by default
 ) -> Path:  # The JSON
-    "CPU seconds of the metrics, and the toolkit's; and of comparing six systems. Raises `RuntimeError` where pycocoevalcap is missing."
+    """CPU seconds of the metrics, and the toolkit's; and of comparing six systems.
+
+    Raises `RuntimeError` where pycocoevalcap is missing.
+    """
     from rsstudy.data.load import load_captions
     from rsstudy.stats.tests import compare_systems
 
@@ -123,6 +132,8 @@ def bench_scoring(
     path = (folder or bench_folder()) / f"{result['name']}.json"
     write_json(path, result)
     print(
-        f"{result['name']}: {found['references']:,} references, all metrics without an encoder {found['seconds_total']:.3g} s; BLEU, ROUGE-L and CIDEr {result['ratio']:.3g} times as fast as the toolkit; six systems compared in {found['intervals']['seconds']:.3g} s\n  {path}"
+        f"{result['name']}: {found['references']:,} references, all metrics without an encoder "
+        f"{found['seconds_total']:.3g} s; BLEU, ROUGE-L and CIDEr {result['ratio']:.3g} times as fast as the "
+        f"toolkit; six systems compared in {found['intervals']['seconds']:.3g} s\n  {path}"
     )
     return path

@@ -113,7 +113,10 @@ def quantise(
     model: PaliGemmaForConditionalGeneration,  # Changed in place
     dtype: torch.dtype,  # Computed in
 ):
-    "The decoder's linear layers in 4-bit NormalFloat with double quantisation (Dettmers et al. 2023), as `from_pretrained` would load them."
+    """The decoder's linear layers in 4-bit NormalFloat with double quantisation.
+
+    As `from_pretrained` would load them; both are of Dettmers et al. 2023.
+    """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for name in linear_layers(model, DECODER):

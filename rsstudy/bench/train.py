@@ -75,7 +75,9 @@ def outcome(
         ours=rate["ours"],
         peer=rate["peer"],
         ratio=rate["ours"] / rate["peer"],
-        levers={lever: l | dict(gain=l["on"] / l["off"], used=getattr(recipe, lever)) for lever, l in levers.items()},
+        levers={
+            s: speeds | dict(gain=speeds["on"] / speeds["off"], used=getattr(recipe, s)) for s, speeds in levers.items()
+        },
         matrix_peak_flops=peak,
         details=both,
         recipe=dataclasses.asdict(recipe),
@@ -158,7 +160,7 @@ def bench_training(
     name: str,  # Of the file
     model,  # PaliGemma with LoRA, training mode
     material: Material,  # With features
-    recipe: Recipe = Recipe(),  # Ours
+    recipe: Recipe | None = None,  # Ours, `Recipe()` by default
     rounds: int = 3,  # Turns of each contender
     seconds: float = 1.0,  # A turn
     compiled: bool | None = None,  # Turn compiling, too? None: on a GPU
@@ -167,6 +169,7 @@ def bench_training(
     **facts,  # More lines
 ) -> dict:  # For results/bench
     "Peer and ours, and ours with each switch turned."
+    recipe = recipe or Recipe()
     layers = Layers(model, backend)
     device, dtype = core(model).device, core(model).dtype
     contenders = dict(peer=Peer(layers, material), ours=Ours(layers, material, recipe))
@@ -184,7 +187,8 @@ def bench_training(
         matrix_peak(device, dtype),
         dtype=str(dtype).removeprefix("torch."),
         gradient_cosine=cosine,
-        peer_recipe="LoRA, 4 x 4 images with one caption each, gradient checkpointing, logits everywhere, tower in every step, fused AdamW",
+        peer_recipe="LoRA, 4 x 4 images with one caption each, gradient checkpointing, logits everywhere, "
+        "tower in every step, fused AdamW",
         lora_rank=8,
         images=len(material.examples),
         captions_an_image=float(np.mean([sum(e.counts) for e in material.examples])),
@@ -197,13 +201,14 @@ def bench_generation(
     model,  # PaliGemma
     material: Material,  # With features
     batch_size: int,  # Images decoded together, by both
-    decoding: Decoding = Decoding(),  # Ours
+    decoding: Decoding | None = None,  # Ours, `Decoding()` by default
     max_new_tokens: int = 30,  # Longest caption
     rounds: int = 3,  # Turns of each contender; a turn is all images
     compiled: bool | None = None,  # Turn compiling, too? None: on a GPU
     **facts,  # More lines
 ) -> dict:  # For results/bench
     "Plain `generate` and ours, and ours with each switch turned."
+    decoding = decoding or Decoding()
     device, dtype = core(model).device, core(model).dtype
     contenders = dict(
         peer=PlainWriter(model, material, batch_size, max_new_tokens),
@@ -318,8 +323,15 @@ def publish(
     path = (folder or bench_folder()) / f"{found['name']}.json"
     write_json(path, found)
     print(
-        f"{found['name']}: {found['ours']:.4g} captions/s, peer {found['peer']:.4g}, ratio {found['ratio']:.3g}, utilisation {found['details']['ours']['utilisation']:.1%} of {found['matrix_peak_flops'] / 1e12:.4g} TFLOP/s",
-        *(f"  {lever}: x {l['gain']:.3g}{'' if l['used'] else ' (not used)'}" for lever, l in found["levers"].items()),
+        (
+            f"{found['name']}: {found['ours']:.4g} captions/s, peer {found['peer']:.4g}, ratio {found['ratio']:.3g}, "
+            f"utilisation {found['details']['ours']['utilisation']:.1%} of {found['matrix_peak_flops'] / 1e12:.4g} "
+            "TFLOP/s"
+        ),
+        *(
+            f"  {s}: x {lever['gain']:.3g}{'' if lever['used'] else ' (not used)'}"
+            for s, lever in found["levers"].items()
+        ),
         f"  {path}",
         sep="\n",
         flush=True,
@@ -359,7 +371,8 @@ def bench_gpu(
 ) -> list[Path]:  # JSON files
     """LoRA, QLoRA and generation with PaliGemma-3B's architecture and random weights.
 
-    Raises `RuntimeError` without a GPU, unless tiny. Without bitsandbytes QLoRA is left out, with a warning and a line in the results.
+    Raises `RuntimeError` without a GPU, unless tiny. Without bitsandbytes QLoRA is left out, with a warning and a line
+    in the results.
     """
     device, start, paths = pick_device(), time.perf_counter(), []
     if device.type != "cuda" and not tiny:

@@ -116,7 +116,7 @@ def captum_words(
             return method(f).attribute(pixels, case.fill, n_steps=n)
 
     return np.stack(
-        [one(lambda p: plain(p)[:, w])[0].detach().sum(0).float().cpu().numpy() for w in words]
+        [one(lambda p, word=w: plain(p)[:, word])[0].detach().sum(0).float().cpu().numpy() for w in words]
     ), plain.calls
 
 # %% ../../nbs/lib/17_bench/07_xai.ipynb #cell-011
@@ -154,12 +154,12 @@ def one_by_one_words(
     plain, pixels, maps = PlainModel(case.model, case.target), case.target.pixel_values.to(case.fill.device), []
     for w in words:
 
-        def game(coalitions):
+        def game(coalitions, word=w):
             scores = []
             for shown in coalitions:
                 image = torch.where(torch.from_numpy(shown[case.segments]).to(pixels.device), pixels, case.fill)
                 with torch.no_grad():
-                    scores.append([plain(image)[0, w].item()])
+                    scores.append([plain(image)[0, word].item()])
             return np.array(scores)
 
         values = shapley(game, int(case.segments.max()) + 1, case.budget.coalitions)[0]
@@ -250,7 +250,9 @@ SAME = 1e-3  # Relative difference of a word's maps that are the same, in float3
 def same_maps(
     name: str,  # Key of `METHODS`
     contenders: dict[str, AttributionContender],  # After their turns: "peer" and "ours"
-) -> dict:  # same: within `SAME`?; same_settings, as_timed: `map_difference`, the worst word's of all images; worst: which word, and the size of its map beside its caption's largest
+    # same: within `SAME`?; same_settings, as_timed: `map_difference`, the worst word's of all images; worst: which
+    # word, and the size of its map beside its caption's largest
+) -> dict:
     "Are ours and the peer's maps the same under the same settings?"
     ours, peer, found, worst = contenders["ours"], contenders["peer"], dict(same_settings=-1.0, as_timed=0.0), None
     for at, theirs in peer.maps.items():
@@ -387,7 +389,8 @@ def bench_explanations(
         same=SAME,
         peers=dict(
             integrated_gradients="captum, all points of a word in one batch (its default)",
-            shap="shap.PartitionExplainer on 224 x 224 x 3 values, batches of 10 (its default), tree built before the clock starts",
+            shap="shap.PartitionExplainer on 224 x 224 x 3 values, batches of 10 (its default), "
+            "tree built before the clock starts",
             pixelshap="a loop, one coalition at a time",
         ),
         **circumstances(),
@@ -402,10 +405,15 @@ def say_method(name: str, found: dict):
     "Prints a method's gist."
     d, maps = found["details"], found["maps"]
     print(
-        f"{name}: all words {found['ours']:.3g} words/s, peer {found['peer']:.3g}, ratio {found['ratio']:.3g}; one word {d['ours, one word']['seconds_a_step']:.3g} s, "
+        f"{name}: all words {found['ours']:.3g} words/s, peer {found['peer']:.3g}, ratio {found['ratio']:.3g}; "
+        f"one word {d['ours, one word']['seconds_a_step']:.3g} s, "
         f"peer {d['peer, one word']['seconds_a_step']:.3g} s, ratio {found['ratio_one_word']:.3g}",
-        f"  maps {'are the same' if maps['same'] else 'are NOT THE SAME'}: {maps['same_settings']:.1g} apart with the same settings (at most {SAME:.0e}), worst {maps['worst']['word']!r}; {maps['as_timed']:.1g} as timed",
-        *(f"  {lever}: x {l['gain']:.3g}" for lever, l in found["levers"].items()),
+        (
+            f"  maps {'are the same' if maps['same'] else 'are NOT THE SAME'}: "
+            f"{maps['same_settings']:.1g} apart with the same settings (at most {SAME:.0e}), "
+            f"worst {maps['worst']['word']!r}; {maps['as_timed']:.1g} as timed"
+        ),
+        *(f"  {lever}: x {speeds['gain']:.3g}" for lever, speeds in found["levers"].items()),
         sep="\n",
         flush=True,
     )

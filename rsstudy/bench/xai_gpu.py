@@ -68,7 +68,7 @@ def shap_or_masks(
 ) -> str:  # What was run
     "SHAP, or without it as many random masks."
     try:
-        import shap
+        import shap  # noqa: F401  only whether it can be had
     except ImportError:
         announce("shap", "shap is not installed: random masks on its grid are scored instead, without its tree")
         shown = np.random.default_rng(0).random((evaluations, 256)) < 0.5
@@ -137,7 +137,10 @@ def bench_gpu_explanations(
     gradient_batch: int = 16,  # Points at once with a backward pass
     batch: int = 64,  # Images at once without
 ) -> Path:  # The JSON
-    "Integrated Gradients of 50 steps and 500 evaluations of SHAP with PaliGemma-3B's architecture and random weights in bfloat16. Raises `RuntimeError` without a GPU, unless tiny."
+    """Integrated Gradients of 50 steps and 500 evaluations of SHAP, on a GPU.
+
+    With PaliGemma-3B's architecture and random weights in bfloat16. Raises `RuntimeError` without a GPU, unless tiny.
+    """
     device, steps, evaluations = pick_device(), 4 if tiny else 50, 32 if tiny else 500
     if device.type != "cuda" and not tiny:
         raise RuntimeError("bench gpu needs a CUDA GPU: there is none here")
@@ -182,8 +185,10 @@ def bench_gpu_explanations(
     path = (folder or bench_folder()) / f"{result['name']}.json"
     write_json(path, result)
     print(
-        f"{result['name']}: {steps} steps of a word {one:.3g} s, {evaluations} evaluations of {len(every.names)} words {shap_seconds:.3g} s ({ran}), "
-        f"{values['peak_memory_bytes'] / 1e9:.3g} GB; bfloat16 off by {result['precision']['log_probability']:.2g}\n  {path}",
+        f"{result['name']}: {steps} steps of a word {one:.3g} s, {evaluations} evaluations of {len(every.names)} "
+        f"words {shap_seconds:.3g} s ({ran}), "
+        f"{values['peak_memory_bytes'] / 1e9:.3g} GB; bfloat16 off by {result['precision']['log_probability']:.2g}\n"
+        f"  {path}",
         flush=True,
     )
     return path
