@@ -43,7 +43,10 @@ def grammar(
         "bench",
         help="measure speed and memory against the usual recipe",
         description="Runs the usual recipe and this study's in turns on the "
-        "same machine, model and images, and writes the ratios to results/bench/DEVICE/. train and generate take a profile's model and images; metrics its captions, beside pycocoevalcap; caption a folder of images from file to file, beside a plain loop; xai its explanations, beside captum, shap and a plain loop; gpu takes PaliGemma-3B's "
+        "same machine, model and images, and writes the ratios to results/bench/DEVICE/. "
+        "train and generate take a profile's model and images; metrics its captions, beside pycocoevalcap; "
+        "caption a folder of images from file to file, beside a plain loop; "
+        "xai its explanations, beside captum, shap and a plain loop; gpu takes PaliGemma-3B's "
         "architecture with random weights and needs a CUDA GPU.",
     )
     bench.add_argument(

@@ -22,7 +22,10 @@ def _numbers(text, option, kind, what):
 
 # %% ../../nbs/lib/18_commands/04_caption.ipynb #cell-005
 def _engine(args):
-    "The engine that the command line asks for. Raises `ValueError` for another engine's options, `RuntimeError` without Ray."
+    """The engine that the command line asks for.
+
+    Raises `ValueError` for another engine's options, `RuntimeError` without Ray.
+    """
     given = {
         option: value
         for option in ("address", "workers", "cpus", "gpus")
@@ -87,14 +90,18 @@ def grammar(
         "caption",
         help="caption images: files, folders, patterns, zip archives",
         description="Writes a file with a caption for each image, or for each tile of a large raster. "
-        "A run that was stopped goes on where it was, with the same command. Exit status: 0 all captioned, 1 some images could not be read (they are listed), 2 the request cannot be carried out.",
-        epilog="examples: rsstudy caption photos/ more.zip --model lora --out captions.csv; rsstudy caption scene.tif --bands 4,3,2 --out scene.geojson --explain",
+        "A run that was stopped goes on where it was, with the same command. Exit status: "
+        "0 all captioned, 1 some images could not be read (they are listed), "
+        "2 the request cannot be carried out.",
+        epilog="examples: rsstudy caption photos/ more.zip --model lora --out captions.csv; "
+        "rsstudy caption scene.tif --bands 4,3,2 --out scene.geojson --explain",
     )
     caption.add_argument(
         "paths",
         nargs="+",
         metavar="PATH",
-        help='image file, folder (with all folders in it), pattern in quotes such as "photos/**/*.jpg", or zip archive; what is named twice is captioned once, in the order of paths',
+        help='image file, folder (with all folders in it), pattern in quotes such as "photos/**/*.jpg", '
+        "or zip archive; what is named twice is captioned once, in the order of paths",
     )
     add_model_options(caption)
     caption.add_argument(
@@ -108,19 +115,22 @@ def grammar(
     rasters.add_argument(
         "--bands",
         metavar="R,G,B",
-        help="bands of TIFFs that become red, green and blue, from 1 on, or one for grey (default: the first three, or the first)",
+        help="bands of TIFFs that become red, green and blue, from 1 on, or one for grey (default: "
+        "the first three, or the first)",
     )
     rasters.add_argument(
         "--percentiles",
         default="2,98",
         metavar="LOW,HIGH",
-        help="values of GeoTIFFs, and of images of more than 8 bits, are stretched between these percentiles of each band (default: 2,98); none: 8-bit values as they are",
+        help="values of GeoTIFFs, and of images of more than 8 bits, are stretched between these percentiles of "
+        "each band (default: 2,98); none: 8-bit values as they are",
     )
     rasters.add_argument(
         "--tile",
         type=int,
         metavar="N",
-        help="cut images that are larger into tiles of N x N pixels, each with a caption; 0: never (default: georeferenced TIFFs with a side above 896 pixels, into tiles of 448)",
+        help="cut images that are larger into tiles of N x N pixels, each with a caption; 0: never (default: "
+        "georeferenced TIFFs with a side above 896 pixels, into tiles of 448)",
     )
     rasters.add_argument(
         "--overlap", type=int, metavar="N", help="pixels that neighbouring tiles share (default: an eighth of the tile)"
@@ -156,7 +166,8 @@ def grammar(
     ray.add_argument(
         "--address",
         metavar="ADDRESS",
-        help="Ray cluster, as ray.init takes it: auto, HOST:PORT or ray://HOST:PORT; a cluster of this machine alone by default",
+        help="Ray cluster, as ray.init takes it: auto, HOST:PORT or ray://HOST:PORT; "
+        "a cluster of this machine alone by default",
     )
     ray.add_argument(
         "--workers",

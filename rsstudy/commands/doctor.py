@@ -27,7 +27,8 @@ def _notebooks(args) -> int:
 
     copied = copy_study(args.folder)
     print(
-        f"{copied[0]} and {len(copied) - 1} notebooks in {copied[1].parent}: open them in JupyterLab, or run them with `rsstudy run` in {copied[0].parent}"
+        f"{copied[0]} and {len(copied) - 1} notebooks in {copied[1].parent}: "
+        f"open them in JupyterLab, or run them with `rsstudy run` in {copied[0].parent}"
     )
     return 0
 
@@ -40,7 +41,8 @@ def grammar(
         "doctor",
         help="what is here, what is missing, and the command that mends it",
         description="Prints versions, devices, folders, the hub, and for every feature what it "
-        "lacks here and the command that mends it. A token is only said to be there, never printed. Exit status 0 if nothing is missing for the study on the built-in world, else 1.",
+        "lacks here and the command that mends it. A token is only said to be there, never printed. "
+        "Exit status 0 if nothing is missing for the study on the built-in world, else 1.",
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
@@ -48,7 +50,8 @@ def grammar(
         "notebooks",
         help="copy the study's notebooks and settings to a folder of your own",
         description="Copies settings.ini and the numbered notebooks, so that they can be "
-        "opened in JupyterLab and changed without a clone of the repository. Results go to the same folder. Nothing is written over.",
+        "opened in JupyterLab and changed without a clone of the repository. Results go to the same folder. "
+        "Nothing is written over.",
     )
     notebooks.add_argument("folder", metavar="FOLDER", help="where to; made where it is missing")
     notebooks.set_defaults(run=_notebooks)

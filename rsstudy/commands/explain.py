@@ -30,7 +30,8 @@ def grammar(
         "explain",
         help="show which parts of an image made the words of its caption likely",
         description="Writes a page, to open in any browser, and a figure: for each word "
-        "of a caption where in the image it came from, after several methods, with the numbers that say how far to believe it.",
+        "of a caption where in the image it came from, after several methods, "
+        "with the numbers that say how far to believe it.",
         epilog="example: rsstudy explain airport.jpg --model lora --words plane,runway",
     )
     explain.add_argument("image", metavar="IMAGE", help="image file")

@@ -32,7 +32,8 @@ def _export(args) -> int:
     folder = export_run(P, args.tuned, args.out, args.merge, args.push, args.private, args.force)
     files = [p for p in folder.rglob("*") if p.is_file()]
     print(
-        f"{folder}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB; read {folder}/README.md before you pass it on"
+        f"{folder}: {len(files)} files, {sum(p.stat().st_size for p in files) / 1e6:.1f} MB; "
+        f"read {folder}/README.md before you pass it on"
     )
     if args.push:
         print(f"sent to https://huggingface.co/{args.push}")
@@ -47,13 +48,15 @@ def grammar(
         "export",
         help="write a tuned model as a folder, or to the hub, that needs nothing but transformers and peft",
         description="Writes a run of the study as a folder that transformers and peft "
-        "read without rsstudy: weights, processor, decoding settings and a model card (README.md) with data, scores, cost and limits of this very run.",
+        "read without rsstudy: weights, processor, decoding settings and a model card (README.md) with data, "
+        "scores, cost and limits of this very run.",
         epilog="example: rsstudy export lora-seed1 --merge --push anna/nano-captioner --private",
     )
     command.add_argument(
         "tuned",
         metavar="RUN",
-        help="folder of tuned weights such as runs/nano/weights/lora-seed0, or a method such as lora (seed 0) or lora-seed1 under --profile",
+        help="folder of tuned weights such as runs/nano/weights/lora-seed0, "
+        "or a method such as lora (seed 0) or lora-seed1 under --profile",
     )
     command.add_argument(
         "--merge",

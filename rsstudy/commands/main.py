@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(
         prog="rsstudy",
         description="How do parameter-efficient tuning and explainability change PaliGemma as a "
-        "remote-sensing captioner? Runs the study and prints its results; captions, explains and scores images of your own; shares what was tuned.",
+        "remote-sensing captioner? Runs the study and prints its results; "
+        "captions, explains and scores images of your own; shares what was tuned.",
     )
     top.add_argument("--version", action="version", version=f"rsstudy {importlib.metadata.version('rsstudy')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -67,7 +68,10 @@ def sentence(
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         if error.strerror != os.strerror(errno.ENOSPC):
             return error.strerror  # a sentence of ours
-        return f"no space left on the disk{f' for {error.filename}' if error.filename else ''}: make room and give the same command again"
+        return (
+            f"no space left on the disk{f' for {error.filename}' if error.filename else ''}: "
+            "make room and give the same command again"
+        )
     if isinstance(error, PermissionError) and error.filename:
         return f"no permission for {error.filename}: choose another place or change its permissions"
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -78,7 +82,10 @@ def sentence(
         or "can't allocate memory" in lower
         or ("out of memory" in lower and not lower.startswith("out of memory"))
     ):  # that is a sentence of ours
-        return f"out of memory: take smaller portions (--set generate_batch=8, --set micro_images=4) or a smaller model ({first:.120})"
+        return (
+            "out of memory: take smaller portions "
+            f"(--set generate_batch=8, --set micro_images=4) or a smaller model ({first:.120})"
+        )
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed: `rsstudy doctor` says which command installs it"
     return first
@@ -105,7 +112,9 @@ def _cell_failed(error) -> int:
 # %% ../../nbs/lib/18_commands/11_main.ipynb #cell-014
 def main(
     words: list[str] | None = None,  # Command line without the program's name; the process's own by default
-) -> int:  # Exit status: 0 well, 1 a part failed, 2 a request that cannot be carried out, 3 a fault of the program, 130 stopped
+    # Exit status: 0 well, 1 a part failed, 2 a request that cannot be carried out, 3 a fault of the program,
+    # 130 stopped
+) -> int:
     "The console script `rsstudy`."
     args = parser().parse_args(words)
     try:
@@ -127,7 +136,10 @@ def main(
             print(f"rsstudy: {sentence(error)}", file=sys.stderr)
             return 2
         print(
-            f"rsstudy: a fault of the program, {type(error).__name__}: {sentence(error)}; please report it with what --debug shows",
+            (
+                f"rsstudy: a fault of the program, {type(error).__name__}: {sentence(error)}; "
+                "please report it with what --debug shows"
+            ),
             file=sys.stderr,
         )
         return 3

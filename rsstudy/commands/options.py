@@ -45,7 +45,8 @@ def add_profile_options(
         default=[],
         metavar="SETTING=VALUE",
         dest="settings",
-        help="override a setting of the profile, such as lr=1e-4; can be repeated; `rsstudy profiles` prints all settings",
+        help="override a setting of the profile, such as lr=1e-4; can be repeated; "
+        "`rsstudy profiles` prints all settings",
     )
     if data:
         command.add_argument(
@@ -65,7 +66,8 @@ def add_model_options(
         "--model",
         default="none",
         metavar="MODEL",
-        help="none for the untuned base (default), a tuning method that has been run, such as lora, a folder of weights or an export, or a base model: folder or name on the hub",
+        help="none for the untuned base (default), a tuning method that has been run, such as lora, "
+        "a folder of weights or an export, or a base model: folder or name on the hub",
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="which run of the tuning method (default: 0)")
 

@@ -39,7 +39,10 @@ def results_text(
     P: Profile,  # The resolved settings
     style: str = "text",  # `text`, `markdown` or `latex`
 ) -> str:
-    "The final table and where the figures are; or the table of a paper alone. Raises `FileNotFoundError` naming the command that makes the table."
+    """The final table and where the figures are; or the table of a paper alone.
+
+    Raises `FileNotFoundError` naming the command that makes the table.
+    """
     if style != "text":
         return study_table(P, style)
     from rsstudy.common.results import figure_files, read_result
@@ -76,7 +79,10 @@ def study_table(
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-010
 def _engine(args):
-    "The engine that the command line asks for. Raises `ValueError` on an option that is another engine's or out of range, `RuntimeError` without Ray."
+    """The engine that the command line asks for.
+
+    Raises `ValueError` on an option that is another engine's or out of range, `RuntimeError` without Ray.
+    """
     from rsstudy.runner.study import run_in_order
 
     if args.engine == "local":
@@ -127,7 +133,8 @@ def grammar(
         "run",
         help="run the notebooks in order; goes on where the last run stopped",
         description="Runs the study's notebooks "
-        "in order and prints the final table. Notebooks that were done before, with the same settings, code and data, are skipped; a run that "
+        "in order and prints the final table. Notebooks that were done before, with the same settings, "
+        "code and data, are skipped; a run that "
         "was stopped goes on with the notebook that was not finished. Results go to results/PROFILE/.",
         epilog="example: rsstudy run --profile riscm-nano --data ../riscm --only 03_lora --set lr=1e-4 --seeds 0,1,2",
     )
@@ -155,7 +162,8 @@ def grammar(
     ray.add_argument(
         "--address",
         metavar="ADDRESS",
-        help="Ray cluster, as ray.init takes it: auto, HOST:PORT or ray://HOST:PORT; a cluster of this machine alone by default",
+        help="Ray cluster, as ray.init takes it: auto, HOST:PORT or ray://HOST:PORT; "
+        "a cluster of this machine alone by default",
     )
     ray.add_argument("--cpus", type=int, metavar="N", help="cores and threads of each notebook (default: 1)")
     ray.add_argument(

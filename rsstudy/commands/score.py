@@ -14,7 +14,10 @@ from ..common.files import file_in_the_way
 
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-004
 def _system_names(paths):
-    "Paths -> what their systems are called: the files' names; with their folders, then with their suffixes too, where that is needed to tell them apart."
+    """Paths -> what their systems are called: the files' names.
+
+    With their folders, then with their suffixes too, where that is needed to tell them apart.
+    """
     from pathlib import Path
 
     if len(set(paths)) < len(paths):
@@ -46,7 +49,10 @@ def scores_text(
     rows: list[dict],  # `rsstudy.stats.rows.system_rows`
     differences: list[dict],  # `rsstudy.stats.rows.system_differences`
 ) -> str:  # For a terminal
-    "Every metric with its interval: a column a source for one system; for several a table a source and the paired differences."
+    """Every metric with its interval.
+
+    For one system a column a source; for several a table a source and the paired differences.
+    """
     import pandas as pd
 
     from rsstudy.stats.intervals import Interval
@@ -165,15 +171,18 @@ def grammar(
     score = commands.add_parser(
         "score",
         help="score anyone's captions",
-        description="Scores files of captions against human ones and prints every metric with its interval; several files are systems, "
+        description="Scores files of captions against human ones and prints every metric with its interval; "
+        "several files are systems, "
         "compared on the same images by paired differences.",
-        epilog="example: rsstudy score mine.jsonl theirs.jsonl --references riscm/captions.csv --split test --table latex",
+        epilog="example: rsstudy score mine.jsonl theirs.jsonl --references riscm/captions.csv --split test --table "
+        "latex",
     )
     score.add_argument(
         "predictions",
         nargs="+",
         metavar="PREDICTIONS",
-        help=".jsonl or .csv with image (or file_name, image_id) and caption (or prediction, text), or .json as the COCO toolkit takes it",
+        help=".jsonl or .csv with image (or file_name, image_id) and caption (or prediction, text), "
+        "or .json as the COCO toolkit takes it",
     )
     score.add_argument(
         "--references",

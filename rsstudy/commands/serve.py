@@ -33,7 +33,8 @@ def grammar(
         "serve",
         help="a page in the browser: an image in, its caption and its explanation out",
         description="Serves a page on this machine: choose, drop or paste an image, "
-        "choose a model, read the caption, hover over its words to see where in the image they came from. Images stay on this machine; they are deleted after about an hour, and at the end. "
+        "choose a model, read the caption, hover over its words to see where in the image they came from. "
+        "Images stay on this machine; they are deleted after about an hour, and at the end. "
         'Ctrl-C ends it, with exit status 0. Needs Gradio: pip install "rsstudy[serve]".',
         epilog="example: rsstudy serve --model none --model lora --open",
     )
@@ -41,7 +42,8 @@ def grammar(
         "--model",
         action="append",
         metavar="NAME",
-        help="offer this model: none for the untuned base, a tuning method that has been run, a folder of weights, or a base model; "
+        help="offer this model: none for the untuned base, a tuning method that has been run, a folder of weights, "
+        "or a base model; "
         "can be repeated (default: the untuned base and every method that has been run under the profile)",
     )
     serve.add_argument("--seed", type=int, default=0, metavar="N", help="which run of the tuning methods (default: 0)")
