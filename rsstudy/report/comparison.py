@@ -277,7 +277,8 @@ def forgetting_findings(
         said.append(
             f"**{task.replace('_', ' ')}** ({rows[0]['metric']}; base {rows[0]['before']:.3f}): "
             + "; ".join(
-                f"{label(r['method'])} {r['after']:.3f} ({r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}], {r['verdict']})"
+                f"{label(r['method'])} {r['after']:.3f} ({r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}], "
+                f"{r['verdict']})"
                 for r in rows
             )
             + "."
@@ -316,7 +317,10 @@ def table_text(
     "The table and what it shows, for a terminal."
     first = next(iter(whole_scores(result["scores"], "cider").values()), dict(n=0))
     seeds = len({r["seed"] for r in result["scores"]} - {None})
-    head = f"Quality, cost and faithfulness: {first['n']} test images, {seeds} seed{'s' if seeds != 1 else ''}, 95 % intervals"
+    head = (
+        f"Quality, cost and faithfulness: {first['n']} test images, {seeds} seed{'s' if seeds != 1 else ''}, "
+        "95 % intervals"
+    )
     return "\n".join(
         [head, "", main_table(result).to_string(), "", *("- " + line.replace("**", "") for line in findings(result))]
     )

@@ -98,7 +98,10 @@ def cost_figure(
 def faithfulness_figure(
     result: dict,  # 07_comparison.json
 ):  # matplotlib Figure; None when there is nothing to draw
-    "The mean faithfulness of each method's explanations (dots), that of each kind of explanation (ticks), and that of maps that know nothing (open)."
+    """The mean faithfulness of each method's explanations (dots).
+
+    Beside it that of each kind of explanation (ticks), and that of maps that know nothing (open).
+    """
     import matplotlib.pyplot as plt
 
     drawn = [

@@ -241,7 +241,10 @@ CHANGES = (
 def draw_tuning(
     result: dict,  # Of 06_xai: `tuning` and the `map_correlation.v1` of `faithfulness` count
 ):  # matplotlib Figure
-    "What tuning does to the maps: a row a model, a panel a measure; differences from the untuned model, filled where they are beyond the noise."
+    """What tuning does to the maps: a row a model, a panel a measure.
+
+    Drawn are differences from the untuned model, filled where they are beyond the noise.
+    """
     import matplotlib.pyplot as plt
 
     moved = {}
@@ -295,8 +298,10 @@ def draw_tuning(
     axes[0, 0].set_ylim(len(models) - 0.5, -0.5)
     n = max((r["n"] for r in result["tuning"]), default=0)
     fig.suptitle(
-        f"Does tuning change where the model looks, and how faithful its maps are? Against the untuned model, means over the attribution methods,\n"
-        f"95 % intervals over {n} images; filled: beyond the noise, open: a tie. Left: dot, the mean; bars, single attribution methods",
+        "Does tuning change where the model looks, and how faithful its maps are? Against the untuned model, "
+        "means over the attribution methods,\n"
+        f"95 % intervals over {n} images; filled: beyond the noise, open: a tie. Left: dot, the mean; "
+        "bars, single attribution methods",
         fontsize=9,
     )
     return fig
@@ -321,10 +326,16 @@ def answer(
     mean = {m: float(np.mean(v)) for m, v in moved.items()}
     most, least = min(mean, key=mean.get), max(mean, key=mean.get)
     parts = [
-        f"**Where it looks.** Over the attribution methods, the maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({method_label(most)}) to {mean[least]:.2f} ({method_label(least)}) in rank, on the same "
-        f"images and words; the untuned model's sampled maps repeat under another seed with {min(own.values()):.2f} to {max(own.values()):.2f}."
+        "**Where it looks.** Over the attribution methods, the maps of a tuned model correlate with the untuned "
+        f"model's by {mean[most]:.2f} ({method_label(most)}) to {mean[least]:.2f} ({method_label(least)}) in "
+        "rank, on the same "
+        f"images and words; the untuned model's sampled maps repeat under another seed with {min(own.values()):.2f} "
+        f"to {max(own.values()):.2f}."
         if own
-        else f"**Where it looks.** The maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} ({method_label(most)}) to {mean[least]:.2f} ({method_label(least)}) in rank."
+        else (
+            f"**Where it looks.** The maps of a tuned model correlate with the untuned model's by {mean[most]:.2f} "
+            f"({method_label(most)}) to {mean[least]:.2f} ({method_label(least)}) in rank."
+        )
     ]
     for metric in TUNED:
         rows = [r for r in result["tuning"] if r["metric"] == metric]
@@ -372,13 +383,15 @@ def faithfulness_table(
         cells = {}
         for (a, m, _), beaten in wins.items():
             cells.setdefault((a, m), []).append(all(beaten))
+        compared = {r["metric"] for r in result["against_controls"]}
+        names = [MEASURES[m][0].split("\n")[0] for m in AGAINST_CONTROLS if m in compared]
         rows = [
             dict(attribution=label(a), model=method_label(m), cell=f"{sum(v)} of {len(v)}")
             for (a, m), v in cells.items()
         ]
         table, title = (
             pd.DataFrame(rows),
-            f"Measures, of {', '.join(MEASURES[m][0].split(chr(10))[0] for m in AGAINST_CONTROLS if any(r['metric'] == m for r in result['against_controls']))}, on which a method beats every control",
+            f"Measures, of {', '.join(names)}, on which a method beats every control",
         )
     elif what == "prompt":
         table, title = (
@@ -412,7 +425,8 @@ def faithfulness_table(
         rows = [r for r in result["faithfulness"] if r["metric"] == what]
         if not rows:
             raise ValueError(
-                f"metric {what!r} is not in the results; there are: {', '.join(dict.fromkeys(r['metric'] for r in result['faithfulness']))}."
+                f"metric {what!r} is not in the results; there are: "
+                f"{', '.join(dict.fromkeys(r['metric'] for r in result['faithfulness']))}."
             )
         table, title = (
             pd.DataFrame(

@@ -136,19 +136,24 @@ def paper_table(
     title: str | None = None,  # First sentence of the caption
     resamples: int = 1000,  # Bootstrap resamples, where `systems` are scores
 ) -> str:  # The table, for a file of a paper
-    "Best value bold, those that tie with it underlined, in Markdown italic. Raises `ValueError` on an unknown style or metric, and rows that do not belong together."
+    """Best value bold, those that tie with it underlined, in Markdown italic.
+
+    Raises `ValueError` on an unknown style or metric, and rows that do not belong together.
+    """
     if style not in STYLES:
         raise ValueError(f"style {style!r}: allowed are {', '.join(STYLES)}")
     rows = system_rows(systems, resamples=resamples) if isinstance(systems, dict) else list(systems)
     whole = [r for r in rows if r["seed"] is None and r["source"] == source]
     if not whole:
         raise ValueError(
-            f"no rows for all seeds together of source {source!r}: the sources are {', '.join(sorted({r['source'] for r in rows})) or 'none'}"
+            f"no rows for all seeds together of source {source!r}: the sources are "
+            f"{', '.join(sorted({r['source'] for r in rows})) or 'none'}"
         )
     columns, names = _columns(whole, metrics), list(dict.fromkeys(r["method"] for r in whole))
     if not columns:
         raise ValueError(
-            f"none of the metrics {', '.join(COLUMNS)} is there: name some of {', '.join(dict.fromkeys(r['metric'] for r in whole))}"
+            f"none of the metrics {', '.join(COLUMNS)} is there: name some of "
+            f"{', '.join(dict.fromkeys(r['metric'] for r in whole))}"
         )
     below = {*below, *(r["method"] for r in whole if r.get("kind") == "floor")}
     if unknown := [n for n in below if n not in names]:

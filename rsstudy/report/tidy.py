@@ -62,7 +62,10 @@ def row_groups(
     subsets: dict[str, list[str]]
     | None = None,  # Name -> ids of its images, `leakage` in 01_eda.json: "clean", "caption_unseen"
 ) -> dict[str, np.ndarray]:  # "all", each source, and "subset:<name>" -> positions of its images; none is empty
-    "The images by source and subset. With one source, or where the data does not tell, there is only `all` of the first."
+    """The images by source and subset.
+
+    With one source, or where the data does not tell, there is only `all` of the first.
+    """
     names = sorted(set(sources) - {"unknown"})
     found = {name: np.flatnonzero(np.array(sources) == name) for name in names} if len(names) > 1 else {}
     for name, ids in (subsets or {}).items():
@@ -85,7 +88,10 @@ EXPLAINING = {
 def settings_that_differ(
     results: dict[str, dict],  # Notebook -> its JSON with a manifest
 ) -> dict[str, dict]:  # Setting -> notebook -> value, where not all have the same
-    "The settings in which the chapters' runs differ, but for those that one chapter alone reads: none after one `make study`."
+    """The settings in which the chapters' runs differ, but for those that one chapter alone reads.
+
+    There are none after one `make study`.
+    """
     settings = {
         name: result["manifest"]["settings"]
         for name, result in results.items()
@@ -102,7 +108,10 @@ def settings_that_differ(
 def families(
     names: list[str],  # Methods, "none" among them
 ) -> list[list[tuple[str, str]]]:  # Pairs (method, against) of each family
-    "The comparisons that are corrected together: tuned methods against the base; tuned methods with each other; each variant with the method it varies."
+    """The comparisons that are corrected together.
+
+    Tuned methods against the base; tuned methods with each other; each variant with the method it varies.
+    """
     main = [name for name in compared_methods() if name in names and name != "none"]
     varied = {name: compared_with(name) for name in names}
     found = [
@@ -118,10 +127,13 @@ def difference_rows(
     takes: dict[str, np.ndarray],  # Source -> positions of its images, from `row_groups`
     resamples: int = 1000,  # Bootstrap resamples
     rounds: int = 10_000,  # Exchanges of the randomisation test
-) -> list[
-    dict
-]:  # method, against, source, metric, value, low, high, n, p, p_holm, effect (None: infinite), wins, verdict
-    "Paired differences in quality and failures: the pairs of `families` on all images, and those with the untuned base on parts of them; p_holm over a family, metric and source."
+    # method, against, source, metric, value, low, high, n, p, p_holm, effect (None: infinite), wins, verdict
+) -> list[dict]:
+    """Paired differences in quality and failures.
+
+    The pairs of `families` on all images, and those with the untuned base on parts of them; p_holm over a family,
+    metric and source.
+    """
     rows, metrics = (
         [],
         dict.fromkeys(m for entry in methods.values() for m in metrics_of(entry) if family(m) in (*QUALITY, *FAILURES)),
@@ -166,10 +178,12 @@ def forgetting_rows(
     methods: dict[str, dict],  # Method -> its entry, among them "none"
     resamples: int = 1000,  # Bootstrap resamples of the items' images
     rounds: int = 10_000,  # Exchanges of the randomisation test
-) -> list[
-    dict
-]:  # method, task, metric, before, after, items, and of after minus before: value, low, high, n (images), p, p_holm, effect, wins, verdict
-    """What the base could do before tuning, and can after. A task that was not asked, or could not be had, has no rows; "worse" is what was forgotten.
+    # method, task, metric, before, after, items, and of after minus before: value, low, high, n (images), p, p_holm,
+    # effect, wins, verdict
+) -> list[dict]:
+    """What the base could do before tuning, and can after.
+
+    A task that was not asked, or could not be had, has no rows; "worse" is what was forgotten.
 
     Raises `ValueError` as `item_values`, and naming task and method where other items were asked after than before.
     """
@@ -192,7 +206,8 @@ def forgetting_rows(
                 for f in found
             ):
                 raise ValueError(
-                    f"task '{task}': '{name}' was asked other items than the untuned base: run both again with the same settings"
+                    f"task '{task}': '{name}' was asked other items than the untuned base: "
+                    "run both again with the same settings"
                 )
         values = {name: np.array([item_values(f) for f in found]) for name, found in runs.items() if found}
         scores, found = compare_systems(
@@ -246,8 +261,13 @@ def compare_results(
     results: dict[str, dict],  # Notebook -> its JSON; 02 to 05, 06 if it ran, and 01 for its `leakage`
     resamples: int = 1000,  # Bootstrap resamples
     rounds: int = 10_000,  # Exchanges of the randomisation test
-) -> dict:  # scores (kind `method` and `floor`), cost, faithfulness, explanations (each method's against the base's), differences, forgetting, variants {scores, cost}, settings_that_differ: lists of rows; labels
-    "Everything 07 writes, from the JSON alone. Raises `ValueError` as `gather` and `forgetting_rows`, and when the untuned base is missing."
+    # scores (kind `method` and `floor`), cost, faithfulness, explanations (each method's against the base's),
+    # differences, forgetting, variants {scores, cost}, settings_that_differ: lists of rows; labels
+) -> dict:
+    """Everything 07 writes, from the JSON alone.
+
+    Raises `ValueError` as `gather` and `forgetting_rows`, and when the untuned base is missing.
+    """
     found, sources = gather(results)
     if "none" not in found:
         raise ValueError("no scores of the untuned base ('none'): run 02_baseline first")

@@ -65,7 +65,11 @@ def cost_table(
 def training_figure(
     methods: dict[str, dict],  # name -> label, sweep, runs with history
 ):
-    "CIDEr of the validation captions at each learning rate tried; training loss (thin) and validation loss (dots) of every seed; CIDEr of the validation captions, the best ringed."
+    """Learning rates, losses and validation captions of every method, in three panels.
+
+    CIDEr of the validation captions at each learning rate tried; training loss (thin) and validation loss (dots) of
+    every seed; CIDEr of the validation captions, the best ringed.
+    """
     import matplotlib.pyplot as plt
     import seaborn as sns
 
@@ -123,7 +127,10 @@ def samples_figure(
     columns: int = 4,  # Images side by side
     width: int = 34,  # Characters a line
 ):
-    "Images with the captions that were written for them. Raises `ValueError` above 12 images: results carry no more of a data set than that."
+    """Images with the captions that were written for them.
+
+    Raises `ValueError` above 12 images: results carry no more of a data set than that.
+    """
     import textwrap
 
     import matplotlib.pyplot as plt
@@ -161,7 +168,10 @@ def write_scores(
     rows: list[dict] | None = None,  # These scores' `system_rows`, where they were made already
     **facts,  # More keys for the file: files, left_out, whatever JSON can hold
 ) -> dict:  # What was written
-    "Writes scores in the form of `SCORES_SCHEMA`, values to 6 digits, whole or not at all. Raises `ValueError` naming file and key where something does not fit."
+    """Writes scores in the form of `SCORES_SCHEMA`, values to 6 digits, whole or not at all.
+
+    Raises `ValueError` naming file and key where something does not fit.
+    """
     sources = list(sources or ["unknown"] * len(image_ids))
     rows = rows or system_rows({"": scores}, sources, resamples)
 
@@ -201,7 +211,11 @@ def write_scores(
 def read_scores(
     path: str | Path,  # What `write_scores` wrote
 ) -> tuple[Scores, dict]:  # The scores to the digits kept, and everything in the file
-    "Reads a file of scores. Raises `FileNotFoundError`, and `ValueError` naming file and key where it is not in the form of `SCORES_SCHEMA`, or its captions are not those of its digest."
+    """Reads a file of scores.
+
+    Raises `FileNotFoundError`, and `ValueError` naming file and key where it is not in the form of `SCORES_SCHEMA`,
+    or its captions are not those of its digest.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: `rsstudy score` writes it")
