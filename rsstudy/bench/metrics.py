@@ -15,7 +15,7 @@ from .train import bench_folder
 from ..common.code import device_name, versions
 from ..common.files import write_json
 from ..common.settings import Profile
-from ..metrics.registry import ALL, check_captions, score_captions
+from ..metrics.registry import check_captions, score_captions, standard_metrics
 from ..metrics.scores import BLEU, CIDER, ROUGE_L
 from ..metrics.tokens import tokenize
 
@@ -39,7 +39,7 @@ def bench_metrics(
     check_captions(predictions, references)
     tokenize.cache_clear()
     seconds = {"tokens": timed(lambda: [tokenize(t) for p, rs in zip(predictions, references) for t in (p, *rs)])[1]}
-    for metric in ALL:
+    for metric in standard_metrics():
         if metric != "bertscore":
             seconds[metric] = timed(lambda metric=metric: score_captions(predictions, references, metric))[1]
     result = dict(

@@ -9,7 +9,7 @@ __all__ = ['scores_text', 'score_files', 'grammar']
 import os
 import sys
 
-from .options import listed
+from .options import RegisteredNames, listed
 from ..common.files import file_in_the_way
 
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-004
@@ -106,16 +106,15 @@ def score_files(
     from pathlib import Path
 
     from rsstudy.data.captionfiles import match_captions, read_predictions, read_references
-    from rsstudy.metrics.registry import ALL, OPTIONAL, score_captions
+    from rsstudy.metrics.registry import METRICS, score_captions
     from rsstudy.report.paper import paper_table
     from rsstudy.report.tuning import write_scores
     from rsstudy.stats.rows import system_differences, system_rows
 
     if resamples < 1:
         raise ValueError(f"--resamples must be at least 1, got {resamples}")
-    allowed = [
-        m for m in ALL + OPTIONAL if m not in ("clipscore", "copied")
-    ]  # these need images and training captions, which files of captions have not
+    # files of captions have neither images nor training captions
+    allowed = [name for name, known in METRICS.items() if not {"images", "training"} & set(known.needs)]
     if unknown := [m for m in metrics or () if m not in allowed]:
         raise ValueError(f"unknown metric {unknown[0]!r}: allowed are {', '.join(allowed)}")
     names = _system_names(paths)
@@ -191,9 +190,10 @@ def grammar(
         help="captions.csv in the layout of RISC, .json of COCO captions, or .jsonl with image and captions",
     )
     score.add_argument("--split", metavar="SPLIT", help="only images of this split of the references, such as test")
-    score.add_argument(
-        "--metrics", metavar="M,M,...", help="such as bleu,cider (default: all that run offline without Java)"
+    metrics = score.add_argument(
+        "--metrics", metavar="M,M,...", help="of %(names)s (default: all that run offline without Java)"
     )
+    metrics.names = RegisteredNames("rsstudy.metrics.registry", "METRICS", without=("clipscore", "copied"))
     score.add_argument(
         "--partial",
         action="store_true",

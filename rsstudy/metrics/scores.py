@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLEU', 'ROUGE_L', 'CIDER', 'CIDER_PLAIN', 'CHRF', 'SACREBLEU', 'SELF_BLEU', 'COPIED', 'COUNTS', 'family',
-           'find_metric', 'metric_label', 'Scores']
+           'find_metric', 'Scores']
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-002
 import dataclasses
@@ -51,34 +51,6 @@ def find_metric(
     if len(found) == 1:
         return found[0]
     raise ValueError(f"{'no' if not found else 'more than one'} metric {wanted!r} among {', '.join(names)}")
-
-# %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-006
-_LABELS = dict(
-    rouge_l="ROUGE-L",
-    cider="CIDEr",
-    cider_plain="CIDEr (plain)",
-    meteor="METEOR",
-    meteor15="METEOR 1.5",
-    spice="SPICE",
-    chrf="chrF",
-    sacrebleu="sacreBLEU",
-    self_bleu="self-BLEU",
-    bertscore_f1="BERTScore F1",
-    bertscore_f1_rescaled="BERTScore F1 (rescaled)",
-    clipscore="CLIPScore",
-    refclipscore="RefCLIPScore",
-    distinct1="distinct-1",
-    distinct2="distinct-2",
-    length="length (tokens)",
-)  # any other family is its own label
-
-
-def metric_label(
-    name: str,  # Full metric name
-) -> str:  # For a table or an axis, e.g. `BLEU-4`
-    "A metric's name as a paper writes it."
-    short = family(name)
-    return f"BLEU-{short[4:]}" if short.startswith("bleu") and short[4:].isdigit() else _LABELS.get(short, short)
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-009
 @dataclasses.dataclass(frozen=True, eq=False)

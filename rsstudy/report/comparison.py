@@ -9,8 +9,9 @@ __all__ = ['FAITHFULNESS', 'SUBSETS', 'short_number', 'whole_scores', 'measures'
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-002
 from ..attribution.attributions import controls
+from ..metrics.registry import compared_metrics
 from ..metrics.scores import family
-from .tidy import FAILURES, QUALITY
+from .tidy import FAILURES
 from ..stats.rows import metric_named, turned
 from ..tuning.methods import compared_methods
 
@@ -76,7 +77,7 @@ def main_table(
     rows, costs = list(result["scores"]), list(result["cost"])
     if variants:
         rows, costs = rows + result["variants"]["scores"], costs + result["variants"]["cost"]
-    quality, cost = {stem: whole_scores(rows, stem) for stem in QUALITY}, {r["method"]: r for r in costs}
+    quality, cost = {stem: whole_scores(rows, stem) for stem in compared_metrics()}, {r["method"]: r for r in costs}
 
     def say(value, digits=3):
         return "-" if value is None else f"{value:.{digits}f}"
@@ -89,7 +90,7 @@ def main_table(
             memory=short_number(cost[name]["peak_memory_bytes"], "B"),
             file=short_number(cost[name]["adapter_bytes"], "B"),
         )
-        for stem, title in QUALITY.items():
+        for stem, title in compared_metrics().items():
             if name not in quality[stem]:
                 continue
             score = quality[stem][name]
@@ -333,7 +334,7 @@ def floor_table(
     import pandas as pd
 
     found = {
-        kind: {stem: whole_scores(result["scores"], stem, kind=kind) for stem in QUALITY}
+        kind: {stem: whole_scores(result["scores"], stem, kind=kind) for stem in compared_metrics()}
         for kind in ("floor", "method")
     }
 
@@ -348,7 +349,9 @@ def floor_table(
     rows.sort(key=lambda at: found[at[0]]["cider"][at[1]]["value"])
     return pd.DataFrame.from_dict(
         {
-            result["labels"][name]: {title: span(found[kind][stem].get(name)) for stem, title in QUALITY.items()}
+            result["labels"][name]: {
+                title: span(found[kind][stem].get(name)) for stem, title in compared_metrics().items()
+            }
             for kind, name in rows
         },
         orient="index",

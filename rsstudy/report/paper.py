@@ -8,7 +8,8 @@ __all__ = ['STYLES', 'paper_table']
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-002
 import re
 
-from ..metrics.scores import Scores, family, find_metric, metric_label
+from ..metrics.registry import metric_label
+from ..metrics.scores import Scores, family, find_metric
 from .tuning import COLUMNS
 from ..stats.rows import system_differences, system_rows
 

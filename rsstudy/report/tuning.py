@@ -15,7 +15,8 @@ import pandas as pd
 from ..common.code import versions
 from ..common.files import write_json
 from ..common.form import SCORES_SCHEMA, captions_digest, check_form
-from ..metrics.scores import Scores, find_metric, metric_label
+from ..metrics.registry import metric_label
+from ..metrics.scores import Scores, find_metric
 from ..stats.intervals import bootstrap_interval
 from ..stats.rows import behind, system_rows
 

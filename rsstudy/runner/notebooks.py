@@ -49,9 +49,11 @@ def install_cell(
     return f"""#| eval: false
 # only where rsstudy is missing, as in Colab: install it, and WordNet for METEOR
 import importlib.util
-if importlib.util.find_spec('rsstudy') is None:
+
+if importlib.util.find_spec("rsstudy") is None:
     %pip install -q "rsstudy @ git+{address}"
     from rsstudy.metrics.wordnet import ensure_wordnet
+
     ensure_wordnet()"""
 
 # %% ../../nbs/lib/13_runner/03_notebooks.ipynb #cell-010

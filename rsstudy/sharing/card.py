@@ -15,7 +15,8 @@ import numpy as np
 from ..common.code import versions
 from ..common.settings import Profile
 from ..data.splits import OFFICIAL
-from ..metrics.scores import family, metric_label
+from ..metrics.registry import metric_label
+from ..metrics.scores import family
 from ..report.comparison import short_number
 from ..report.tidy import gather
 from ..report.tuning import COLUMNS
