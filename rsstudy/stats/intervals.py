@@ -31,7 +31,9 @@ class Interval:
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-006
 def verdict(
     difference: Interval,  # Of a score of A minus that of B
-    p: float = 0.0,  # p-value of the same difference, corrected for the number of differences looked at; 0 leaves the interval to decide alone
+    # p-value of the same difference, corrected for the number of differences looked at; 0 leaves the interval to decide
+    # alone
+    p: float = 0.0,
     alpha: float = 0.05,  # What `p` must stay under
 ) -> str:  # `tie` unless 0 lies outside the interval and p < alpha; else `higher` or `lower`: A against B
     "What a difference shows, and no more."
@@ -57,7 +59,8 @@ def seed_weights(
 ) -> np.ndarray:  # (resamples, seeds) float64 in 0..1; rows sum to 1
     """Weights of the seeds in each resample: `seeds - 1` of them drawn with replacement (all weight on a single seed).
 
-    Drawing one fewer than there are makes the variance right: with all `seeds` drawn it would come out too small by (seeds - 1)/seeds, a third of it at three seeds.
+    Drawing one fewer than there are makes the variance right: with all `seeds` drawn it would come out too small by
+    (seeds - 1)/seeds, a third of it at three seeds.
     Source: Rao and Wu 1988, Resampling inference with complex survey data.
     """
     if seeds == 1:
@@ -78,7 +81,10 @@ def of_counts(
     function,  # Counts (..., c), of one image or summed over images -> value (...) or values (..., k)
     column: int | None = None,  # Which of k values
 ):  # Statistic over counts (seeds, n, c)
-    "The statistic of a metric whose corpus value follows from added counts, such as those in `rsstudy.metrics.scores.COUNTS`."
+    """The statistic of a metric whose corpus value follows from added counts.
+
+    Such counts are in `rsstudy.metrics.scores.COUNTS`.
+    """
 
     def statistic(weights, counts):
         sums = weights @ counts.transpose(1, 0, 2).reshape(counts.shape[1], -1)  # one product for all runs
@@ -104,7 +110,8 @@ def _seeds_first(values, statistic):  # one seed may come without its axis
         values = values[None]
     if values.ndim != axes:
         raise ValueError(
-            f"values of shape {values.shape}: (images,) or (seeds, images) is needed, with a last axis for a statistic of counts"
+            f"values of shape {values.shape}: (images,) or (seeds, images) is needed, with a last axis for a statistic "
+            "of counts"
         )
     if not values.size:
         raise ValueError(f"values of shape {values.shape}: at least one seed and one image are needed")
@@ -121,7 +128,8 @@ def _same_images(systems, statistic):  # name -> values with all axes, and the n
     for key, v in rest:
         if v.shape[1] != one.shape[1]:
             raise ValueError(
-                f"{one.shape[1]} images on one side ({first}), {v.shape[1]} on the other ({key}): a paired difference needs the same images in the same order"
+                f"{one.shape[1]} images on one side ({first}), {v.shape[1]} on the other ({key}): "
+                "a paired difference needs the same images in the same order"
             )
     return values, one.shape[1]
 
@@ -134,14 +142,19 @@ def _slices(rounds, n):  # row counts that keep a matrix of weights under 32 MB
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-021
 def resample(
-    systems: dict,  # Name -> (images,) or (seeds, images) values; counts (..., images, c) for BLEU and its like; the same images in the same order for all
+    # Name -> (images,) or (seeds, images) values; counts (..., images, c) for BLEU and its like; the same images in the
+    # same order for all
+    systems: dict,
     resamples: int = 1_000,  # R, bootstrap resamples
     rng=0,  # Seed or np.random.Generator
     statistic=mean_over_images,  # One for all systems, or name -> statistic
 ) -> dict[
     object, np.ndarray
 ]:  # Name -> (R + 1, seeds): row 0 on the images as they are, then on R resamples, the same ones for all systems
-    "Scores of many systems on the same resamples. Raises `ValueError` on values of another shape, not finite, or of other numbers of images."
+    """Scores of many systems on the same resamples.
+
+    Raises `ValueError` on values of another shape, not finite, or of other numbers of images.
+    """
     values, n = _same_images(systems, statistic)
     rng, whole, parts = np.random.default_rng(rng), np.ones((1, n)), {}
     for key in values:
@@ -163,7 +176,9 @@ def resample(
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-024
 def _noise(
     drawn,
-):  # (R + 1, seeds) -> variance of the mean over seeds as the seeds show it; the part of it that is image-under-seed noise; degrees of freedom
+    # (R + 1, seeds) -> variance of the mean over seeds as the seeds show it; the part of it that is image-under-seed
+    # noise; degrees of freedom
+):
     s = drawn.shape[1]
     if s == 1:
         return 0.0, 0.0, 1
@@ -194,12 +209,17 @@ def interval_of(
     b: np.ndarray | None = None,  # Of a second system from the same `resample`; None: the interval of A's score itself
     n: int = 0,  # Images, to say with it
     level: float = 0.95,  # Share of repetitions of the study whose interval holds the true value, in 0..1
-    seeds: str = "student",  # `student`: as above; `kept`: these runs, other images; `drawn`: percentiles over drawn seeds, for comparison: too narrow with few seeds
+    # `student`: as above; `kept`: these runs, other images; `drawn`: percentiles over drawn seeds, for comparison: too
+    # narrow with few seeds
+    seeds: str = "student",
     rng=0,  # Of the drawn seeds
 ) -> Interval:  # Of A, or of A minus B
-    """The interval of a score or a paired difference from resampled scores. Raises `ValueError` on another level or treatment of seeds.
+    """The interval of a score or a paired difference from resampled scores.
 
-    Source: Efron and Tibshirani 1993, ch. 13 (percentiles); Welch 1947 (degrees of freedom); Zou and Donner 2008, Statistics in Medicine 27 (joining margins); Hillis 2007, ibid. 26 (readers crossed with cases).
+    Raises `ValueError` on another level or treatment of seeds.
+
+    Source: Efron and Tibshirani 1993, ch. 13 (percentiles); Welch 1947 (degrees of freedom); Zou and Donner 2008,
+    Statistics in Medicine 27 (joining margins); Hillis 2007, ibid. 26 (readers crossed with cases).
     """
     if not 0 < level < 1:
         raise ValueError(f"level {level!r}: a number between 0 and 1 is needed")
@@ -231,7 +251,10 @@ def bootstrap_interval(
     level: float = 0.95,  # Nominal coverage, in 0..1
     seeds: str = "student",  # As in `interval_of`
 ) -> Interval:  # Of the score, in its own units
-    "A score with its bootstrap interval over images, widened for seeds if there are several. Raises `ValueError` on values of another shape or not finite."
+    """A score with its bootstrap interval over images, widened for seeds if there are several.
+
+    Raises `ValueError` on values of another shape or not finite.
+    """
     drawn = resample(dict(values=values), resamples, rng, statistic)["values"]
     return interval_of(drawn, None, _images(values, statistic), level, seeds)
 
@@ -247,7 +270,8 @@ def paired_difference(
 ) -> Interval:  # Of A minus B, in the score's units
     """The difference of two methods with its paired interval: the same drawn images for both, and the seeds of each.
 
-    Raises `ValueError` if the images differ in number, and as `bootstrap_interval` does. Source: Koehn 2004, Statistical significance tests for machine translation evaluation.
+    Raises `ValueError` if the images differ in number, and as `bootstrap_interval` does. Source: Koehn 2004,
+    Statistical significance tests for machine translation evaluation.
     """
     drawn = resample(dict(A=a, B=b), resamples, rng, statistic)
     return interval_of(drawn["A"], drawn["B"], _images(a, statistic), level, seeds)

@@ -25,7 +25,9 @@ def behind(
     runs: list[dict],  # S runs of a method, each with per_image
     metric: str,  # Full name
     take: np.ndarray | slice = slice(None),  # Positions of the images used, n
-):  # (values (S, n) or counts (S, n, c), statistic); None where there are no values per image, or nothing that was claimed
+    # (values (S, n) or counts (S, n, c), statistic); None where there are no values per image, or nothing that
+    # was claimed
+):
     "What a metric's value follows from."
     counts, statistic = metric, None
     for key, (families, function) in COUNTS.items():
@@ -75,7 +77,10 @@ def system_differences(
     metrics: list[str] | None = None,  # Full names; by default all that all systems have
     resamples: int = 1000,  # Bootstrap resamples
 ) -> list[dict]:  # method, against, source ("all"), metric, value, low, high, n, verdict (higher, lower or tie)
-    "Paired differences of each system to every one before it. Raises `ValueError` where the systems were scored on different numbers of images."
+    """Paired differences of each system to every one before it.
+
+    Raises `ValueError` where the systems were scored on different numbers of images.
+    """
     names, rows = list(systems), []
     for metric in metrics or [m for m in systems[names[0]].corpus if all(m in s.corpus for s in systems.values())]:
         known = {
@@ -126,7 +131,10 @@ def score_rows(
     resamples: int = 1000,  # Bootstrap resamples
     kind: str = "method",  # `method`, or `floor` for what is no method: floors and ceilings
 ) -> list[dict]:  # kind, method, source, metric, value, low, high, n, seed; seed None stands for all seeds together
-    "Every metric of every method: one row a run, and one for all runs together; low and high are None where a metric has no values per image."
+    """Every metric of every method: one row a run, and one for all runs together.
+
+    `low` and `high` are None where a metric has no values per image.
+    """
     rows, blank = [], dict(low=None, high=None)
 
     def cell(drawn, n):

@@ -30,7 +30,8 @@ def _exchanged_p(pairs, rounds, rng, statistic):  # [(a, b)] of (n,) or (n, c) -
         for side in zip(*pairs)
     )  # (pairs, n[, c]); counts add up without rounding
     n, rng, d = a.shape[1], np.random.default_rng(rng), a - b
-    # what A has after an exchange: all of B's, and A - B where kept; as one more image of weight 1 and n images of weight 0 or 1
+    # what A has after an exchange: all of B's, and A - B where kept; as one more image of weight 1 and n images of
+    # weight 0 or 1
     behind = [np.concatenate([x, y.sum(1, keepdims=True)], 1) for x, y in ((d, b), (-d, a))]
 
     def difference(kept):
@@ -65,11 +66,14 @@ def approximate_randomisation(
     rounds: int = 10_000,  # Random exchanges; p is at least 1/(rounds + 1)
     rng=0,  # Seed or np.random.Generator
     statistic=mean_over_images,  # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
-    seeds: str = "student",  # `kept`: for the runs as they are, the exchange alone; `student`: the larger of it and of Student's p over images and seeds
+    # `kept`: for the runs as they are, the exchange alone; `student`: the larger of it and of Student's p over images
+    # and seeds
+    seeds: str = "student",
 ) -> float:  # Two-sided p-value in (0, 1]
     """How often chance alone makes two systems differ as much as these do; null hypotheses as said above.
 
-    Raises `ValueError` as `paired_difference` does. Source: Noreen 1989, Computer-intensive methods for testing hypotheses; Riezler and Maxwell 2005, On some pitfalls in automatic evaluation; Satterthwaite 1946.
+    Raises `ValueError` as `paired_difference` does. Source: Noreen 1989, Computer-intensive methods for testing
+    hypotheses; Riezler and Maxwell 2005, On some pitfalls in automatic evaluation; Satterthwaite 1946.
     """
     if seeds not in ("student", "kept"):
         raise ValueError(f"seeds {seeds!r}: allowed are student, kept")
@@ -106,7 +110,8 @@ def effect_size(
 ]:  # Cohen's d_z, any sign, infinite where every image differs by the same; share of images won by A, 0..1
     """The paired difference of A and B in units of its spread over images, and how often A is higher.
 
-    Raises `ValueError` as `paired_difference` does. Source: Cohen 1988, Statistical power analysis, sec. 2.3.5; Grissom 1994, Probability of the superior outcome.
+    Raises `ValueError` as `paired_difference` does. Source: Cohen 1988, Statistical power analysis, sec. 2.3.5; Grissom
+    1994, Probability of the superior outcome.
     """
     values, _ = _same_images(dict(A=a, B=b), mean_over_images)
     d = values["A"].mean(0) - values["B"].mean(0)
@@ -140,7 +145,10 @@ def compare_systems(
     pairs: list[tuple[str, str]]
     | None = None,  # (A, B), which differences to take; None: all, the later system minus the earlier
 ) -> tuple[dict[str, Interval], dict[tuple[str, str], Difference]]:  # Of each system; of each pair
-    "Scores and paired differences of many systems on the same resamples, p-values corrected over the pairs. Raises `ValueError` as `resample` does."
+    """Scores and paired differences of many systems on the same resamples, p-values corrected over the pairs.
+
+    Raises `ValueError` as `resample` does.
+    """
     values, n = _same_images(systems, statistic)
     rng = np.random.default_rng(rng)
     drawn = resample(values, resamples, rng, statistic)
