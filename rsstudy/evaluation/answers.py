@@ -16,11 +16,13 @@ NUMBERS = dict(
     zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split())
 )
 ARTICLES = ("a", "an", "the")
-_SHORT = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd it'll ma'am mightn't might've
-    mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's
-    there'd there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
-    who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've
-    somebody'd've someone'd've something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at""".split()
+_SHORT = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
+how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
+shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're
+there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's
+where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+couldn't've hadn't've he'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
+there'd've they'd've we'd've who'd've wouldn't've y'all'll y'all'd've you'd've 'ow's'at""".split()
 # one apostrophe forgotten -> put back; and a slip of the official table, which is kept
 CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _SHORT for i, letter in enumerate(word) if letter == "'"} | {
     "somebody'd": "somebodyd"
@@ -46,7 +48,10 @@ def vqa_accuracy(
     said: str,  # The model's answer
     answers: list[str],  # The annotators' ten
 ) -> float:  # 0 to 1
-    "Mean over the ten sets of nine annotators of min(annotators who said the same / 3, 1). Source: Goyal et al. 2017, as in the official evaluation."
+    """Mean over the ten sets of nine annotators of min(annotators who said the same / 3, 1).
+
+    Source: Goyal et al. 2017, as in the official evaluation.
+    """
     said, *answers = [re.sub(r"[\n\t]", " ", text).strip() for text in (said, *answers)]
     if len(set(answers)) > 1:
         said, *answers = [normalise_answer(text) for text in (said, *answers)]

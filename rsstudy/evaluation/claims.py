@@ -97,21 +97,24 @@ COUNTS_OF = dict(
     group=(2, ANY),
     pair=(2, 2),
 )  # followed by "of"
-# `RELATIONS`: A in B, A amid B, A around B, A near B; the register says *around* of a single car beside a house, so the word means no more than near
+# `RELATIONS`: A in B, A amid B, A around B, A near B; the register says *around* of a single car beside a house, so the
+# word means no more than near
 RELATIONS = {
     tuple(phrase.replace("_", " ").split()): kind
     for kind, phrases in {
         "in": "in on inside within over above across through in_the_middle_of in_the_center_of on_top_of",
         "amid": "surrounded_by encircled_by enclosed_by among amid",
         "around": "surround surrounds surrounding encircle encircles",
-        "near": "around on_both_sides_of on_two_sides_of in_two_sides_of near beside besides by next_to close_to adjacent_to alongside along in_front_of behind "
-        "at_the_side_of by_the_side_of on_one_side_of at_the_edge_of",
+        "near": "around on_both_sides_of on_two_sides_of in_two_sides_of near beside besides by next_to "
+        "close_to adjacent_to alongside along in_front_of behind at_the_side_of by_the_side_of on_one_side_of "
+        "at_the_edge_of",
     }.items()
     for phrase in phrases.split()
 }
 STOP = (
     frozenset(
-        "the this that these those its their is are was were be been has have and or but with of to from at for which who while where there here it we can "
+        "the this that these those its their is are was were be been has have and or but with of to from at for which "
+        "who while where there here it we can "
         "see shows contains between into . , ;".split()
     )
     | set(COUNTS)
@@ -307,7 +310,9 @@ def check_scene(
         pairs = [(i, a, b) for i in candidates for a in is_in[i] for b in is_in[j]]
         if not pairs:
             continue
-        says = f"{'/'.join(' '.join(words[found[i].start : found[i].end]) for i in candidates)} {kind} {' '.join(words[found[j].start : found[j].end])}"
+        subject = "/".join(" ".join(words[found[i].start : found[i].end]) for i in candidates)
+        landmark = " ".join(words[found[j].start : found[j].end])
+        says = f"{subject} {kind} {landmark}"
         right = [
             _holds(a, kind, b, scene) if a != b else found[i].names != found[j].names for i, a, b in pairs
         ]  # nothing lies beside itself
@@ -335,25 +340,35 @@ def count_claims(
     return np.array([[sum(c.wrong for c in claims if c.kind == k), sum(c.kind == k for c in claims)] for k in KINDS])
 
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-035
-RISC_GROUPS = """plane airplane aeroplane aircraft airliner jet fighter | ship boat vessel yacht sailboat cargo_ship ferry | car vehicle automobile truck bus van lorry | train
-tree forest wood woodland grove jungle palm | vegetation green_plant plant weed | bush shrub chaparral | flower flower_bed
-grass grassland meadow lawn turf pasture prairie green_land | bare_land bareland barren_land wasteland waste_land loess soil clearing open_space
-farmland farm cropland crop paddy rectangular_field round_field | terrace terraced_field | desert gobi | dune sand_dune | sand sands | beach
-coast coastline shore seashore seaside | sea ocean seawater gulf | wave spray foam foams | water | river stream creek brook canal tributary | lake reservoir | pond
-swimming_pool pool | island islet archipelago | mountain hill peak ridge mountain_range snowberg snow_mountain | valley ravine gully canyon | rock stone reef boulder
-snow snows | ice sea_ice floe glacier | cloud | wetland marsh swamp | road street lane avenue | path trail pathway footpath walkway sidewalk
-freeway highway expressway motorway | intersection crossroad junction crossing | zebra_crossing crosswalk | overpass viaduct flyover | bridge
-roundabout traffic_circle | railway railroad rail rail_track railway_track railway_line | railway_station train_station station | airport airfield
-runway airstrip taxiway | terminal terminal_building | apron tarmac | parking_lot parkinglot parking_space parking_area car_park | port harbor harbour
-pier dock wharf jetty quay | building edifice skyscraper high-rise structure block | house villa cottage residence home bungalow apartment
-roof rooftop ceiling dome | residential_area residential neighborhood community residential_district | village town | city
-commercial_area commercial_district business_district commercial_zone downtown | industrial_area industrial_park industrial_zone industrial_district
-factory workshop warehouse plant_building | chimney | cooling_tower | power_station thermal_power_station power_plant | storage_tank storagetank oil_tank tank
-pipe pipeline tube | container | church cathedral chapel | palace castle temple | school campus university | stadium gymnasium gym arena | bleacher grandstand
-playground sports_field ground_track_field running_track track_field | football_field soccer_field football_pitch | baseball_field baseball_diamond diamond baseball
-basketball_court basketball_field court | tennis_court tennis_field court | badminton_court volleyball_court | golf_course fairway | bunker sand_pit sandpit
-square plaza | park | resort hotel | garden courtyard yard | fountain | mobile_home_park | mobile_home trailer | people pedestrian person | fence wall | gate | tower
-luggage""".replace("\n", " | ").split("|")
+RISC_GROUPS = """plane airplane aeroplane aircraft airliner jet fighter
+ship boat vessel yacht sailboat cargo_ship ferry | car vehicle automobile truck bus van lorry | train
+tree forest wood woodland grove jungle palm | vegetation green_plant plant weed | bush shrub chaparral
+flower flower_bed | grass grassland meadow lawn turf pasture prairie green_land
+bare_land bareland barren_land wasteland waste_land loess soil clearing open_space
+farmland farm cropland crop paddy rectangular_field round_field | terrace terraced_field | desert gobi | dune sand_dune
+sand sands | beach | coast coastline shore seashore seaside | sea ocean seawater gulf | wave spray foam foams | water
+river stream creek brook canal tributary | lake reservoir | pond | swimming_pool pool | island islet archipelago
+mountain hill peak ridge mountain_range snowberg snow_mountain | valley ravine gully canyon | rock stone reef boulder
+snow snows | ice sea_ice floe glacier | cloud | wetland marsh swamp | road street lane avenue
+path trail pathway footpath walkway sidewalk | freeway highway expressway motorway
+intersection crossroad junction crossing | zebra_crossing crosswalk | overpass viaduct flyover | bridge
+roundabout traffic_circle | railway railroad rail rail_track railway_track railway_line
+railway_station train_station station | airport airfield | runway airstrip taxiway | terminal terminal_building
+apron tarmac | parking_lot parkinglot parking_space parking_area car_park | port harbor harbour
+pier dock wharf jetty quay | building edifice skyscraper high-rise structure block
+house villa cottage residence home bungalow apartment | roof rooftop ceiling dome
+residential_area residential neighborhood community residential_district | village town | city
+commercial_area commercial_district business_district commercial_zone downtown
+industrial_area industrial_park industrial_zone industrial_district | factory workshop warehouse plant_building
+chimney | cooling_tower | power_station thermal_power_station power_plant | storage_tank storagetank oil_tank tank
+pipe pipeline tube | container | church cathedral chapel | palace castle temple | school campus university
+stadium gymnasium gym arena | bleacher grandstand | playground sports_field ground_track_field running_track track_field
+football_field soccer_field football_pitch | baseball_field baseball_diamond diamond baseball
+basketball_court basketball_field court | tennis_court tennis_field court | badminton_court volleyball_court
+golf_course fairway | bunker sand_pit sandpit | square plaza | park | resort hotel | garden courtyard yard | fountain
+mobile_home_park | mobile_home trailer | people pedestrian person | fence wall | gate | tower | luggage""".replace(
+    "\n", " | "
+).split("|")
 RISC_WORDS = vocabulary({forms[0][0]: forms for forms in map(_forms, RISC_GROUPS)})
 RISC_IS_A = {
     "house": ("building",),
@@ -400,7 +415,10 @@ def check_references(
     caption: str,  # Any text
     references: list[str],  # Captions of the same image
 ) -> list[Claim]:  # One "hallucinated" a mention: wrong if no reference names the object
-    "CHAIR: mentions held against what the references name. Source: Rohrbach et al. 2018, Object Hallucination in Image Captioning, arXiv:1809.02156."
+    """CHAIR: mentions held against what the references name.
+
+    Source: Rohrbach et al. 2018, Object Hallucination in Image Captioning, arXiv:1809.02156.
+    """
     there = set().union(*(names for r in references for names in named(r)))
     there |= {more for name in there for more in RISC_IS_A.get(name, ())}
     return [Claim("hallucinated", "/".join(sorted(names)), not names & there) for names in named(caption)]

@@ -35,14 +35,15 @@ def failure_scores(
 ) -> tuple[dict, dict, dict]:  # Per image: name -> (n, 2) int64, wrong and claims; corpus: name -> 0..1; info
     """How often claims are wrong. A name whose captions claim nothing of the kind has counts of 0 and no corpus value.
 
-    Raises `ValueError` if the lists differ in length. Source: Rohrbach et al. 2018, Object Hallucination in Image Captioning, eq. 1 and 2, for the objects;
-    the other kinds follow the same form.
+    Raises `ValueError` if the lists differ in length. Source: Rohrbach et al. 2018, Object Hallucination in Image
+    Captioning, eq. 1 and 2, for the objects; the other kinds follow the same form.
     """
     n = len(predictions)
     if not n or len(references) != n or (facts is not None and len(facts) != n):
         known = "" if facts is None else f", {len(facts)} sets of facts"
         raise ValueError(
-            f"{n} predictions, {len(references)} sets of references{known}: one of each per image is needed, and at least one image"
+            f"{n} predictions, {len(references)} sets of references{known}: "
+            "one of each per image is needed, and at least one image"
         )
     each = {CHAIR: np.array([count_claims(check_references(p, r))[0] for p, r in zip(predictions, references)])}
     if facts is not None:
@@ -65,16 +66,16 @@ def failure_scores(
     )
 
 # %% ../../nbs/lib/07_evaluation/02_failures.ipynb #cell-012
-NWPU = """airport, baseball diamond, basketball court, beach, bridge, chaparral, church, circular farmland, cloud, commercial area, dense residential area, desert,
-forest, freeway, golf course, ground track field, harbor, industrial area, intersection, island, lake, meadow, medium residential area, mobile home park,
-mountain, overpass, palace, parking lot, railway, railway station, rectangular farmland, river, roundabout, runway, sea ice, ship, snowberg, sparse residential
-area, stadium, storage tank, tennis court, terrace, thermal power station, wetland, airplane""".replace(
+NWPU = """airport, baseball diamond, basketball court, beach, bridge, chaparral, church, circular farmland, cloud,
+commercial area, dense residential area, desert, forest, freeway, golf course, ground track field, harbor, industrial
+area, intersection, island, lake, meadow, medium residential area, mobile home park, mountain, overpass, palace,
+parking lot, railway, railway station, rectangular farmland, river, roundabout, runway, sea ice, ship, snowberg, sparse
+residential area, stadium, storage tank, tennis court, terrace, thermal power station, wetland, airplane""".replace(
     "\n", " "
 ).split(", ")
-UCM = """agricultural, airplane, baseball diamond, beach, buildings, chaparral, dense residential area, forest, freeway, golf course, harbor, intersection, medium
-residential area, mobile home park, overpass, parking lot, river, runway, sparse residential area, storage tank, tennis court""".replace(
-    "\n", " "
-).split(", ")
+UCM = """agricultural, airplane, baseball diamond, beach, buildings, chaparral, dense residential area, forest,
+freeway, golf course, harbor, intersection, medium residential area, mobile home park, overpass, parking lot, river,
+runway, sparse residential area, storage tank, tennis court""".replace("\n", " ").split(", ")
 
 
 def class_of(
@@ -155,10 +156,14 @@ def groups(
 def failure_table(
     values: np.ndarray,  # (n,) a metric's per-image values, or (n, 2) counts of wrong and claims
     what: dict[str, list[str]],  # Covariate -> group of each image
-    interval=None,  # Function of a group's values that gives its interval, e.g. `rsstudy.stats.intervals.bootstrap_interval`
+    # Function of a group's values that gives its interval, e.g. `rsstudy.stats.intervals.bootstrap_interval`
+    interval=None,
     smallest: int = 1,  # Groups of fewer images are left out
 ) -> pd.DataFrame:  # Rows (covariate, group): images, mean, and interval if asked for
-    "A score by group. A covariate with one group only says nothing and is left out. Raises `ValueError` if lengths differ."
+    """A score by group.
+
+    A covariate with one group only says nothing and is left out. Raises `ValueError` if lengths differ.
+    """
     values, rows = np.asarray(values), []
     for name, labels in what.items():
         if len(labels) != len(values):

@@ -20,7 +20,10 @@ from ..model.generate import Captioner, generate_captions
 def most_frequent_caption(
     train_captions: list[list[str]],  # Captions of each training image
 ) -> str:  # As it was first written
-    "The caption that was given most often, upper case and spaces aside; of equally frequent ones the first. Raises `ValueError` where there is none."
+    """The caption that was given most often, upper case and spaces aside; of equally frequent ones the first.
+
+    Raises `ValueError` where there is none.
+    """
     seen, count = {}, Counter()
     for caption in (c for own in train_captions for c in own):
         key = " ".join(caption.lower().split())
@@ -36,7 +39,10 @@ def random_training_captions(
     n: int,  # Test images
     rng: np.random.Generator,  # Where the draws come from
 ) -> list[str]:  # n captions
-    "Captions drawn with replacement; each caption of the training set is as likely as any other. Raises `ValueError` where there is none."
+    """Captions drawn with replacement; each caption of the training set is as likely as any other.
+
+    Raises `ValueError` where there is none.
+    """
     flat = [c for own in train_captions for c in own]
     if not flat:
         raise ValueError("there is no training caption to draw from")
@@ -60,7 +66,10 @@ def nearest(
 def consensus_caption(
     captions: list[str],  # An image's captions, at least one
 ) -> str:  # One of them
-    "The caption that has most words in common with the others: by the mean of 2 |shared| / (|a| + |b|), words counted as often as they occur; of equal ones the first."
+    """The caption that has most words in common with the others.
+
+    Measured by the mean of 2 |shared| / (|a| + |b|), words counted as often as they occur; of equal ones the first.
+    """
     words = [Counter(c.lower().split()) for c in captions]
 
     def like(a, b):
@@ -74,7 +83,10 @@ def nearest_neighbour(
     test_features: np.ndarray,  # (n, d), as for `nearest`
     train_captions: list[list[str]],  # Captions of each training image
 ) -> list[str]:  # n captions
-    "The consensus caption of each test image's nearest training image. Raises `ValueError` unless there are captions for every training image."
+    """The consensus caption of each test image's nearest training image.
+
+    Raises `ValueError` unless there are captions for every training image.
+    """
     if len(train_features) != len(train_captions):
         raise ValueError(f"{len(train_features)} training images but captions of {len(train_captions)}")
     return [consensus_caption(train_captions[i]) for i in nearest(train_features, test_features)]
@@ -120,7 +132,11 @@ def shuffled_images(
 def mean_scores(
     rounds: list[Scores],  # Of the same images by the same metrics, at least one
 ) -> Scores:
-    "Scores of several rounds as one: per-image values are averaged, counts summed (names that end in `_counts`), and corpus values follow from them; values without a per-image part are averaged."
+    """Scores of several rounds as one.
+
+    Per-image values are averaged, counts summed (names that end in `_counts`), and corpus values follow from them;
+    values without a per-image part are averaged.
+    """
     first = rounds[0]
     each = {}
     for name in first.per_image:
@@ -140,7 +156,8 @@ def _rounds(references):  # As many as every image has captions; each leaves out
     count = min(len(rs) for rs in references)
     if count < 2:
         raise ValueError(
-            f"image {min(range(len(references)), key=lambda i: len(references[i]))} has fewer than two captions: none would be left to compare with"
+            f"image {min(range(len(references)), key=lambda i: len(references[i]))} has fewer than two captions: "
+            "none would be left to compare with"
         )
     return [[rs[:k] + rs[k + 1 :] for rs in map(list, references)] for k in range(count)]
 
@@ -160,7 +177,10 @@ def against_four(
     references: list[list[str]],  # As for `human`
     score,  # As for `human`
 ) -> Scores:  # Means over the rounds
-    "A system against all references but one, each left out in turn: what may be compared with `human`. Raises `ValueError` as `human` does."
+    """A system against all references but one, each left out in turn: what may be compared with `human`.
+
+    Raises `ValueError` as `human` does.
+    """
     return mean_scores([score(predictions, others) for others in _rounds(references)])
 
 # %% ../../nbs/lib/07_evaluation/03_floors.ipynb #cell-033
@@ -192,7 +212,8 @@ def floors(
 ]:  # name -> label, predictions (one per test image), scores (corpus), per_image, info; in the order of `FLOORS`
     """Floors and ceiling for a table of results.
 
-    The predictions kept under `human` are the first caption of each image; its scores are the means over all of them. Raises `ValueError` on an unknown name.
+    The predictions kept under `human` are the first caption of each image; its scores are the means over all of them.
+    Raises `ValueError` on an unknown name.
     """
     if unknown := [name for name in names if name not in FLOORS]:
         raise ValueError(f"unknown floor {unknown[0]!r}: allowed are {', '.join(FLOORS)}")

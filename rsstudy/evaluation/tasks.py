@@ -133,14 +133,17 @@ class Task:
 def read_rows(
     folder: str | Path,  # With task.jsonl and images
 ) -> list[dict]:  # image (a Path), question, references, type
-    "The rows of a folder. Raises `FileNotFoundError` where there is no task.jsonl, `ValueError` naming the line that is wrong."
+    """The rows of a folder.
+
+    Raises `FileNotFoundError` where there is no task.jsonl, `ValueError` naming the line that is wrong.
+    """
     folder, rows = Path(folder), []
     if not (folder / "task.jsonl").is_file():
         raise FileNotFoundError(f"{folder} holds no task.jsonl")
     inside = folder.resolve()
     for number, line in enumerate((folder / "task.jsonl").read_text(encoding="utf-8").splitlines(), 1):
 
-        def wrong(what):
+        def wrong(what, number=number):
             return ValueError(f"{folder / 'task.jsonl'}, line {number}: {what}")
 
         try:
@@ -175,7 +178,10 @@ def make_task(
     n: int = 0,  # Images asked about, drawn from all; 0 takes all
     seed: int = 0,  # Of the draw
 ) -> Task:
-    "Rows as a task. Raises `ValueError` where nothing is left to ask, a question is missing, or VQA accuracy has not its ten answers."
+    """Rows as a task.
+
+    Raises `ValueError` where nothing is left to ask, a question is missing, or VQA accuracy has not its ten answers.
+    """
     rows = [row for row in rows if spec["types"] is None or row["type"] in spec["types"]]
     images = list(dict.fromkeys(row["image"] for row in rows))
     if 0 < n < len(images):
@@ -190,7 +196,8 @@ def make_task(
             raise ValueError(f"task '{spec['name']}': a row of image {row['image'].name} in {origin} has no question")
         if spec["metric"] == "vqa_accuracy" and len(row["references"]) != 10:
             raise ValueError(
-                f"task '{spec['name']}': VQA accuracy needs ten answers a question, image {row['image'].name} in {origin} has {len(row['references'])}"
+                f"task '{spec['name']}': VQA accuracy needs ten answers a question, image {row['image'].name} in "
+                f"{origin} has {len(row['references'])}"
             )
     return Task(
         spec,
@@ -217,7 +224,10 @@ def source_tasks(
     seed: int = 0,  # 0 to 999: another world for each
     progress: bool = False,  # A bar while they are drawn?
 ) -> dict[str, Task]:  # scenes_captions and scenes_questions
-    "The base's own tasks in the built-in world: five captions of each scene, and its questions. Raises `ValueError` for a seed that belongs to others."
+    """The base's own tasks in the built-in world: five captions of each scene, and its questions.
+
+    Raises `ValueError` for a seed that belongs to others.
+    """
     if not 0 <= seed < 1000:
         raise ValueError(f"seed {seed} is outside 0 to 999: the worlds of other seeds belong to pre-training and tests")
     folder = ensure_world(
@@ -271,7 +281,10 @@ def fetch_rows(
     n: int = 0,  # Images; 0 takes all
     seed: int = 0,  # Of the shuffle
 ):
-    "Writes a hub's rows as a folder. Raises `OSError` where the hub does not answer, `ValueError` where it has not the columns."
+    """Writes a hub's rows as a folder.
+
+    Raises `OSError` where the hub does not answer, `ValueError` where it has not the columns.
+    """
     from datasets import Image as Encoded
     from datasets import load_dataset
     from huggingface_hub import HfApi
@@ -315,7 +328,10 @@ def rsvqa_folder(
     folder: str | Path,  # The unpacked official release, of low or high resolution
     split: str = "test",  # As in the names of its files; `test_phili` is high resolution's second test set
 ) -> Path:  # The same folder, with task.jsonl
-    "Makes RSVQA's release (Lobry et al. 2020) a task's folder, by writing task.jsonl into it. Raises `FileNotFoundError` naming the file that is missing."
+    """Makes RSVQA's release (Lobry et al. 2020) a task's folder, by writing task.jsonl into it.
+
+    Raises `FileNotFoundError` naming the file that is missing.
+    """
     folder = Path(folder)
     name, images = ("LR", "Images_LR") if (folder / f"LR_split_{split}_questions.json").exists() else ("USGS", "Data")
 
@@ -359,7 +375,10 @@ def load_task(
     P: Profile | None = None,  # Names the folder of work; `nano` by default
     progress: bool = False,  # A bar while scenes are drawn?
 ) -> Task:
-    "A task, ready to be asked. Raises `ValueError` for an unknown name or bad rows, `OSError` where it cannot be had, saying how to get it."
+    """A task, ready to be asked.
+
+    Raises `ValueError` for an unknown name or bad rows, `OSError` where it cannot be had, saying how to get it.
+    """
     if name not in task_names():
         raise ValueError(f"unknown task '{name}': the tasks are {', '.join(task_names())}")
     if n < 0:
@@ -436,8 +455,13 @@ def run_task(
     task: Task,  # From `load_task`
     batch_size: int = 64,  # Items decoded together
     progress: bool = False,  # A bar with the remaining time?
-) -> dict:  # task, version, metric, value, per_item, images, types, by_type {type: {value, n}}, predictions, n, origin, reported, seconds
-    "Asks a task. Values are 0 to 1, CIDEr's 0 to 10; CIDEr's items are comparable over models, not over sets of images."
+    # task, version, metric, value, per_item, images, types, by_type {type: {value, n}}, predictions, n, origin,
+    # reported, seconds
+) -> dict:
+    """Asks a task.
+
+    Values are 0 to 1, CIDEr's 0 to 10; CIDEr's items are comparable over models, not over sets of images.
+    """
     start, spec = time.perf_counter(), task.spec
     said, references = _said(captioner, task, batch_size, progress), [item.references for item in task.items]
     if spec["metric"] == "cider":
@@ -477,7 +501,10 @@ def transfer(
     names: tuple[str, ...] | None = None,  # The profile's by default
     progress: bool = False,  # Bars?
 ) -> dict[str, dict]:  # Task -> what `run_task` gives, or task, version and `missing`: why it could not be asked
-    "Asks the base's own tasks. A task that cannot be had is announced and recorded; a wrong name or a bad row is an error, as in `load_task`."
+    """Asks the base's own tasks.
+
+    A task that cannot be had is announced and recorded; a wrong name or a bad row is an error, as in `load_task`.
+    """
     found = {}
     for name in P.tasks if names is None else names:
         try:
