@@ -53,7 +53,10 @@ def choose_all(
     batch: int = 32,  # "clip": images compared together
     progress: bool = True,  # Show a bar where it takes long ("clip")?
 ) -> list[list[str]]:  # For each row the chosen captions
-    "The captions of every row that train a model. One generator serves all rows in order, so a choice depends on seed and row alone."
+    """The captions of every row that train a model.
+
+    One generator serves all rows in order, so a choice depends on seed and row alone.
+    """
     from tqdm import tqdm
 
     captions = list(dataset["captions"])

@@ -36,7 +36,10 @@ def save_checkpoint(
     facts: dict,  # JSON values; floats are kept to the last bit
     **more: dict,  # More JSON files by their names
 ) -> Path:  # folder/name
-    "Writes a checkpoint and then removes the run's older ones. Raises `OSError` where it cannot be written; the older ones are then still there."
+    """Writes a checkpoint and then removes the run's older ones.
+
+    Raises `OSError` where it cannot be written; the older ones are then still there.
+    """
     from safetensors.torch import save_file
 
     folder = Path(folder)

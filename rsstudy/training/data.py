@@ -68,7 +68,10 @@ def add_features(
     folder: str | Path,  # Where they are kept, such as P.work_dir/'features'
     progress: bool = True,  # A bar?
 ) -> StudyData:
-    "Runs the base's frozen tower over all images, once; where the disk has no room, says so and leaves the tower in the loop."
+    """Runs the base's frozen tower over all images, once.
+
+    Where the disk has no room, says so and leaves the tower in the loop.
+    """
 
     def of(split):
         rows = getattr(data, split)

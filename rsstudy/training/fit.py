@@ -26,7 +26,10 @@ from .step import CaptionTrainer
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-005
 class Watch(TrainerCallback):
-    "What a run has seen: losses, evaluations, the best state; it stops the run early, or on a collapse, and shows a bar."
+    """What a run has seen: losses, evaluations, the best state.
+
+    It stops the run early, or on a collapse, and shows a bar.
+    """
 
     def __init__(
         self,
@@ -136,10 +139,16 @@ def fit(
     progress: bool = False,  # A bar with the remaining time?
     about: dict | None = None,  # More for trackers: the profile, the manifest
     logs: str | Path | None = None,  # Where a tracker keeps its files, if it keeps any; None loses them
-) -> dict:  # plan, losses of the steps, evaluations (step, val_loss, val_cider, samples), best_step, best_val_loss, best_val_cider, skipped_steps, micro_images, collapse, cost
-    """Trains what requires a gradient. Raises `ValueError` when nothing does, `RuntimeError` when another process trains in the folder, `OSError` when a checkpoint cannot be written.
+    # plan, losses of the steps, evaluations (step, val_loss, val_cider, samples), best_step, best_val_loss,
+    # best_val_cider, skipped_steps, micro_images, collapse, cost
+) -> dict:
+    """Trains what requires a gradient.
 
-    `collapse` is None, or the diagnosis with which the guard ended the run. `cost` counts what a run that went on had used before.
+    Raises `ValueError` when nothing does, `RuntimeError` when another process trains in the folder, `OSError` when a
+    checkpoint cannot be written.
+
+    `collapse` is None, or the diagnosis with which the guard ended the run. `cost` counts what a run that went on had
+    used before.
     """
     if not any(p.requires_grad for p in captioner.model.parameters()):
         raise ValueError(f"method '{captioner.method}' left no parameter to train")

@@ -10,12 +10,17 @@ from collections import Counter
 
 # %% ../../nbs/lib/08_training/05_guard.ipynb #cell-004
 CAUSES = dict(
-    empty="<eos> is the first token: look for labels that are all -100, a prompt that already ends the caption, or a learning rate too high",
-    repeated="one token again and again: look for labels without <eos>, a missing prefix mask (token_type_ids), float16, or a learning rate too high",
-    same="one caption for every image: the images do not reach the loss; look at the image tokens, a frozen projector that was never trained, "
+    empty="<eos> is the first token: look for labels that are all -100, a prompt that already ends the caption, or a "
+    "learning rate too high",
+    repeated="one token again and again: look for labels without <eos>, a missing prefix mask (token_type_ids), "
+    "float16, or a learning rate too high",
+    same="one caption for every image: the images do not reach the loss; "
+    "look at the image tokens, a frozen projector that was never trained, "
     "or too few steps",
-    nonfinite="three steps in a row without a finite gradient: look at the learning rate, at float16, at images or captions that are not what they seem",
-    still="the loss does not move: look at the learning rate, at which parameters train, at tied embeddings and at labels shifted by hand",
+    nonfinite="three steps in a row without a finite gradient: look at the learning rate, at float16, at images or "
+    "captions that are not what they seem",
+    still="the loss does not move: look at the learning rate, at which parameters train, at tied embeddings and at "
+    "labels shifted by hand",
 )
 
 

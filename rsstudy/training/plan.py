@@ -27,11 +27,14 @@ class TrainingPlan:
     warmup: float = 0.05  # Share of the steps in which the learning rate rises
     weight_decay: float = 0.0  # Off biases and norms
     clip: float = 1.0  # Largest gradient norm
-    lora_plus: float = 1.0  # Learning rate of LoRA's B over that of A (Hayou et al. 2024, LoRA+, <https://arxiv.org/abs/2402.12354>); 1: the same
+    # Learning rate of LoRA's B over that of A (Hayou et al. 2024, LoRA+, <https://arxiv.org/abs/2402.12354>); 1: the
+    # same
+    lora_plus: float = 1.0
     patience: int = 2  # Evaluations without improvement before training stops
     seed: int = 0  # Order of the images and dropout
     evaluate_every: int = 0  # Steps between evaluations; 0 evaluates after each epoch
-    val_captions: int = 64  # Validation images captioned at each evaluation, the first ones; 0 chooses the best state by validation loss
+    # Validation images captioned at each evaluation, the first ones; 0 chooses the best state by validation loss
+    val_captions: int = 64
     max_new_tokens: int = 30  # Their longest caption
     checkpoint_every: int = 0  # Steps between checkpoints; 0: at each evaluation
     gradient_checkpointing: bool = (

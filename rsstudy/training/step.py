@@ -105,7 +105,8 @@ class CaptionTrainer(Trainer):
             seen["micro_images"] = largest // 2  # outside the handler, where the failed graph is no longer held
             announce(
                 "memory",
-                f"a micro-batch of {largest} images does not fit: {largest // 2} at a time from here on, the step stays {self.plan.batch_images}",
+                f"a micro-batch of {largest} images does not fit: {largest // 2} at a time from here on, the step "
+                f"stays {self.plan.batch_images}",
             )
             model.zero_grad()
             clear_device_cache(garbage_collection=True)
