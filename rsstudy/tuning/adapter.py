@@ -20,7 +20,10 @@ ACTIVATIONS = dict(gelu=nn.functional.gelu, relu=nn.functional.relu, silu=nn.fun
 
 
 class Bottleneck(nn.Module):
-    "Down, activation, up, and the input added. Source: Houlsby et al. 2019, fig. 2; zero start: sec. 2.1 (near-identity)."
+    """Down, activation, up, and the input added.
+
+    Source: Houlsby et al. 2019, fig. 2; zero start: sec. 2.1 (near-identity).
+    """
 
     def __init__(
         self,

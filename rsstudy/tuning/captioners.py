@@ -29,7 +29,8 @@ def check_same_base(
     recorded, now = facts.get("base_version"), base_version(P.base_model)
     if recorded and "unknown" not in (recorded, now) and recorded != now:
         raise ValueError(
-            f"the weights in {folder} were tuned on version {recorded} of '{P.base_model}', which is now {now}: put that version back or tune again"
+            f"the weights in {folder} were tuned on version {recorded} of '{P.base_model}', which is now {now}: "
+            "put that version back or tune again"
         )
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-006
@@ -65,7 +66,8 @@ def load_folder(
 ) -> Captioner:
     """The captioner that a folder of tuned weights holds, on the base it was tuned on.
 
-    Raises `FileNotFoundError` where a file is missing, `ValueError` where the base is another or a file is damaged, `OSError` where the base cannot be had.
+    Raises `FileNotFoundError` where a file is missing, `ValueError` where the base is another or a file is damaged,
+    `OSError` where the base cannot be had.
     """
     from safetensors import SafetensorError
 
@@ -105,13 +107,17 @@ def find_captioner(
     model: str = "none",  # As for `load_captioner`
     seed: int = 0,  # Of the method's run
 ) -> tuple[Path | None, str]:  # Folder of tuned weights, None for an untuned model; the base model otherwise
-    "Where a captioner comes from; nothing is loaded. Raises as `load_captioner`, but for a name on the hub, which shows when it is asked for."
+    """Where a captioner comes from; nothing is loaded.
+
+    Raises as `load_captioner`, but for a name on the hub, which shows when it is asked for.
+    """
     if run := find_run(P, model, seed):
         name, _, number = run.name.rpartition("-seed")
         if (run / "adapter.safetensors").is_file():
             return run, P.base_model
         raise FileNotFoundError(
-            f"the model '{name}' with seed {number} has not been tuned under the profile {P.name}: `rsstudy tune {name} --profile {P.name}` does that"
+            f"the model '{name}' with seed {number} has not been tuned under the profile {P.name}: "
+            f"`rsstudy tune {name} --profile {P.name}` does that"
         )
     folder = Path(model).expanduser()
     if (folder / "method.json").is_file():
@@ -120,7 +126,8 @@ def find_captioner(
         raise NotADirectoryError(f"{folder} is a file: give the folder that holds the model")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds no model: it needs method.json (tuned weights, or an export) or config.json (a base model as transformers saves it)"
+            f"{folder} holds no model: it needs method.json (tuned weights, or an export) or config.json (a base model "
+            "as transformers saves it)"
         )
     base = P.base_model if model == "none" else str(folder) if folder.is_dir() else model
     if model in ("none", NANO_NAME) or folder.is_dir():
@@ -129,7 +136,8 @@ def find_captioner(
         if len(folder.parts) > 1:
             raise FileNotFoundError(f"there is no folder {folder}")
         raise ValueError(
-            f"unknown model '{model}': give {', '.join(methods(P))}, a folder of weights, or a base model such as google/paligemma-3b-mix-224"
+            f"unknown model '{model}': give {', '.join(methods(P))}, a folder of weights, or a base model such as "
+            "google/paligemma-3b-mix-224"
         )
     return None, base
 
@@ -150,7 +158,10 @@ def load_captioner(
     model: str = "none",  # none, a method that was tuned under P, a folder, or a model of the hub: see above
     seed: int = 0,  # Of the method's run
 ) -> Captioner:
-    """Any captioner. Raises `ValueError` for a word that means nothing, `FileNotFoundError` where a run or a folder is missing, `OSError` where a base model cannot be had.
+    """Any captioner.
+
+    Raises `ValueError` for a word that means nothing, `FileNotFoundError` where a run or a folder is missing, `OSError`
+    where a base model cannot be had.
 
     - `none`: the profile's untuned base
     - `lora`, `lora-seed1`, ...: a tuning method that was run under the profile

@@ -83,7 +83,8 @@ class Lora(Method):
         layers = {name: model.get_submodule(name) for name in linear_layers(model, self.targets)}
         if any(hasattr(layer.weight, "quant_state") for layer in layers.values()):
             raise ValueError(
-                f"method '{self.name}': lora_init '{self.init}' moves a part of the base's weights into LoRA, which a base in 4 bits cannot do: use 'default'"
+                f"method '{self.name}': lora_init '{self.init}' moves a part of the base's weights into LoRA, which a "
+                "base in 4 bits cannot do: use 'default'"
             )
         name, side = min(((name, min(layer.weight.shape)) for name, layer in layers.items()), key=lambda pair: pair[1])
         if self.rank > side:
@@ -92,7 +93,10 @@ class Lora(Method):
             )
 
     def tensors(self, model) -> dict:
-        "What is saved: A and B, or, where they started from the base's weights, the rank-2r change against the base as published."
+        """What is saved: A and B, or a change against the base as published.
+
+        The change, of rank 2r, is saved where they started from the base's weights.
+        """
         found = super().tensors(model)
         if self.init == "default":
             return found

@@ -114,7 +114,10 @@ def attach(
     method: Method,  # What to attach
     seed: int = 0,  # Seed of what the method draws
 ) -> Captioner:
-    "A fresh base model with the method in place. Raises `ValueError` where other parameters train than the method names."
+    """A fresh base model with the method in place.
+
+    Raises `ValueError` where other parameters train than the method names.
+    """
     model, processor = load_base(P, **method.base_options(P))
     torch.manual_seed(seed)
     captioner = method.attach(Captioner(model, processor, P.prompt))

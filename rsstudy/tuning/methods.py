@@ -40,7 +40,10 @@ def load_tuned(
     name: str,  # A key of `methods`
     seed: int = 0,  # Of the run
 ) -> Captioner:
-    "A tuned captioner, or the base for `none`. Raises `ValueError` for an unknown name, `FileNotFoundError` where the method has not been run."
+    """A tuned captioner, or the base for `none`.
+
+    Raises `ValueError` for an unknown name, `FileNotFoundError` where the method has not been run.
+    """
     known = methods(P)
     if name not in known:
         raise ValueError(f"unknown method '{name}': the methods are {', '.join(known)}")
@@ -92,5 +95,6 @@ def method_of(
         return dataclasses.replace(known[family], name=name, **settings)
     except TypeError:
         raise ValueError(
-            f"method.json gives '{name}' the settings {', '.join(settings)}: it has {', '.join(known[family].settings()) or 'none'}"
+            f"method.json gives '{name}' the settings {', '.join(settings)}: "
+            f"it has {', '.join(known[family].settings()) or 'none'}"
         ) from None

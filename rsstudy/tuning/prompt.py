@@ -27,7 +27,8 @@ class PromptTuning(Method):
     mark: str = "D"
     trains: str = r".*embed_tokens\.trainable_tokens_delta\.default"
     length: int = 16  # Soft tokens
-    # Words whose embeddings the soft tokens start from, repeated as needed; '': the prompt's own; None: the reserved tokens' embeddings as they are
+    # Words whose embeddings the soft tokens start from, repeated as needed; '': the prompt's own; None: the reserved
+    # tokens' embeddings as they are
     start: str | None = "an aerial image of a place , seen from above : describe what is there"
 
     @classmethod
@@ -39,7 +40,8 @@ class PromptTuning(Method):
         ids = [tokenizer.convert_tokens_to_ids(f"<unused{i}>") for i in range(self.length)]
         if tokenizer.unk_token_id in ids or None in ids:
             raise ValueError(
-                f"prompt_length {self.length} needs as many <unused..> tokens, the vocabulary has {sum(i not in (None, tokenizer.unk_token_id) for i in ids)}"
+                f"prompt_length {self.length} needs as many <unused..> tokens, the vocabulary has "
+                f"{sum(i not in (None, tokenizer.unk_token_id) for i in ids)}"
             )
         return ids
 

@@ -132,10 +132,12 @@ def sweep(
     data: StudyData,  # Shared by all runs
     progress: bool = True,  # Bars?
 ) -> tuple[float, list[dict]]:  # Best learning rate; lr, val_loss, val_cider and collapse of each
-    """Chooses the learning rate as `fit` chooses the state: by the validation captions' CIDEr, then by loss; with the first seed and short runs.
+    """Chooses the learning rate as `fit` chooses the state: by the validation captions' CIDEr, then by loss.
 
-    A high rate can lower the loss and ruin the captions: the model learns how captions sound and forgets how to look. Raises `ValueError` where every rate collapsed, and where
-    the method has none.
+    It does so with the first seed and short runs.
+
+    A high rate can lower the loss and ruin the captions: the model learns how captions sound and forgets how to look.
+    Raises `ValueError` where every rate collapsed, and where the method has none.
     """
     if P.lr is not None:
         return P.lr, []

@@ -54,7 +54,10 @@ def load_weights(
     method: Method,  # The method of the file
     folder: str | Path,  # Of `save_tuned`
 ) -> Captioner:
-    "Puts saved weights in place. Raises `FileNotFoundError` where there are none, `ValueError` where they are of another method or shape."
+    """Puts saved weights in place.
+
+    Raises `FileNotFoundError` where there are none, `ValueError` where they are of another method or shape.
+    """
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -66,7 +69,8 @@ def load_weights(
     wrong = sorted(here ^ saved.keys()) or [n for n in saved if saved[n].shape != wanted[n].shape]
     if wrong:
         raise ValueError(
-            f"{folder} holds '{facts['method']}' {facts['settings']}, which does not fit '{method.name}' {method.settings()}: {wrong[:2]}"
+            f"{folder} holds '{facts['method']}' {facts['settings']}, which does not fit '{method.name}' "
+            f"{method.settings()}: {wrong[:2]}"
         )
     with torch.no_grad():
         for name, value in saved.items():
@@ -79,11 +83,15 @@ def read_facts(
 ) -> (
     dict
 ):  # method, settings, prompt; seed, lr, base where the writer said them; `export` and more of an exported folder
-    "What a folder of tuned weights says of itself. Raises `FileNotFoundError`, and `ValueError` where the file is not what `save_tuned` or the export wrote."
+    """What a folder of tuned weights says of itself.
+
+    Raises `FileNotFoundError`, and `ValueError` where the file is not what `save_tuned` or the export wrote.
+    """
     path = Path(folder) / "method.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no method.json: a folder of tuned weights has, as `rsstudy tune` or `rsstudy export` leaves it"
+            f"{folder} has no method.json: a folder of tuned weights has, as `rsstudy tune` or `rsstudy export` leaves "
+            "it"
         )
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))

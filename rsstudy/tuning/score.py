@@ -33,7 +33,10 @@ def score_test(
     progress: bool = True,  # A bar?
     **kwargs,  # For `generate_captions`
 ) -> dict:  # predictions, scores, per_image, info; failures: counts, corpus, info; transfer: task -> result
-    "Captions the test split, scores it against all references, counts what is wrong in it, and asks the base's own tasks."
+    """Captions the test split and scores it against all references.
+
+    Also counts what is wrong in it, and asks the base's own tasks.
+    """
     from rsstudy.evaluation.failures import failure_scores
     from rsstudy.evaluation.tasks import transfer
     from rsstudy.metrics.registry import score_captions
