@@ -56,7 +56,9 @@ class Attribution:
 
     method: str  # Name of the method
     names: list[str]  # What was explained, U
-    heat: np.ndarray  # (U, H, W) float32, positive: made the span more likely; in nats a pixel where values add up, else as the method says
+    # (U, H, W) float32, positive: made the span more likely; in nats a pixel where values add up, else as the method
+    # says
+    heat: np.ndarray
     log_probability: np.ndarray  # (U,) of each span on the whole image, in nats
     error: np.ndarray  # (U,) the method's own error, nan where it has none
     error_name: str  # What `error` measures
@@ -97,8 +99,10 @@ def checked(
             raise ValueError(f"{a.method} gave a map that is not finite for {name!r}: likely {cause}.")
         if not h.any():
             raise ValueError(
-                f"{a.method} gave a map that is zero everywhere for {name!r}: likely the output does not depend on the image (cached "
-                "image features, detached gradients, captions that stay the same whatever is hidden), the image equals its fill "
+                f"{a.method} gave a map that is zero everywhere for {name!r}: "
+                "likely the output does not depend on the image (cached "
+                "image features, detached gradients, captions that stay the same whatever is hidden), the image equals "
+                "its fill "
                 "(a constant image), or a rectifier left nothing positive."
             )
     return attribution

@@ -45,7 +45,10 @@ def attention_weights(
 ) -> tuple[
     torch.Tensor, list[torch.Tensor], list[torch.Tensor]
 ]:  # Scores (U,); weights of the decoder's layers (heads, L, L) and of the tower's (heads, N, N)
-    "One forward pass that keeps every layer's attention weights, in the graph. Raises `ValueError` where a layer gives none."
+    """One forward pass that keeps every layer's attention weights, in the graph.
+
+    Raises `ValueError` where a layer gives none.
+    """
     inner = core(scorer.model).model
     parts, kept = (
         (inner.language_model.layers, getattr(inner.vision_tower, "vision_model", inner.vision_tower).encoder.layers),
@@ -65,7 +68,8 @@ def attention_weights(
     for layers, found in zip(parts, kept):
         if len(found) != len(layers) or any(w is None for w in found):
             raise ValueError(
-                f"{sum(w is not None for w in found)} of {len(layers)} layers gave attention weights: compiled layers hide them, explain the model before it is compiled."
+                f"{sum(w is not None for w in found)} of {len(layers)} layers gave attention weights: "
+                "compiled layers hide them, explain the model before it is compiled."
             )
     return scores, *kept
 
@@ -84,7 +88,10 @@ def predicting_rows(
     scorer: Scorer,  # Of U spans of a caption
     length: int,  # Positions that the decoder read, L
 ) -> torch.Tensor:  # (U, L): shares of the positions that predict the span's tokens, they add up to 1
-    "Where the words are written: the position before each token. Raises `ValueError` for a scorer that knows no caption."
+    """Where the words are written: the position before each token.
+
+    Raises `ValueError` for a scorer that knows no caption.
+    """
     if scorer.target is None:
         raise ValueError("Attention needs a caption's tokens: make the scorer with caption_scorer.")
     first, rows = int((scorer.target.token_type_ids[0] == 0).sum()), torch.zeros(len(scorer.spans), length)
@@ -117,9 +124,12 @@ def attention_rollout(
     scorer: Scorer,  # What is explained, from `caption_scorer`
     vision: bool = False,  # Follow the vision tower's layers too?
 ) -> Attribution:  # Shares of attention, not negative; `error` is nan
-    """Attention rollout from the positions that predict each span to the image tokens. One forward pass, no gradients needed.
+    """Attention rollout from the positions that predict each span to the image tokens.
 
-    Source: Abnar and Zuidema 2020, Quantifying attention flow in transformers, eq. 1, https://arxiv.org/abs/2005.00928"""
+    One forward pass, no gradients needed.
+
+    Source: Abnar and Zuidema 2020, Quantifying attention flow in transformers, eq. 1, https://arxiv.org/abs/2005.00928
+    """
     watch, n = Stopwatch(scorer), scorer.grid**2
     scores, decoder, tower = attention_weights(scorer)
     rows = predicting_rows(scorer, decoder[0].shape[-1]).to(decoder[0].device)
@@ -133,7 +143,10 @@ def relevance_layer(
     weights: torch.Tensor,  # (1, heads, L, L)
     gradient: torch.Tensor,  # Of the score, the same shape
 ) -> torch.Tensor:  # (L, L) float32
-    "Positive part of gradient x attention, averaged over heads, and the residual connection. Source: Chefer et al. 2021, eq. 5 and 6."
+    """Positive part of gradient x attention, averaged over heads, and the residual connection.
+
+    Source: Chefer et al. 2021, eq. 5 and 6.
+    """
     return (gradient[0].float() * weights[0].detach().float()).relu().mean(0) + torch.eye(
         weights.shape[-1], device=weights.device
     )
@@ -143,10 +156,13 @@ def gradient_attention(
     scorer: Scorer,  # What is explained, from `caption_scorer`
     vision: bool = False,  # Follow the vision tower's layers too?
 ) -> Attribution:  # Relevance, not negative, no unit; `error` is nan
-    """Gradient-weighted attention from the positions that predict each span to the image tokens: one forward pass, one backward pass a span.
+    """Gradient-weighted attention from the positions that predict each span to the image tokens.
+
+    Costs one forward pass, and one backward pass a span.
 
     Raises `ValueError` where no attention has a gradient, and for a map that the rectifier leaves empty.
-    Source: Chefer, Gur and Wolf 2021, Generic attention-model explainability, eq. 5 and 6, https://arxiv.org/abs/2103.15679"""
+    Source: Chefer, Gur and Wolf 2021, Generic attention-model explainability, eq. 5 and 6,
+    https://arxiv.org/abs/2103.15679"""
     watch, n = Stopwatch(scorer), scorer.grid**2
     scores, decoder, tower = attention_weights(scorer)
     if not scores.requires_grad:

@@ -50,7 +50,10 @@ def attribution(
 ) -> (
     Callable
 ):  # For a function of scorer, profile, seed and prompt; its name, less an underscore before it, is the method's
-    "Decorator: makes a function known as an attribution method. Raises `ValueError` for an unknown unit or a taken label."
+    """Decorator: makes a function known as an attribution method.
+
+    Raises `ValueError` for an unknown unit or a taken label.
+    """
     if unit not in UNITS:
         raise ValueError(f"attribution {label!r}: unit must be one of {', '.join(map(str, UNITS))}, got {unit!r}")
 

@@ -54,7 +54,8 @@ def edge_map(
 ) -> Attribution:  # Strength of edges, the same for every span
     """Edges of the image's brightness. Raises `ValueError` for a constant image: it has none.
 
-    Source: Sobel 1968, as skimage.filters.sobel; as a control of saliency maps: Adebayo et al. 2018, sec. 4.1, https://arxiv.org/abs/1810.03292"""
+    Source: Sobel 1968, as skimage.filters.sobel; as a control of saliency maps: Adebayo et al. 2018, sec. 4.1,
+    https://arxiv.org/abs/1810.03292"""
     from skimage.filters import sobel
 
     watch = Stopwatch(scorer)

@@ -52,7 +52,10 @@ def draw_grid(
     columns: list[str],  # Columns, left to right
     title: str,  # Above the figure
 ):  # matplotlib Figure
-    "Maps over one image, a row an attribution method, with one colour scale a row. The image itself is the first column."
+    """Maps over one image, a row an attribution method, with one colour scale a row.
+
+    The image itself is the first column.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

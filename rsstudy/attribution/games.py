@@ -36,7 +36,8 @@ def sampled_shapley(
 ) -> tuple[np.ndarray, np.ndarray]:  # Values (S, U) and their standard errors (S, U), nan from a single pair
     """Shapley values from random orders, each walked forward and backward.
 
-    Source: Castro et al. 2009, Polynomial calculation of the Shapley value based on sampling; Mitchell et al. 2022, sec. 3 (antithetic)"""
+    Source: Castro et al. 2009, Polynomial calculation of the Shapley value based on sampling; Mitchell et al. 2022,
+    sec. 3 (antithetic)"""
     rng, pairs = np.random.default_rng(seed), max(1, (budget - 2) // (2 * (parts - 1)))
     orders = np.stack([o for _ in range(pairs) for p in [rng.permutation(parts)] for o in (p, p[::-1])])  # (2 pairs, S)
     place = orders.argsort(1)  # (2 pairs, S): when each part comes
@@ -53,12 +54,16 @@ def shapley(
     game: Callable[[np.ndarray], np.ndarray],  # Coalitions (B, S) bool -> scores (B, U)
     parts: int,  # S, 1 or more
     budget: int,  # Coalitions that may be scored where the values are sampled
-    exact: int = 10,  # Up to so many parts every coalition is scored, whatever the budget; above, too, where the budget allows it
+    # Up to so many parts every coalition is scored, whatever the budget; above, too, where the budget allows it
+    exact: int = 10,
     seed: int = 0,  # Seed of the sampled orders
 ) -> tuple[
     np.ndarray, np.ndarray, np.ndarray
 ]:  # Values (S, U); standard errors (S, U), 0 where exact; scores of all parts and of none (2, U)
-    "Shapley values, exact or sampled, with one call of the game. Raises `ValueError` where the budget is too small to sample."
+    """Shapley values, exact or sampled, with one call of the game.
+
+    Raises `ValueError` where the budget is too small to sample.
+    """
     ends = {}
 
     def watched(coalitions):
@@ -71,7 +76,8 @@ def shapley(
         return values, np.zeros_like(values), np.stack([ends["all"], ends["none"]])
     if budget < 2 * parts:
         raise ValueError(
-            f"{parts} parts need at least {2 * parts} evaluations, {budget} are allowed: raise the budget or cut the image into fewer segments."
+            f"{parts} parts need at least {2 * parts} evaluations, {budget} are allowed: "
+            "raise the budget or cut the image into fewer segments."
         )
     values, error = sampled_shapley(watched, parts, budget, seed)
     return values, error, np.stack([ends["all"], ends["none"]])

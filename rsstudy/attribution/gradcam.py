@@ -16,8 +16,8 @@ from ..model.parts import core
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-004
 def siglip_layer(
     model: torch.nn.Module,  # PaliGemma, bare or wrapped by peft
-    which: int
-    | str = -1,  # Encoder layer, counted as in a list, or a module's name: its whole name inside the vision tower, or the end of it
+    # Encoder layer, counted as in a list, or a module's name: its whole name inside the vision tower, or the end of it
+    which: int | str = -1,
 ) -> torch.nn.Module:  # Its output is (B, patches, channels)
     "A layer of the vision tower. Raises `ValueError` where there is no such layer, or several of that name."
     tower = core(model).model.vision_tower
@@ -27,7 +27,8 @@ def siglip_layer(
         ]
         if len(found) != 1:
             raise ValueError(
-                f"layer {which!r} names {len(found)} modules of the vision tower; one is needed, such as 'encoder.layers.0'."
+                f"layer {which!r} names {len(found)} modules of the vision tower; "
+                "one is needed, such as 'encoder.layers.0'."
             )
         return found[0]
     layers = getattr(tower, "vision_model", tower).encoder.layers
@@ -42,8 +43,12 @@ def layer_gradients(
 ) -> tuple[
     np.ndarray, list[torch.Tensor], list[torch.Tensor]
 ]:  # Scores (U,); per layer the features (N, C) and their gradients (U, N, C), float32
-    "Features of layers and their gradients for every span: one forward pass, one backward pass a span. Raises `ValueError` for a layer without a square of patches."
-    modules, kept = [l if isinstance(l, torch.nn.Module) else siglip_layer(scorer.model, l) for l in layers], {}
+    """Features of layers and their gradients for every span: one forward pass, one backward pass a span.
+
+    Raises `ValueError` for a layer without a square of patches.
+    """
+    modules = [layer if isinstance(layer, torch.nn.Module) else siglip_layer(scorer.model, layer) for layer in layers]
+    kept = {}
 
     def keep(place):
         def hook(module, inputs, output):
@@ -62,12 +67,14 @@ def layer_gradients(
         shapes = [tuple(k.shape) for k in kept.get(i, [])]
         if len(shapes) != 1 or len(shapes[0]) != 3 or round(shapes[0][1] ** 0.5) ** 2 != shapes[0][1]:
             raise ValueError(
-                f"The layer gave {shapes}; Grad-CAM needs one output (1, patches, channels) with a square number of patches."
+                f"The layer gave {shapes}; Grad-CAM needs one output (1, patches, channels) with a square number of "
+                "patches."
             )
     features = [kept[i][0] for i in range(len(modules))]
     if not out.requires_grad or not all(f.requires_grad for f in features):
         raise ValueError(
-            "The score has no gradient at the layer: the model ran without gradients (inference mode or detached features); SHAP, PixelSHAP, RISE and occlusion need none."
+            "The score has no gradient at the layer: the model ran without gradients (inference mode or detached "
+            "features); SHAP, PixelSHAP, RISE and occlusion need none."
         )
     grads = [torch.autograd.grad(o, features, retain_graph=i < len(out) - 1) for i, o in enumerate(out)]
     return (
@@ -86,15 +93,14 @@ def as_square(
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-007
 def grad_cam(
     scorer: Scorer,  # What is explained
-    layer: torch.nn.Module
-    | int
-    | str = None,  # Layer with output (B, patches, channels), or what `siglip_layer` takes; None: the last of the scorer's SigLIP
+    # Layer with output (B, patches, channels), or what `siglip_layer` takes; None: the last of the scorer's SigLIP
+    layer: torch.nn.Module | int | str = None,
     rectify: bool = True,  # Keep positive evidence only, as in the paper? False keeps the sign
 ) -> Attribution:  # Maps enlarged bilinearly from the patches; they do not add up to anything, so `error` is nan
     """Grad-CAM of every span on a layer of patch tokens.
 
-    Costs one image forward and one backward pass a span. Raises `ValueError` for a layer that does not give a square of patches, and for a map
-    that the rectifier leaves empty.
+    Costs one image forward and one backward pass a span. Raises `ValueError` for a layer that does not give a square of
+    patches, and for a map that the rectifier leaves empty.
     Source: Selvaraju et al. 2017, Grad-CAM, eq. 1 and 2, https://arxiv.org/abs/1610.02391"""
     watch = Stopwatch(scorer)
     scores, (features,), (grads,) = layer_gradients(scorer, [-1 if layer is None else layer])
@@ -109,7 +115,9 @@ def layer_cam(
     | None = None,  # Layers to join, as `grad_cam` takes them; None: every encoder layer of the scorer's SigLIP
     gain: float = 2.0,  # Steepness of tanh for joined layers; a single layer is left as it is
 ) -> Attribution:  # Maps from 0 to 1 where layers are joined, nothing negative; `error` is nan
-    """LayerCAM of every span over several layers, for the costs of one Grad-CAM. Raises `ValueError` as `grad_cam`, and without layers.
+    """LayerCAM of every span over several layers, for the costs of one Grad-CAM.
+
+    Raises `ValueError` as `grad_cam`, and without layers.
 
     Source: Jiang, Zhang, Hou, Cheng and Wei 2021, LayerCAM, eq. 4 to 7, https://doi.org/10.1109/TIP.2021.3089943"""
     watch = Stopwatch(scorer)

@@ -22,7 +22,8 @@ def gradient_x_input(
 ) -> Attribution:  # In nats; `error` is the relative completeness gap: how far the model is from linear
     """Gradient at the image times the difference from the fill, one forward pass and a backward pass a span.
 
-    Source: Shrikumar, Greenside, Shcherbina and Kundaje 2016, Not just a black box, sec. 2, https://arxiv.org/abs/1605.01713"""
+    Source: Shrikumar, Greenside, Shcherbina and Kundaje 2016, Not just a black box, sec. 2,
+    https://arxiv.org/abs/1605.01713"""
     watch, baseline, every = Stopwatch(scorer), fill_image(scorer, fill), list(range(len(scorer.names)))
     scores, grads = shared_gradients(scorer, scorer.pixels, every)
     heat = (grads[:, 0] * (scorer.pixels - baseline)).double().sum(1).cpu().numpy()
@@ -47,13 +48,17 @@ def gradient_x_input(
 def smooth_grad(
     scorer: Scorer,  # What is explained
     samples: int = 32,  # Noisy copies, 2 or more
-    noise: float = 0.15,  # Standard deviation of the noise as a share of the image's range, above 0; the paper advises .1 to .2
-    fill: str
-    | None = "blur",  # Times the difference from this fill, in nats, signed; None: the size of the gradient itself, as in the paper's figures
+    # Standard deviation of the noise as a share of the image's range, above 0; the paper advises .1 to .2
+    noise: float = 0.15,
+    # Times the difference from this fill, in nats, signed; None: the size of the gradient itself, as in the paper's
+    # figures
+    fill: str | None = "blur",
     batch: int | None = None,  # Copies at once
     seed: int = 0,  # Seed of the noise
 ) -> Attribution:  # `standard_error` says how much noise is left (none where `fill` is None)
-    """Gradient averaged over noisy copies of the image. Raises `ValueError` for fewer than 2 samples or noise that is not positive.
+    """Gradient averaged over noisy copies of the image.
+
+    Raises `ValueError` for fewer than 2 samples or noise that is not positive.
 
     Source: Smilkov, Thorat, Kim, Viegas and Wattenberg 2017, SmoothGrad, sec. 3, https://arxiv.org/abs/1706.03825"""
     if samples < 2 or not noise > 0:

@@ -100,12 +100,16 @@ def integrated_gradients(
     tolerance: float = 0.01,  # Intervals are doubled until every span's relative completeness gap is at most this
     most: int = 512,  # ... or until another doubling would exceed this many (more than `steps`, else there is none)
     prompt: Prompt = None,  # From `prompt_words`, to explain the prompt's words as well, on a path of their own
-) -> Attribution:  # In nats, adds up over the map; `error` is the relative completeness gap, `error_name` says where it stayed above the tolerance
+    # In nats, adds up over the map; `error` is the relative completeness gap, `error_name` says where it stayed above
+    # the tolerance
+) -> Attribution:
     """Integrated Gradients of every span, refined until complete.
 
-    Costs a forward pass a point (one more than intervals), and a backward pass a span that is not complete yet. `text` adds up to the score
-    minus that of a prompt without words. Raises `ValueError` for an unknown place and where the score has no gradient.
-    Source: Sundararajan, Taly and Yan 2017, Axiomatic attribution for deep networks, eq. 1, https://arxiv.org/abs/1703.01365"""
+    Costs a forward pass a point (one more than intervals), and a backward pass a span that is not complete yet. `text`
+    adds up to the score minus that of a prompt without words. Raises `ValueError` for an unknown place and where the
+    score has no gradient.
+    Source: Sundararajan, Taly and Yan 2017, Axiomatic attribution for deep networks, eq. 1,
+    https://arxiv.org/abs/1703.01365"""
     if at not in PLACES:
         raise ValueError(f"at {at!r} is unknown; allowed: {', '.join(PLACES)}.")
     if scorer.model is None and at != "pixels":

@@ -17,7 +17,10 @@ def window_starts(
     window: int,  # Side of the window in pixels
     stride: int,  # Pixels from one window to the next
 ) -> np.ndarray:  # First pixel of every window
-    "Where windows lie along one side; together they reach the last pixel, which the last one may pass and be cut off at."
+    """Where windows lie along one side.
+
+    Together they reach the last pixel, which the last one may pass and be cut off at.
+    """
     return np.arange(-(-(length - window) // stride) + 1) * stride
 
 # %% ../../nbs/lib/10_attribution/11_occlusion.ipynb #cell-006
@@ -32,7 +35,8 @@ def occlusion(
     """Sliding-window occlusion of every span at once, in batches.
 
     Raises `ValueError` for a window or stride that does not fit, a constant image, or a map that is zero everywhere.
-    Source: Zeiler and Fergus 2014, Visualizing and understanding convolutional networks, sec. 2.1, https://arxiv.org/abs/1311.2901"""
+    Source: Zeiler and Fergus 2014, Visualizing and understanding convolutional networks, sec. 2.1,
+    https://arxiv.org/abs/1311.2901"""
     watch, (height, width) = Stopwatch(scorer), scorer.pixels.shape[-2:]
     if not 1 <= window < min(height, width):
         raise ValueError(
@@ -40,7 +44,8 @@ def occlusion(
         )
     if not 1 <= stride <= window:
         raise ValueError(
-            f"stride must be from 1 to {window} pixels (the window), not {stride}: pixels between windows would be left out."
+            f"stride must be from 1 to {window} pixels (the window), not {stride}: "
+            "pixels between windows would be left out."
         )
     filled = fill_image(scorer, fill)
     corners = [(y, x) for y in window_starts(height, window, stride) for x in window_starts(width, window, stride)]

@@ -29,7 +29,8 @@ def shared_gradients(
         scores = scorer(points)
     if not scores.requires_grad:
         raise ValueError(
-            "The score has no gradient at its input: the model ran without gradients (inference mode, detached or integer inputs); "
+            "The score has no gradient at its input: the model ran without gradients (inference mode, detached or "
+            "integer inputs); "
             "SHAP, PixelSHAP, RISE and occlusion need none."
         )
     grads = [
@@ -46,7 +47,10 @@ def gradient_batches(
     outputs: list[int],  # Which outputs
     batch: int | None = None,  # Points at once; None: the scorer's
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:  # Indices, scores (B, U), gradients (A, B, ...)
-    "`shared_gradients` in batches, halved where memory runs out. Raises what the model raises, out of memory included where one point does not fit."
+    """`shared_gradients` in batches, halved where memory runs out.
+
+    Raises what the model raises, out of memory included where one point does not fit.
+    """
     start, batch = 0, min(batch or scorer.batch, scorer.batch)
     while start < n:
         index, found = np.arange(start, min(n, start + batch)), None
@@ -70,7 +74,10 @@ def gradient_batches(
 def clenshaw_curtis(
     n: int,  # Intervals, 1 or more
 ) -> tuple[np.ndarray, np.ndarray]:  # (n + 1,) ascending positions from 0 to 1, and their weights
-    "Nested quadrature on [0, 1]; exact for polynomials of degree n. Source: Clenshaw and Curtis 1960; Waldvogel 2006, eq. 2.4."
+    """Nested quadrature on [0, 1]; exact for polynomials of degree n.
+
+    Source: Clenshaw and Curtis 1960; Waldvogel 2006, eq. 2.4.
+    """
     angle, j = np.pi * np.arange(n + 1) / n, np.arange(1, n // 2 + 1)
     weights = (1 - (np.where(2 * j == n, 1, 2) / (4 * j**2 - 1) * np.cos(2 * np.outer(angle, j))).sum(1)) / n
     weights[[0, -1]] /= 2
@@ -114,7 +121,7 @@ def integrate_path(
         new = np.arange(n + 1) if level == 0 else np.arange(1, n, 2)
         weights = np.stack([clenshaw_curtis(m)[1][new * (m // n)] for m in levels[level:]])  # (levels left, new)
 
-        def make(i):
+        def make(i, positions=positions, new=new):
             return start + torch.tensor(positions[new[i]], dtype=end.dtype, device=end.device).view(-1, *extra) * change
 
         for index, scores, grads in gradient_batches(scorer, make, len(new), active, batch):

@@ -36,7 +36,10 @@ def mask_segments(
     image: np.ndarray,  # (H, W, 3) uint8
     background: int = 8,  # About how many superpixels for what no mask covers
 ) -> np.ndarray:  # (H, W) int: segment of each pixel, from 0 without gaps
-    "Segments from known objects; what is left is cut into superpixels. Where masks overlap, the smaller object is in front."
+    """Segments from known objects; what is left is cut into superpixels.
+
+    Where masks overlap, the smaller object is in front.
+    """
     labels = superpixels(image, background) + len(masks)
     for i in sorted(range(len(masks)), key=lambda i: -masks[i].sum()):
         labels[masks[i]] = i
@@ -49,13 +52,15 @@ def pixel_shap(
     samples: int = 128,  # Coalitions that may be scored where the values are sampled, at least two a segment
     fill: str = "blur",  # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
     seed: int = 0,  # Seed of the sampled orders
-    exact: int = 10,  # Up to so many segments the values are exact, from 2**segments coalitions; above, too, where `samples` allows it
+    # Up to so many segments the values are exact, from 2**segments coalitions; above, too, where `samples` allows it
+    exact: int = 10,
 ) -> (
     Attribution
 ):  # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
     """Shapley values of segments for every span at once, with standard errors where they are sampled.
 
-    Raises `ValueError` for fewer than two segments, a wrong shape, too few samples, a constant image, or a map that is zero everywhere.
+    Raises `ValueError` for fewer than two segments, a wrong shape, too few samples, a constant image, or a map that is
+    zero everywhere.
     Source: Goldshmidt 2025, Attention, Please! PixelSHAP reveals what vision-language models actually focus on,
     https://arxiv.org/abs/2503.06670, with log-probability in place of text similarity"""
     watch, filled = Stopwatch(scorer), fill_image(scorer, fill)
@@ -77,7 +82,10 @@ def tfidf_similarity(
     captions: list[str],  # Captions of altered images
     reference: str,  # Caption of the whole image
 ) -> np.ndarray:  # From 0, no word in common, to 1, the same words
-    "Cosine similarity of TF-IDF vectors of words, fitted on these captions. Raises `ValueError` for a reference without words. Source: sklearn.feature_extraction.text"
+    """Cosine similarity of TF-IDF vectors of words, fitted on these captions.
+
+    Raises `ValueError` for a reference without words. Source: sklearn.feature_extraction.text
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     if not any(c.isalnum() for c in reference):
@@ -97,10 +105,15 @@ def pixel_shap_text(
     similarity: Callable[[list[str], str], np.ndarray] = tfidf_similarity,  # Captions and reference -> similarities
     batch: int = 32,  # Captions written at once
     max_new_tokens: int = 30,  # Longest caption
-) -> Attribution:  # One map in units of similarity; `names` holds the caption of the whole image, `log_probability` its similarity to itself
-    """Shapley values of segments for the similarity of the caption that is written without them to the caption of the whole image.
+    # One map in units of similarity; `names` holds the caption of the whole image, `log_probability` its similarity to
+    # itself
+) -> Attribution:
+    """Shapley values of segments for the similarity of two captions.
 
-    Raises `ValueError` as `pixel_shap` does, and where the model writes nothing, or the same caption whatever is hidden.
+    The one is written without the segments, the other is the caption of the whole image.
+
+    Raises `ValueError` as `pixel_shap` does, and where the model writes nothing, or the same caption whatever is
+    hidden.
     Source: Goldshmidt 2025, https://arxiv.org/abs/2503.06670, sec. 3"""
     scorer = caption_scorer(captioner.model, target, target.span(), batch)
     watch, filled, parts = (

@@ -47,7 +47,8 @@ def prompt_words(
     coded = processor.tokenizer(front + target.prompt + "\n", add_special_tokens=False, return_offsets_mapping=True)
     if coded["input_ids"] != target.input_ids[0, : len(coded["input_ids"])].tolist():
         raise ValueError(
-            f"The tokenizer splits the prompt {target.prompt!r} differently than the target does: its words cannot be placed."
+            f"The tokenizer splits the prompt {target.prompt!r} differently than the target does: "
+            "its words cannot be placed."
         )
     words = word_spans(target.prompt, [(a - len(front), b - len(front)) for a, b in coded["offset_mapping"]])
     if not words:
@@ -113,10 +114,13 @@ def prompt_shap(
 ) -> (
     Attribution
 ):  # `text`: nats that each word of the prompt adds; maps: nats of the image's parts; together they add up
-    """Shapley values of the prompt's words and the image's parts in one game, for every span at once; exact with up to ten parts.
+    """Shapley values of the prompt's words and the image's parts in one game, for every span at once.
+
+    They are exact with up to ten parts.
 
     Raises `ValueError` for a prompt without words, a constant image, or a budget too small to sample.
-    Source: Lundberg and Lee 2017, https://arxiv.org/abs/1705.07874; Goldshmidt and Horovicz 2024, TokenSHAP, https://arxiv.org/abs/2407.10114"""
+    Source: Lundberg and Lee 2017, https://arxiv.org/abs/1705.07874; Goldshmidt and Horovicz 2024, TokenSHAP,
+    https://arxiv.org/abs/2407.10114"""
     model, words = captioner.model, prompt_parts(target.prompt)
     if not words:
         raise ValueError("The prompt has no words: there is nothing to leave out.")

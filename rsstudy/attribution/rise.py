@@ -49,12 +49,15 @@ def rise(
     shown: float = 0.5,  # Probability that a cell is shown, between 0 and 1
     fill: str = "blur",  # What hidden pixels show, one of `rsstudy.attribution.scorer.FILLS`; the paper's is black
     seed: int = 0,  # Seed of the masks
-) -> Attribution:  # Maps in nats: how much likelier with the pixel in view than on average; `error` is the standard error's share of the map
+    # Maps in nats: how much likelier with the pixel in view than on average; `error` is the standard error's share of
+    # the map
+) -> Attribution:
     """RISE of every span at once, with a standard error a pixel.
 
-    `error` is the root mean square of the standard error, divided by the standard deviation of the map: above 1 the map is mostly noise.
-    Raises `ValueError` for settings out of range, a constant image, or a map that is zero everywhere.
-    Source: Petsiuk, Das and Saenko 2018, RISE, eq. 6, https://arxiv.org/abs/1806.07421, with the mean score taken off"""
+    `error` is the root mean square of the standard error, divided by the standard deviation of the map: above 1 the map
+    is mostly noise. Raises `ValueError` for settings out of range, a constant image, or a map that is zero everywhere.
+    Source: Petsiuk, Das and Saenko 2018, RISE, eq. 6, https://arxiv.org/abs/1806.07421, with the mean score taken off
+    """
     watch, shape = Stopwatch(scorer), scorer.pixels.shape[-2:]
     if masks < 2:
         raise ValueError(f"masks must be at least 2, not {masks}: one mask has no spread.")

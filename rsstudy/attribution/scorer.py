@@ -65,7 +65,9 @@ def in_batches(
     items,  # Anything with a length that can be sliced
     run: Callable,  # Slice of items -> tensor with a row an item
 ) -> np.ndarray:  # float64, a row an item
-    """Evaluate items in batches, without gradients. Where memory runs out the batch is halved, said once, and kept for every later batch of the model.
+    """Evaluate items in batches, without gradients.
+
+    Where memory runs out the batch is halved, said once, and kept for every later batch of the model.
 
     Raises what `run` raises, out of memory included where a single item does not fit."""
     out, start = [], 0
@@ -96,7 +98,10 @@ def caption_scorer(
     | None = None,  # What is explained: words, phrases or spans, or one of them; None: every word
     batch: int = 32,  # Images evaluated at once
 ) -> Scorer:  # Log-probability of each span
-    "The log-probability of spans of a caption as a function of the image. Raises `ValueError` without spans, or for a word that the caption lacks."
+    """The log-probability of spans of a caption as a function of the image.
+
+    Raises `ValueError` without spans, or for a word that the caption lacks.
+    """
     spans = target.words if spans is None else [spans] if isinstance(spans, (Span, str)) else spans
     spans = [target.span(s) if isinstance(s, str) else s for s in spans]
     if not spans:
@@ -130,7 +135,10 @@ def fill_image(
     scorer: Scorer,  # Holds the image
     how: str = "blur",  # One of `FILLS`; blur is Gaussian, its standard deviation one sixteenth of the side
 ) -> torch.Tensor:  # The image with everything removed, (1, 3, H, W)
-    "What stands in for removed pixels. Raises `ValueError` for an unknown name, and where the image equals its fill: nothing could be removed."
+    """What stands in for removed pixels.
+
+    Raises `ValueError` for an unknown name, and where the image equals its fill: nothing could be removed.
+    """
     if how not in FILLS:
         raise ValueError(f"fill {how!r} is unknown; allowed: {', '.join(FILLS)}.")
     p = scorer.pixels
@@ -148,7 +156,8 @@ def fill_image(
         )
     if (filled - p).abs().max() < 1e-4:  # a grey level is 8e-3
         raise ValueError(
-            f"The image equals its fill {how!r}: in a constant image nothing can be removed. A fill of another colour may do (black), or a gradient without a baseline."
+            f"The image equals its fill {how!r}: in a constant image nothing can be removed. "
+            "A fill of another colour may do (black), or a gradient without a baseline."
         )
     scorer.fills[how] = p, filled
     return filled

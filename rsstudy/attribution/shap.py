@@ -29,7 +29,10 @@ def numpy_seed(
 # %% ../../nbs/lib/10_attribution/13_shap.ipynb #cell-008
 @contextmanager
 def uncompiled_shap():
-    "Run shap's numba functions for images and partitions as plain Python inside the block; without numba's dispatchers it does nothing."
+    """Run shap's numba functions for images and partitions as plain Python inside the block.
+
+    Without numba's dispatchers it does nothing.
+    """
     import numba.typed
     import shap.explainers._partition
     import shap.maskers._image
@@ -57,8 +60,8 @@ def partition_shap(
 ) -> Attribution:  # Maps in nats; `error` is the relative efficiency gap
     """Owen values of a grid of cells for every span at once, with shap's PartitionExplainer.
 
-    All spans share the evaluations: an edited image is scored once for all of them. Raises `ValueError` for fewer than 4 evaluations or a map
-    that is zero everywhere.
+    All spans share the evaluations: an edited image is scored once for all of them. Raises `ValueError` for fewer than
+    4 evaluations or a map that is zero everywhere.
     Source: Lundberg and Lee 2017, https://arxiv.org/abs/1705.07874; Owen 1977; shap.PartitionExplainer"""
     import shap
 
@@ -91,7 +94,8 @@ def partition_shap(
 def kernel_shap(
     scorer: Scorer,  # What is explained
     segments: np.ndarray,  # (H, W) int: segment of each pixel, from 0 without gaps
-    evaluations: int = 128,  # Coalitions that may be scored, at least two a segment; with 2**segments the values are exact
+    # Coalitions that may be scored, at least two a segment; with 2**segments the values are exact
+    evaluations: int = 128,
     fill: str = "blur",  # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
     seed: int = 0,  # Seed of the drawn coalitions
 ) -> (
@@ -99,8 +103,10 @@ def kernel_shap(
 ):  # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
     """KernelSHAP of segments for every span at once, with shap's KernelExplainer.
 
-    Raises `ValueError` for fewer than two segments, a budget below two evaluations a segment, a constant image, or a map that is zero everywhere.
-    Source: Lundberg and Lee 2017, A unified approach to interpreting model predictions, sec. 4.1, https://arxiv.org/abs/1705.07874"""
+    Raises `ValueError` for fewer than two segments, a budget below two evaluations a segment, a constant image, or a
+    map that is zero everywhere.
+    Source: Lundberg and Lee 2017, A unified approach to interpreting model predictions, sec. 4.1,
+    https://arxiv.org/abs/1705.07874"""
     import shap
 
     watch, shape = Stopwatch(scorer), scorer.pixels.shape[-2:]

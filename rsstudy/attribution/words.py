@@ -89,7 +89,8 @@ def caption_target(
 ) -> CaptionTarget:
     """Prepare an image and a caption for explanation.
 
-    Raises `ValueError` for an empty caption, and where the tokenizer splits the caption differently inside and outside the processor."""
+    Raises `ValueError` for an empty caption, and where the tokenizer splits the caption differently inside and outside
+    the processor."""
     from PIL import Image
 
     if not caption.strip():
@@ -100,7 +101,8 @@ def caption_target(
     alone = processor.tokenizer(caption, add_special_tokens=False, return_offsets_mapping=True)
     if alone["input_ids"] != suffix[:-1].tolist():
         raise ValueError(
-            f"The tokenizer splits the caption {caption!r} differently alone than behind a prompt: words cannot be placed."
+            f"The tokenizer splits the caption {caption!r} differently alone than behind a prompt: "
+            "words cannot be placed."
         )
     to = processor.image_processor
     mean, std = (
@@ -127,8 +129,8 @@ def read_caption(
     target: CaptionTarget,  # Caption, and the prompt where no other is given
     features: torch.Tensor,  # Images as the decoder sees them, (B, N, d), from `rsstudy.model.forward.image_features`
     tokens: list[int] | None = None,  # K positions among the caption's tokens; None: all, `<eos>` left out
-    prefixes: list[list[int]]
-    | None = None,  # Token ids in front of the caption for each image, from `rsstudy.model.pack.encode_prompt`; None: the target's
+    # Token ids in front of the caption for each image, from `rsstudy.model.pack.encode_prompt`; None: the target's
+    prefixes: list[list[int]] | None = None,
 ) -> torch.Tensor:  # (B, K) float32, in nats; differentiable
     """Teacher-forced log-probability of caption tokens, each given everything before it.
 
@@ -158,7 +160,10 @@ def token_log_probability(
     pixel_values: torch.Tensor,  # Images to read the caption with, (B, 3, H, W)
     tokens: list[int] | None = None,  # K positions among the caption's tokens; None: all, `<eos>` left out
 ) -> torch.Tensor:  # (B, K) float32 log-probability of each token, in nats; differentiable
-    "Teacher-forced log-probability of caption tokens under other images: one forward pass an image, however many tokens. Raises as `read_caption`."
+    """Teacher-forced log-probability of caption tokens under other images.
+
+    One forward pass an image, however many tokens. Raises as `read_caption`.
+    """
     if model.training:
         raise ValueError("The model is in training mode: call model.eval() before explaining it.")
     return read_caption(model, target, image_features(model, pixel_values), tokens)
