@@ -32,7 +32,8 @@ def top_overlap(
 ) -> float:  # From 0 to 1
     """Share of the top patches of one map that are top patches of the other; equal ones by position.
 
-    Raises `ValueError` for a share that holds no patch. Source: Krishna et al. 2022, The disagreement problem, sec. 3.2 (feature agreement), https://arxiv.org/abs/2202.01602"""
+    Raises `ValueError` for a share that holds no patch. Source: Krishna et al. 2022, The disagreement problem, sec. 3.2
+    (feature agreement), https://arxiv.org/abs/2202.01602"""
     k = round(share * grid * grid)
     if not 1 <= k <= grid * grid:
         raise ValueError(f"share {share} is {k} of {grid * grid} patches: allowed are 1 to all of them.")
@@ -61,7 +62,10 @@ def seed_stability(
     grid: int,  # Patches along one side
     share: float = 0.1,  # The top, as a share of the patches
 ) -> dict[str, float]:  # Metric, with its version, to the mean over pairs of seeds
-    "`seed_spearman.v1` and `seed_top.v1`: how alike the maps of a sampled method are. A method without chance scores 1. Raises `ValueError` for a single map."
+    """`seed_spearman.v1` and `seed_top.v1`: how alike the maps of a sampled method are.
+
+    A method without chance scores 1. Raises `ValueError` for a single map.
+    """
     if len(heats) < 2:
         raise ValueError("stability over seeds needs maps of at least 2 seeds, not 1.")
     return {

@@ -41,7 +41,11 @@ def object_shares(
     heats: np.ndarray,  # Maps of M methods, (M, U, H, W), signed
     masks: list[np.ndarray],  # Masks of N objects, (H, W) bool
 ) -> dict[str, np.ndarray]:  # Measure to (M, U, N)
-    "What maps say of objects: `share`, the part of the positive evidence on it (0 to 1, see `energy_in_mask`), and `sum`, all values on it with their sign (nats for maps that add up)."
+    """What maps say of objects: `share` and `sum`.
+
+    `share` is the part of the positive evidence on an object (0 to 1, see `energy_in_mask`). `sum` is all values on it
+    with their sign (nats for maps that add up).
+    """
 
     def each(f):
         return np.array([[[f(h, m) for m in masks] for h in maps] for maps in heats], dtype=float)
@@ -54,7 +58,10 @@ def correlation_sums(
     shares: list[np.ndarray],  # For each image: what the map says of them, (N_i,); nan where the map says nothing
     ranks: bool = True,  # Spearman's correlation, else Pearson's
 ) -> np.ndarray:  # (images, 6): number, sums of x, y, xx, yy, xy
-    "Sums an image from which the correlation over all objects follows. Raises `ValueError` where losses and shares do not belong together."
+    """Sums an image from which the correlation over all objects follows.
+
+    Raises `ValueError` where losses and shares do not belong together.
+    """
     from scipy.stats import rankdata
 
     if [np.shape(a) for a in losses] != [np.shape(b) for b in shares]:
@@ -92,5 +99,8 @@ def counterfactual_faithfulness(
     rng=0,  # Seed or np.random.Generator
     ranks: bool = True,  # Spearman's correlation, else Pearson's
 ) -> Interval:  # From -1 to 1, higher is better
-    "`counterfactual.v1`: correlation, over objects, of the loss without the object with what a map puts on it; with a bootstrap interval over images."
+    """`counterfactual.v1`: how the loss without an object goes with what a map puts on it.
+
+    It is their correlation over objects, with a bootstrap interval over images.
+    """
     return bootstrap_interval(correlation_sums(losses, shares, ranks), resamples, rng, of_counts(correlation_of_sums))

@@ -33,7 +33,8 @@ def infidelity(
 ) -> np.ndarray:  # (...) nats squared
     """Mean squared error of the promise, after the best scale that is not negative.
 
-    Source: Yeh et al. 2019, On the (in)fidelity and sensitivity of explanations, def. 2.1, https://arxiv.org/abs/1901.09392; scaled as in captum.metrics.infidelity(normalize=True)"""
+    Source: Yeh et al. 2019, On the (in)fidelity and sensitivity of explanations, def. 2.1,
+    https://arxiv.org/abs/1901.09392; scaled as in captum.metrics.infidelity(normalize=True)"""
     scale = np.maximum((promised * dropped).sum(-1) / np.maximum((promised**2).sum(-1), 1e-30), 0)
     return ((scale[..., None] * promised - dropped) ** 2).mean(-1)
 
@@ -45,8 +46,11 @@ def infidelity_scores(
     fill: str = "blur",  # What hidden cells show, one of `rsstudy.attribution.scorer.FILLS`
     seed: int = 0,  # Seed of the sets
 ) -> dict[str, np.ndarray]:  # Metric, with its version, to (M, U)
-    """`infidelity.v1` in nats squared (lower is better), and `infidelity_share.v1`: the same as a share of what a map that promises nothing scores, from 0 (predicts every loss)
-    to 1 (no better than no map); only the share can be compared between images, words and models."""
+    """`infidelity.v1` in nats squared (lower is better), and `infidelity_share.v1`: the same as a share.
+
+    The whole is what a map that promises nothing scores: the share runs from 0 (predicts every loss)
+    to 1 (no better than no map); only the share can be compared between images, words and models.
+    """
     grid = scorer.grid
     regions, sets = grid_regions(scorer.pixels.shape[-2:], grid), hidden_sets(grid**2, samples, seed)
     scores = masked_scores(
@@ -68,9 +72,12 @@ def max_sensitivity(
     seed: int = 0,  # Seed of the noise
     heat: np.ndarray = None,  # Maps of the image itself where they are known, (U, H, W); None: made here
 ) -> np.ndarray:  # (U,), 0 or more, lower is better
-    """Largest relative change of a map under noise too weak to see: max over noisy images of |map' - map| / |map| (Euclidean norms).
+    """Largest relative change of a map under noise too weak to see.
 
-    Costs `samples` explanations, and one of the image itself. Source: Yeh et al. 2019 (see `infidelity`), def. 3.1, estimated by sampling as there; captum.metrics.sensitivity_max"""
+    It is the max over noisy images of |map' - map| / |map| (Euclidean norms).
+
+    Costs `samples` explanations, and one of the image itself. Source: Yeh et al. 2019 (see `infidelity`), def. 3.1,
+    estimated by sampling as there; captum.metrics.sensitivity_max"""
     rng, pixels = np.random.default_rng(seed), scorer.pixels
 
     def norm(maps):

@@ -31,7 +31,10 @@ def map_scores(
     masks: list[np.ndarray | None],  # True mask of each word, (H, W) bool; None where it is not known
     seed: int = 0,  # Seed of hidden sets and noise
 ) -> tuple[dict[str, np.ndarray], Curves]:  # Metric, with its version, to (M, U); removal curves under blur
-    "Deletion, insertion, comprehensiveness, sufficiency (blur and mean), ROAD, infidelity, and the scores against masks. Raises `ValueError` without a random control."
+    """Deletion, insertion, comprehensiveness, sufficiency, ROAD, infidelity, and the scores against masks.
+
+    The first four are taken under two fills, blur and mean. Raises `ValueError` without a random control.
+    """
     if "random" not in found:
         raise ValueError(f"the random map must be among the methods: gains are over it; there are {', '.join(found)}.")
     heats, control = np.stack([a.heat for a in found.values()]), list(found).index("random")
@@ -64,7 +67,7 @@ def repeated_scores(
         stable = [seed_stability(np.stack(maps), scorer.grid) for maps in zip(first.heat, *others)]
         scores = {k: np.array([s[k] for s in stable]) for k in stable[0]}
         scores["max_sensitivity.v1"] = max_sensitivity(
-            scorer, lambda s: explain(s, name, P, seed).heat, samples=NOISY, seed=seed, heat=first.heat
+            scorer, lambda s, name=name: explain(s, name, P, seed).heat, samples=NOISY, seed=seed, heat=first.heat
         )
         again[name] = scores
     return {k: np.stack([s[k] for s in again.values()]) for k in scores}
@@ -82,7 +85,9 @@ def randomised_scores(
 ) -> list[
     dict[str, np.ndarray]
 ]:  # For each image: metric, with its version, to (M, U), means over the stages; nan where no stage has a map
-    """`randomised_spearman.v1`, `randomised_spearman_abs.v1` and `randomised_ssim.v1`: how alike maps stay when parameters are shuffled from the output down; lower is better.
+    """`randomised_spearman.v1`, `randomised_spearman_abs.v1` and `randomised_ssim.v1`.
+
+    They say how alike maps stay when parameters are shuffled from the output down; lower is better.
 
     Source: Adebayo et al. 2018, Sanity checks for saliency maps, sec. 3.1, https://arxiv.org/abs/1810.03292"""
     intact = {(n, name): a for n, found in enumerate(first) for name, a in found.items()}

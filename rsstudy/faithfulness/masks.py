@@ -41,7 +41,8 @@ def energy_in_mask(
 ) -> float:  # From 0 to 1; nan where the map has no positive value
     """Share of the map's positive evidence that lies on the object. A flat map scores the object's share of the image.
 
-    Raises `ValueError` if shapes differ or `mask` is empty. Source: Wang et al. 2020, Score-CAM, sec. 4.3, https://arxiv.org/abs/1910.01279"""
+    Raises `ValueError` if shapes differ or `mask` is empty. Source: Wang et al. 2020, Score-CAM, sec. 4.3,
+    https://arxiv.org/abs/1910.01279"""
     _same_shape(heat, mask)
     positive = np.maximum(heat, 0)
     return float(positive[mask].sum() / positive.sum()) if positive.any() else float("nan")
@@ -51,10 +52,14 @@ def iou_at_area(
     heat: np.ndarray,  # Attribution map, (H, W), signed
     mask: np.ndarray,  # True object mask, (H, W), bool
 ) -> float:  # From 0 to 1
-    """Intersection over union of the mask with the map's highest pixels, as many as the mask has; equal ones by position.
+    """Intersection over union of the mask with the map's highest pixels, as many as the mask has.
 
-    No threshold is chosen and nothing is gained by a larger or smaller spot. Raises `ValueError` if shapes differ or `mask` is empty.
-    Source: Arras, Osman and Samek 2022, CLEVR-XAI, sec. 3.3 (relevance rank accuracy, the intersection over the mask), https://arxiv.org/abs/2003.07258"""
+    Of equal pixels the position decides.
+
+    No threshold is chosen and nothing is gained by a larger or smaller spot. Raises `ValueError` if shapes differ or
+    `mask` is empty.
+    Source: Arras, Osman and Samek 2022, CLEVR-XAI, sec. 3.3 (relevance rank accuracy, the intersection over the mask),
+    https://arxiv.org/abs/2003.07258"""
     _same_shape(heat, mask)
     n = int(mask.sum())
     hit = int(mask.ravel()[(-heat.ravel()).argsort(kind="stable")[:n]].sum())

@@ -95,7 +95,8 @@ def map_similarity(
 ) -> dict[str, float]:  # Metric to a value of at most 1; nan where a map is the same everywhere
     """`spearman`, `spearman_abs` and `ssim`, patch by patch.
 
-    Source: Adebayo et al. 2018, Sanity checks for saliency maps, sec. 3, https://arxiv.org/abs/1810.03292; SSIM: Wang et al. 2004, of scikit-image, windows of 7 x 7 patches (fewer in a smaller grid)"""
+    Source: Adebayo et al. 2018, Sanity checks for saliency maps, sec. 3, https://arxiv.org/abs/1810.03292; SSIM: Wang
+    et al. 2004, of scikit-image, windows of 7 x 7 patches (fewer in a smaller grid)"""
     from skimage.metrics import structural_similarity
 
     x, y = (at_patch_scale(m, grid) for m in (a, b))
@@ -119,9 +120,12 @@ def randomisation_test(
     seed: int = 0,  # Seed of the shuffling
     intact: dict[str, Attribution] | None = None,  # Maps of the intact model where they are known; None: made here
 ) -> list[dict]:  # stage (from 1), name, method, word, spearman, spearman_abs, ssim with the maps of the intact model
-    """Maps after each stage of a cascade of randomised parameters, compared with the intact model's. A cascade takes longer than a map: give the maps of many images as methods of one.
+    """Maps after each stage of a cascade of randomised parameters, compared with the intact model's.
 
-    Where a randomised model has no map (zero everywhere or not finite), the values are nan and it is said once. Raises what a method raises on the intact model.
+    A cascade takes longer than a map: give the maps of many images as methods of one.
+
+    Where a randomised model has no map (zero everywhere or not finite), the values are nan and it is said once. Raises
+    what a method raises on the intact model.
     Source: Adebayo et al. 2018 (see `map_similarity`), sec. 3.1; values are permuted instead of drawn again"""
     intact, rows, missing = intact or {name: explain() for name, explain in methods.items()}, [], []
     with randomised(model, groups, seed) as cascade:

@@ -24,10 +24,11 @@ from .judge import map_scores, randomised_scores, repeated_scores
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-004
 STOP = frozenset(
-    """a an the of in on at by to and or but with without is are was were be being has have had there here it its their this that these
-those some many several few lots lot plenty number near next beside besides between among around along over under from into through across which who
-where while as for very so can we see seen look looks like also other each both all one side sides part parts image picture photo
-clearly partly located parked surrounded placed built sits stands""".split()
+    """a an the of in on at by to and or but with without is are was were be being has have had there here it its their
+this that these those some many several few lots lot plenty number near next beside besides between among around along
+over under from into through across which who where while as for very so can we see seen look looks like also other
+each both all one side sides part parts image picture photo clearly partly located parked surrounded placed built sits
+stands""".split()
 )
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-005
@@ -77,7 +78,10 @@ def all_maps(
 
 # %% ../../nbs/lib/11_faithfulness/09_records.ipynb #cell-013
 class Records:
-    "What the study collects: scores by record, curves, coarse maps, what is lost without objects, and what the prompt's words add."
+    """What the study collects: scores by record, curves and coarse maps.
+
+    Also what is lost without objects, and what the prompt's words add.
+    """
 
     def __init__(self):
         (
@@ -158,7 +162,10 @@ def explain_study_image(
     draw: bool = False,  # Explain more words, and keep the maps for a figure?
     checks: bool = False,  # Explain again under noise and other seeds?
 ) -> tuple[Scorer, dict[str, Attribution]]:  # Of the first word, for the test with shuffled parameters
-    "Maps and scores of one image under one model. Raises `ValueError` where the image cannot be explained (a constant one)."
+    """Maps and scores of one image under one model.
+
+    Raises `ValueError` where the image cannot be explained (a constant one).
+    """
     target = caption_target(captioner.processor, row["image"], captioner.prompt, row["caption"])
     words = explained_words(target, row["masks"], 4 if draw else 1, fill=draw)
     scorer = caption_scorer(captioner.model, target, words, P.generate_batch)

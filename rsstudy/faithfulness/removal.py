@@ -44,8 +44,10 @@ def removal_curves(
 ) -> Curves:
     """Deletion and insertion curves of every map at once; images that occur twice are evaluated once.
 
-    Costs about 2 M U images a share between 0 and 1. Raises `ValueError` for shares that do not run from 0 to 1 or have nothing between, and for maps of another shape.
-    Source: Petsiuk, Das and Saenko 2018, RISE, sec. 4.3, https://arxiv.org/abs/1806.07421, on log-probability and in patches"""
+    Costs about 2 M U images a share between 0 and 1. Raises `ValueError` for shares that do not run from 0 to 1 or have
+    nothing between, and for maps of another shape.
+    Source: Petsiuk, Das and Saenko 2018, RISE, sec. 4.3, https://arxiv.org/abs/1806.07421, on log-probability and in
+    patches"""
     grid, (m, u) = scorer.grid, heats.shape[:2]
     if heats.shape[1:] != (len(scorer.names), *scorer.pixels.shape[-2:]):
         raise ValueError(
@@ -81,8 +83,8 @@ def curve_scores(
 ) -> dict[str, np.ndarray]:  # Metric, with its version, to (M, U)
     """The areas under deletion and insertion curves.
 
-    `deletion_auc.v1` (lower is better) and `insertion_auc.v1` (higher) in probability; `deletion_gain.v1` and `insertion_gain.v1` (higher) in nats
-    over the random map of the same span."""
+    `deletion_auc.v1` (lower is better) and `insertion_auc.v1` (higher) in probability; `deletion_gain.v1` and
+    `insertion_gain.v1` (higher) in nats over the random map of the same span."""
     f, n = curves.fractions, np.asarray(lengths)[:, None]
     deleted, inserted = area(curves.deletion, f), area(curves.insertion, f)
     return {
@@ -99,9 +101,12 @@ BINS = 0.01, 0.05, 0.1, 0.2, 0.5
 def eraser_scores(
     curves: Curves,  # With points at `BINS`, as by default
 ) -> dict[str, np.ndarray]:  # Metric, with its version, to (M, U) nats
-    """`comprehensiveness.v1` (higher is better) and `sufficiency.v1` (lower), means over the shares of `BINS`, on log-probability and in patches.
+    """`comprehensiveness.v1` (higher is better) and `sufficiency.v1` (lower).
 
-    A share that is not on the curve is replaced by the nearest point that is. Source: DeYoung et al. 2020, ERASER, sec. 4.2, https://arxiv.org/abs/1911.03429"""
+    They are means over the shares of `BINS`, on log-probability and in patches.
+
+    A share that is not on the curve is replaced by the nearest point that is. Source: DeYoung et al. 2020, ERASER, sec.
+    4.2, https://arxiv.org/abs/1911.03429"""
     at = np.abs(curves.fractions[:, None] - np.array(BINS)).argmin(0)
     whole = curves.deletion[..., :1]
     return {
@@ -120,7 +125,10 @@ def removal_scores(
         "mean",
     ),  # What removed cells show, the first without a suffix in the metrics' names
 ) -> tuple[dict[str, np.ndarray], dict[str, Curves]]:  # Metric, with its version, to (M, U); fill to curves
-    "Deletion, insertion, comprehensiveness and sufficiency under several fills; `deletion_gain.mean.v1` is `deletion_gain.v1` under the fill `mean`."
+    """Deletion, insertion, comprehensiveness and sufficiency under several fills.
+
+    `deletion_gain.mean.v1` is `deletion_gain.v1` under the fill `mean`.
+    """
     curves, scores = {fill: removal_curves(scorer, heats, shares, fill) for fill in fills}, {}
     for i, (fill, c) in enumerate(curves.items()):
         for name, values in (curve_scores(c, scorer.lengths, control) | eraser_scores(c)).items():

@@ -22,8 +22,9 @@ def impute(
 ) -> np.ndarray:  # (C, H, W) float64: hidden pixels filled
     """Fill pixels by noisy linear imputation. Raises `ValueError` where every pixel is hidden.
 
-    Source: Rong et al. 2022, A consistent and efficient evaluation strategy for attribution methods, sec. 4.2, https://arxiv.org/abs/2202.00449;
-    weights 1/6 for direct and 1/12 for diagonal neighbours, at the border those that exist"""
+    Source: Rong et al. 2022, A consistent and efficient evaluation strategy for attribution methods, sec. 4.2,
+    https://arxiv.org/abs/2202.00449; weights 1/6 for direct and 1/12 for diagonal neighbours, at the border those that
+    exist"""
     from scipy.sparse import coo_matrix, csc_matrix
     from scipy.sparse.linalg import spsolve
 
@@ -59,7 +60,10 @@ def impute_blocks(
     noise: float = 0.01,  # As for `impute`
     rng=0,  # As for `impute`
 ) -> np.ndarray:  # (C, H, W) float64
-    "Noisy linear imputation found on blocks of pixels. Raises `ValueError` where blocks do not fit the image or are hidden in part."
+    """Noisy linear imputation found on blocks of pixels.
+
+    Raises `ValueError` where blocks do not fit the image or are hidden in part.
+    """
     c, h, w = image.shape
     if h % block or w % block:
         raise ValueError(f"blocks of {block} pixels do not fit an image of {h} x {w}.")
@@ -89,8 +93,9 @@ def road_scores(
 ]:  # Metric, with its version, to (M, U); log-probability at each share, (M, U, K)
     """Remove the most supporting patches first and fill them from their surroundings.
 
-    `road_auc.v1`: the word's probability (geometric mean over tokens), averaged over the shares, lower is better. `road_gain.v1`: how many nats lower the log-probability
-    is than for the random map, higher is better. Costs M U K images, those that occur twice once. Source: Rong et al. 2022 (see `impute`), on log-probability and in patches"""
+    `road_auc.v1`: the word's probability (geometric mean over tokens), averaged over the shares, lower is better.
+    `road_gain.v1`: how many nats lower the log-probability is than for the random map, higher is better. Costs M U K
+    images, those that occur twice once. Source: Rong et al. 2022 (see `impute`), on log-probability and in patches"""
     grid, (m, u), (h, w) = scorer.grid, heats.shape[:2], heats.shape[-2:]
     block = block or next(b for b in (7, 4, 2, 1) if h // grid % b == 0)
     counts = (np.array(shares) * grid**2).round().astype(int)

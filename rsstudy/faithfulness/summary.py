@@ -94,7 +94,11 @@ def by_group(
 def map_changes(
     coarse: dict[tuple[str, str, str], np.ndarray],  # (method, attribution, image) to its map at patch scale
 ) -> dict[str, dict[tuple[str, str], dict[str, float]]]:  # Metric to groups as from `by_group`
-    "How far each tuned model's map lies from the untuned model's: rank correlation, and the way from one centre of mass of positive evidence to the other as a share of the image's side."
+    """How far each tuned model's map lies from the untuned model's.
+
+    By rank correlation, and by the way from one centre of mass of positive evidence to the other as a share of the
+    image's side.
+    """
 
     def centre(m):
         p = np.maximum(m, 0)
@@ -149,7 +153,10 @@ def tuned_values(
     lost: dict[str, list[dict]],  # Model to image_id and `named`, what the word loses without its object
     prompt: list[dict],  # method, image_id, image: nats
 ) -> dict[str, dict[str, dict[str, float]]]:  # Metric to model to image -> value
-    "The measures that models are compared by: means over the methods that are no controls, and what belongs to the model alone."
+    """The measures that models are compared by.
+
+    They are means over the methods that are no controls, and what belongs to the model alone.
+    """
     out = {
         "object_loss.v1": {m: {r["image_id"]: r["named"][0] for r in v if r["named"]} for m, v in lost.items()},
         "image_nats.v1": {},
