@@ -155,7 +155,7 @@ run                                                            | PLACE/results/n
 run                                                            | PLACE/results/nano has 5 MB of disk left and a study needs 200 | disk nearly full
 run --engine ray                                               | --engine ray needs the package ray: pip install | without ray
 run --track wandb                                              | setting 'track' asks for wandb, which is not installed: pip install wandb | without wandb
-run --data nowhere                                             | the data folder nowhere does not exist: name one that holds captions.csv and resized/
+run --data nowhere                                             | the data folder nowhere does not exist (looked for in
 run --data empty                                               | the data folder empty holds no captions.csv
 run --data hub:                                                | setting 'data' names no dataset after hub:
 run --set base_model=/no/such                                  | base model '/no/such' cannot be loaded: there is no such folder

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .answer import relative_gap
 from .scorer import Scorer
-from ..common.files import announce
 
 # %% ../../nbs/lib/10_attribution/06_paths.ipynb #cell-005
 def shared_gradients(
@@ -47,28 +45,20 @@ def gradient_batches(
     outputs: list[int],  # Which outputs
     batch: int | None = None,  # Points at once; None: the scorer's
 ) -> Iterator[tuple[np.ndarray, torch.Tensor, torch.Tensor]]:  # Indices, scores (B, U), gradients (A, B, ...)
-    """`shared_gradients` in batches, halved where memory runs out.
+    """`shared_gradients` in batches, halved where memory runs out, see `Scorer.fit`.
 
     Raises what the model raises, out of memory included where one point does not fit.
     """
-    start, batch = 0, min(batch or scorer.batch, scorer.batch)
+    start = 0
     while start < n:
-        index, found = np.arange(start, min(n, start + batch)), None
-        try:
-            found = shared_gradients(scorer, make(index), outputs)
-        except RuntimeError as error:
-            if len(index) == 1 or not should_reduce_batch_size(error):
-                raise
-        if found is None:  # outside the handler, where the failed tensors are no longer held
-            batch = scorer.batch = len(index) // 2
-            announce(
-                "gradients",
-                f"{len(index)} images at once do not fit in memory on the way back: {batch} at a time from here on.",
-            )
-            clear_device_cache(garbage_collection=True)
-            continue
-        yield index, *found
-        start += len(index)
+
+        def part(size, start=start):
+            return shared_gradients(scorer, make(np.arange(start, start + size)), outputs)
+
+        largest = min(batch or scorer.batch, scorer.batch, n - start)
+        (scores, grads), size = scorer.fit(part, largest)
+        yield np.arange(start, start + size), scores, grads
+        start += size
 
 # %% ../../nbs/lib/10_attribution/06_paths.ipynb #cell-008
 def clenshaw_curtis(

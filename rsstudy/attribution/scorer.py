@@ -12,17 +12,16 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .words import CaptionTarget, Span, span_sums, token_log_probability
 from ..common.files import announce
 from ..model.base import keep_4bit_differentiable
+from ..model.memory import halve_until_it_fits
 from ..model.parts import core
 
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-005
-FITS = (
-    WeakKeyDictionary()
-)  # model -> images that its memory was found to hold at once, so that the next image does not find out again
+# Model -> images that its memory was found to hold at once, so that the next image does not find out again
+FITS = WeakKeyDictionary()
 
 
 @dataclass
@@ -59,34 +58,35 @@ class Scorer:
         "Scores (B, U) float64 of images (B, 3, H, W), in batches, without gradients."
         return in_batches(self, pixels, self)
 
+    def fit(self, compute: Callable, size: int) -> tuple:
+        """`halve_until_it_fits`; what was learnt holds for every later batch of the model, with gradients or without."""
+        result, fitted = halve_until_it_fits(compute, size, "attribution")
+        if fitted < size:
+            self.batch = fitted
+            if self.model is not None:
+                FITS[self.model] = fitted
+        return result, fitted
+
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-006
 def in_batches(
     scorer: Scorer,  # Says how many at once, and learns it where memory runs out
     items,  # Anything with a length that can be sliced
     run: Callable,  # Slice of items -> tensor with a row an item
 ) -> np.ndarray:  # float64, a row an item
-    """Evaluate items in batches, without gradients.
-
-    Where memory runs out the batch is halved, said once, and kept for every later batch of the model.
+    """Evaluate items in batches, without gradients. Where memory runs out the batch is halved, see `Scorer.fit`.
 
     Raises what `run` raises, out of memory included where a single item does not fit."""
-    out, start = [], 0
+    rows, start = [], 0
     while start < len(items):
-        size = min(scorer.batch, len(items) - start)
-        try:
+
+        def part(size, start=start):
             with torch.no_grad():
-                out.append(run(items[start : start + size]).double().cpu().numpy())
-            start += size
-            continue
-        except RuntimeError as error:
-            if size == 1 or not should_reduce_batch_size(error):
-                raise
-        scorer.batch = size // 2  # outside the handler, where the failed tensors are no longer held
-        if scorer.model is not None:
-            FITS[scorer.model] = scorer.batch
-        announce("attribution", f"{size} images at once do not fit in memory: {scorer.batch} at a time from here on.")
-        clear_device_cache(garbage_collection=True)
-    return np.concatenate(out)
+                return run(items[start : start + size]).double().cpu().numpy()
+
+        values, size = scorer.fit(part, min(scorer.batch, len(items) - start))
+        rows.append(values)
+        start += size
+    return np.concatenate(rows)
 
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-007
 def caption_scorer(

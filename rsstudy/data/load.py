@@ -230,13 +230,20 @@ def check_sources(
 def find_folder(
     name: str,  # A folder, absolute or from the current folder or the checkout's
 ) -> Path:
-    "The data folder. Raises `FileNotFoundError` saying where it was looked for."
-    for place in (Path.cwd(), project_root()):
-        if (place / Path(name).expanduser()).is_dir():
-            return place / Path(name).expanduser()
+    """The data folder: of the folders of that name the first that holds `captions.csv`.
+
+    Raises `FileNotFoundError` saying where it was looked for and what was missing.
+    """
+    places = [place / Path(name).expanduser() for place in (Path.cwd(), project_root())]
+    folders = [place for place in places if place.is_dir()]
+    for folder in folders:
+        if (folder / "captions.csv").is_file():
+            return folder
+    what = "holds no captions.csv" if folders else "does not exist"
     raise FileNotFoundError(
-        f"the data folder {name} is missing (looked for in {Path.cwd()} and {project_root()}): "
-        f"give a folder with captions.csv and resized/, 'scenes', or 'hub:{HUB}'"
+        f"the data folder {name} {what} (looked for in {Path.cwd()} and {project_root()}): name one that holds "
+        f"captions.csv and resized/ (--data FOLDER), a dataset of the hub (--data hub:{HUB}) or the built-in world "
+        "(--data scenes)"
     )
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-014

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from PIL import Image
 
 from ..common.code import code_revision, device_name, versions
@@ -32,6 +32,7 @@ from .record_files import CaptionFile, RecordWriter
 from .sources import count_jobs, find_images, read_jobs, write_jobs
 from .views import SeenImage, Wanted, read_item, resizer, views
 from ..model.generate import STATIC_IMAGES, Captioner, generate_captions
+from ..model.memory import halve_until_it_fits
 from ..tuning.captioners import find_captioner, find_run, load_captioner
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-005
@@ -52,33 +53,47 @@ class Portions:
         images: list[np.ndarray],  # uint8
     ) -> list[str]:
         "Captions. Raises `RuntimeError` in one sentence where a single image does not fit."
-        found = []
-        while len(found) < len(images):
-            part = images[len(found) : len(found) + self.size]
-            filled = part + part[-1:] * (self.size - len(part)) if self.static else part
-            try:
-                found += generate_captions(
-                    self.captioner,
-                    filled,
-                    max_new_tokens=self.P.max_new_tokens,
-                    num_beams=self.P.num_beams,
-                    batch_size=self.size,
-                    static=self.static,
-                )[: len(part)]
-                continue
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-            if len(filled) == 1:
-                raise RuntimeError(
-                    f"out of memory with a single image at a time: give the device to this process alone or take a smaller model than {self.P.base_model}"
-                )
-            self.size = len(filled) // 2  # outside the handler, where the failed tensors are no longer held
-            announce(
-                "caption", f"{len(filled)} images at once do not fit in memory: {self.size} at a time from here on"
-            )
-            clear_device_cache(garbage_collection=True)
-        return found
+        captions = []
+        while len(captions) < len(images):
+            waiting = images[len(captions) :]
+            largest = self.size if self.static else min(self.size, len(waiting))
+            part, fitted = self.fit(waiting, largest)
+            self.size = fitted if fitted < largest else self.size
+            captions += part
+        return captions
+
+    def fit(
+        self,
+        images: list[np.ndarray],  # Of which the first are captioned
+        largest: int,  # Images at once at most
+    ) -> tuple[list[str], int]:  # Captions, and images at once
+        "Captions of as many images as memory holds; raises as a call does."
+        try:
+            return halve_until_it_fits(lambda size: self.write(images[:size], size), largest, "caption")
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        raise RuntimeError(
+            "out of memory with a single image at a time: give the device to this process alone or take a smaller "
+            f"model than {self.P.base_model}"
+        )
+
+    def write(
+        self,
+        images: list[np.ndarray],  # At most `size`
+        size: int,  # Images at once
+    ) -> list[str]:
+        "Captions of one batch, filled up where the device wants batches of one size."
+        filled = images + images[-1:] * (size - len(images)) if self.static else images
+        captions = generate_captions(
+            self.captioner,
+            filled,
+            max_new_tokens=self.P.max_new_tokens,
+            num_beams=self.P.num_beams,
+            batch_size=size,
+            static=self.static,
+        )
+        return captions[: len(images)]
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-007
 @dataclasses.dataclass(frozen=True)

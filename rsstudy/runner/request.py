@@ -12,7 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from ..common.settings import Profile, project_root
+from ..common.settings import Profile
+from ..data.load import find_folder
 from ..model.available import check_base
 
 # %% ../../nbs/lib/13_runner/01_request.ipynb #cell-004
@@ -26,15 +27,7 @@ def check_data(
         if not P.data[4:].strip():
             raise ValueError("setting 'data' names no dataset after hub:, as in hub:caglarmert/full_riscm")
         return
-    places = [
-        folder for place in (Path.cwd(), project_root()) if (folder := place / Path(P.data).expanduser()).is_dir()
-    ]  # as `rsstudy.data.load` looks for it
-    if not any((folder / "captions.csv").is_file() for folder in places):
-        what = "holds no captions.csv" if places else "does not exist"
-        raise FileNotFoundError(
-            f"the data folder {P.data} {what}: name one that holds captions.csv and resized/ (--data FOLDER), "
-            f"a dataset of the hub (--data hub:caglarmert/full_riscm) or the built-in world (--data scenes)"
-        )
+    find_folder(P.data)
 
 # %% ../../nbs/lib/13_runner/01_request.ipynb #cell-005
 def check_tracker(

@@ -10,11 +10,11 @@ import dataclasses
 from contextlib import nullcontext
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import Trainer
 
 from ..common.files import announce
 from ..model.forward import caption_loss
+from ..model.memory import halve_until_it_fits
 from rsstudy.training.checkpoint import (
     optimizer_tensors,
     put,
@@ -93,24 +93,25 @@ class CaptionTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
-        micro, seen = at_most(self._prepare_inputs(inputs)["micro"], self.watch.seen["micro_images"]), self.watch.seen
+        seen = self.watch.seen
+        micro = at_most(self._prepare_inputs(inputs)["micro"], seen["micro_images"])
         weight = self.accelerator.reduce(sum(batch["weights"].sum() for batch in micro), reduction="sum")
-        while True:
-            try:
-                return self.accumulate(model, micro, weight)
-            except RuntimeError as error:
-                largest = max(len(batch["input_ids"]) for batch in micro)
-                if not should_reduce_batch_size(error) or largest == 1 or self.args.world_size > 1:
-                    raise
-            seen["micro_images"] = largest // 2  # outside the handler, where the failed graph is no longer held
-            announce(
-                "memory",
-                f"a micro-batch of {largest} images does not fit: {largest // 2} at a time from here on, the step "
-                f"stays {self.plan.batch_images}",
-            )
-            model.zero_grad()
-            clear_device_cache(garbage_collection=True)
-            micro = at_most(micro, largest // 2)
+        largest = max(len(batch["input_ids"]) for batch in micro)
+
+        def step(size):
+            model.zero_grad()  # of a try that did not fit
+            return self.accumulate(model, at_most(micro, size), weight)
+
+        loss, size = halve_until_it_fits(
+            step,
+            largest,
+            "memory",
+            smallest=1 if self.args.world_size == 1 else largest,
+            remark=f", the step stays {self.plan.batch_images}",
+        )
+        if size < largest:
+            seen["micro_images"] = size
+        return loss
 
     def accumulate(self, model, micro, weight):  # -> the step's loss, so that the mean over processes is the whole's
         world, total = self.args.world_size, 0.0  # gradients are averaged over processes, and a sum is wanted
