@@ -227,12 +227,14 @@ def blocks(page, language):  # of a page's Markdown
 def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
     "Word for word. What a page adds to a registry is taken out again."
     from rsstudy.attribution.attributions import ATTRIBUTIONS
+    from rsstudy.faithfulness.measures import MEASURES
     from rsstudy.metrics.registry import METRICS
     from rsstudy.tuning.methods import METHODS
 
     shutil.copy(ROOT / "settings.ini", tmp_path)  # results and work go to its folder
     monkeypatch.chdir(tmp_path)
-    registries, names = [(r, dict(r)) for r in (ATTRIBUTIONS, METHODS, METRICS)], {"__name__": f"howto_{page.stem}"}
+    registries = [(r, dict(r)) for r in (ATTRIBUTIONS, METHODS, METRICS, MEASURES)]
+    names = {"__name__": f"howto_{page.stem}"}
     try:
         for code in blocks(page, "python"):
             exec(compile(code, str(page), "exec", dont_inherit=True), names)
