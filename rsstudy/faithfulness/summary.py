@@ -16,7 +16,7 @@ import numpy as np
 from ..attribution.attributions import controls
 from .agreement import map_correlation
 from .counterfactual import counterfactual_faithfulness
-from .measures import measures
+from .measures import measure_names
 from .records import Records
 from ..stats.intervals import interval_of, resample, verdict
 from ..stats.tests import Difference, compare_systems, holm
@@ -105,7 +105,7 @@ def against_controls(
 ) -> list[dict]:  # method, attribution, metric, control, value (difference), low, high, n, p_holm, verdict
     "Paired differences of every method from every control on the same images."
     out = []
-    for metric in measures(tested=True):
+    for metric in measure_names(tested=True):
         groups = by_group(rows, metric)
         for method in dict.fromkeys(m for m, _ in groups):
             tests = control_differences(groups, method, rounds)
@@ -139,9 +139,9 @@ def tuned_values(
     for r in records.prompt:
         owed.setdefault(r["method"], {})[r["image_id"]] = r["image"]
     values = {"object_loss.v1": lost, "image_nats.v1": owed}
-    for metric in measures(compared=True, of_model=False):
+    for metric in measure_names(compared=True, of_model=False):
         values[metric] = means_over_attributions(records.rows, metric)
-    have = {metric: {m: v for m, v in values[metric].items() if v} for metric in measures(compared=True)}
+    have = {metric: {m: v for m, v in values[metric].items() if v} for metric in measure_names(compared=True)}
     return {metric: models for metric, models in have.items() if models}
 
 # %% ../../nbs/lib/11_faithfulness/11_summary.ipynb #cell-016
@@ -194,7 +194,7 @@ def faithfulness_rows(
     means = {(metric, *k): g for metric in metrics for k, g in by_group(records.rows, metric).items()}
     for metric, groups in map_changes(records.coarse).items():
         means |= {(metric, *k): g for k, g in groups.items()}
-    for metric in measures(of_model=True):
+    for metric in measure_names(of_model=True):
         means |= {(metric, m, "model"): g for m, g in values.get(metric, {}).items()}
     found = intervals(means, resamples)
     return [dict(method=m, attribution=a, metric=metric, **i) for (metric, m, a), i in found.items()]

@@ -10,7 +10,7 @@ __all__ = ['SHOWN', 'DIRECTION', 'MOVED', 'TOWARDS', 'MORE', 'WORDS', 'TABLES', 
 import numpy as np
 
 from ..attribution.attributions import ATTRIBUTIONS, controls, label
-from ..faithfulness.measures import MEASURES, measures
+from ..faithfulness.measures import MEASURES, measure_names
 from ..tuning.method import METHODS
 from ..tuning.methods import method_label
 
@@ -124,7 +124,7 @@ def draw_scores(
 ):  # matplotlib Figure
     "Faithfulness with intervals: a panel a measure, a row an attribution method, the controls shaded."
     title = "How faithful are the maps? 95 % intervals over images; grey: controls that never look at the model"
-    return _panels(result, measures(shown="scores"), models, title)
+    return _panels(result, measure_names(shown="scores"), models, title)
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-014
 def draw_checks(
@@ -134,7 +134,7 @@ def draw_checks(
     title = (
         "Do maps depend on the model, on noise, on chance? Untuned model, 95 % intervals over images; grey: controls"
     )
-    return _panels(result, measures(shown="checks"), ("none",), title)
+    return _panels(result, measure_names(shown="checks"), ("none",), title)
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-017
 def draw_agreement(
@@ -220,7 +220,7 @@ def draw_tuning(
     import matplotlib.pyplot as plt
 
     moved, tested = _map_correlations(result), {r["metric"] for r in result["tuning"]}
-    metrics = [m for m in measures(shown="tuning") if m == MOVED or m in tested]
+    metrics = [m for m in measure_names(shown="tuning") if m == MOVED or m in tested]
     models = [m for m in METHODS if m in moved]
     size = 2.1 * len(metrics) + 1.3, 0.42 * len(models) + 2
     fig, axes = plt.subplots(1, len(metrics), figsize=size, sharey=True, squeeze=False, layout="constrained")
@@ -290,7 +290,7 @@ def answer(
     if not moved:
         return "No tuned model was there to be explained."
     lines = [_where_it_looks(result, moved)]
-    for metric in measures(compared=True):
+    for metric in measure_names(compared=True):
         rows = [r for r in result["tuning"] if r["metric"] == metric]
         lines += [_verdicts(rows, metric)] if rows else []
     single = sorted({r["method"] for r in result["tuning"] if len(r["by_seed"]) == 1})
@@ -316,7 +316,7 @@ def _control_cells(result):  # on how many measures each method beats every cont
     for (a, m, _), every in beaten.items():
         wins.setdefault((a, m), []).append(all(every))
     tested = {r["metric"] for r in result["against_controls"]}
-    names = [MEASURES[m].label.split("\n")[0] for m in measures(tested=True) if m in tested]
+    names = [MEASURES[m].label.split("\n")[0] for m in measure_names(tested=True) if m in tested]
     cells = [_cell(label(a), m, f"{sum(v)} of {len(v)}") for (a, m), v in wins.items()]
     return cells, f"Measures, of {', '.join(names)}, on which a method beats every control"
 
