@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['intervals', 'by_group', 'centre_of_mass', 'map_changes', 'control_differences', 'against_controls',
            'means_over_attributions', 'tuned_values', 'by_seed', 'against_untuned', 'faithfulness_rows',
-           'counterfactual_rows', 'prompt_word_rows', 'agreement_rows', 'own_error_rows', 'cost_rows', 'six_digits',
-           'summary']
+           'counterfactual_rows', 'prompt_word_rows', 'agreement_rows', 'own_error_rows', 'attribution_cost_rows',
+           'six_digits', 'summary']
 
 # %% ../../nbs/lib/11_faithfulness/11_summary.ipynb #cell-002
 from dataclasses import asdict
@@ -256,7 +256,7 @@ def own_error_rows(
     return rows
 
 # %% ../../nbs/lib/11_faithfulness/11_summary.ipynb #d978aaf3
-def cost_rows(
+def attribution_cost_rows(
     records: Records,
 ) -> list[dict]:  # attribution, seconds, evaluations
     "Median time and evaluations of an attribution method, over images and models."
@@ -292,7 +292,7 @@ def summary(
         prompt=prompt_word_rows(records, resamples),
         agreement=agreement_rows(records),
         own_error=own_error_rows(records),
-        attribution_cost=cost_rows(records),
+        attribution_cost=attribution_cost_rows(records),
         curves=curves,
         failed=records.failed,
         example=dict(**shown[0], maps=records.maps),
