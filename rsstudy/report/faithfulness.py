@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'DIRECTION', 'MOVED', 'TOWARDS', 'MORE', 'WORDS', 'TABLES', 'draw_curves', 'draw_scores', 'draw_checks',
-           'draw_agreement', 'draw_tuning', 'answer', 'cost_table', 'faithfulness_table']
+           'draw_agreement', 'draw_tuning', 'answer', 'attribution_cost_table', 'faithfulness_table']
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cell-002
 import numpy as np
@@ -342,7 +342,7 @@ def _measure_cells(result, metric):
     return [_cell(label(r["attribution"]), r["method"], _interval(r)) for r in rows], MEASURES[metric].name
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #cdfdc75b
-def cost_table(
+def attribution_cost_table(
     result: dict,  # Of 06_xai
 ) -> str:  # Markdown
     "Seconds and evaluated images of each attribution method."
