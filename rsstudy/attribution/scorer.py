@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from .words import CaptionTarget, Span, span_sums, token_log_probability
-from ..common.files import announce
 from ..model.base import keep_4bit_differentiable
 from ..model.memory import halve_until_it_fits
 from ..model.parts import core
@@ -59,7 +58,7 @@ class Scorer:
         return in_batches(self, pixels, self)
 
     def fit(self, compute: Callable, size: int) -> tuple:
-        """`halve_until_it_fits`; what was learnt holds for every later batch of the model, with gradients or without."""
+        "`halve_until_it_fits`; what was learnt holds for every later batch of the model, with gradients or without."
         result, fitted = halve_until_it_fits(compute, size, "attribution")
         if fitted < size:
             self.batch = fitted

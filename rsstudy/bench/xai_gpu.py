@@ -68,7 +68,7 @@ def shap_or_masks(
 ) -> str:  # What was run
     "SHAP, or without it as many random masks."
     try:
-        import shap
+        import shap  # noqa: F401
     except ImportError:
         announce("shap", "shap is not installed: random masks on its grid are scored instead, without its tree")
         shown = np.random.default_rng(0).random((evaluations, 256)) < 0.5

@@ -104,7 +104,8 @@ def measure(
         new = Measure(label, score=score, **facts)
         if new.better not in ("higher", "lower", None) or (new.tested and new.better is None):
             raise ValueError(
-                f"measure {name!r}: better must be 'higher', 'lower' or, where it is not tested, None; got {new.better!r}"
+                f"measure {name!r}: better must be 'higher', 'lower' or, where it is not tested, None; "
+                f"got {new.better!r}"
             )
         if unknown := set(new.shown) - set(FIGURES):
             raise ValueError(f"measure {name!r}: shown must be of {', '.join(FIGURES)}, got {', '.join(unknown)}")

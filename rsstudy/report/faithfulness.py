@@ -276,8 +276,8 @@ def _where_it_looks(result, moved):  # how far the maps moved, beside how far an
     if not again:
         return f"**Where it looks.** The maps of a tuned model correlate with the untuned model's by {ends}."
     return (
-        f"**Where it looks.** Over the attribution methods, the maps of a tuned model correlate with the untuned model's "
-        f"by {ends}, on the same images and words; the untuned model's sampled maps repeat under another seed with "
+        "**Where it looks.** Over the attribution methods, the maps of a tuned model correlate with the untuned "
+        f"model's by {ends}, on the same images and words; the untuned model's sampled maps repeat under another seed with "
         f"{min(again):.2f} to {max(again):.2f}."
     )
 
@@ -362,7 +362,10 @@ def faithfulness_table(
     result: dict,  # Of 06_xai
     what: str,  # `controls`, `prompt`, `own_error`, or a metric with its version
 ) -> str:  # Markdown
-    "A table for the notebook: a row an attribution method, a column a model. Raises `ValueError` for one that does not exist."
+    """A table for the notebook: a row an attribution method, a column a model.
+
+    Raises `ValueError` for one that does not exist.
+    """
     import pandas as pd
 
     cells, title = TABLES[what](result) if what in TABLES else _measure_cells(result, what)

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 import torch
 from transformers import Trainer
 
-from ..common.files import announce
 from ..model.forward import caption_loss
 from ..model.memory import halve_until_it_fits
 from rsstudy.training.checkpoint import (
