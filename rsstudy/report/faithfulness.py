@@ -277,8 +277,8 @@ def _where_it_looks(result, moved):  # how far the maps moved, beside how far an
         return f"**Where it looks.** The maps of a tuned model correlate with the untuned model's by {ends}."
     return (
         "**Where it looks.** Over the attribution methods, the maps of a tuned model correlate with the untuned "
-        f"model's by {ends}, on the same images and words; the untuned model's sampled maps repeat under another seed with "
-        f"{min(again):.2f} to {max(again):.2f}."
+        f"model's by {ends}, on the same images and words; the untuned model's sampled maps repeat under another "
+        f"seed with {min(again):.2f} to {max(again):.2f}."
     )
 
 # %% ../../nbs/lib/12_report/05_faithfulness.ipynb #2e503248
