@@ -125,7 +125,7 @@ def test_every_figure_has_caption_and_text(pages):
     for name, page in pages.items():
         assert all(alt and inside for _, alt, inside in page.images), name
         assert page.captions >= len(page.images), name
-    assert len(pages["index.html"].images) == 2
+    assert len(pages["index.html"].images) == len(pages["findings.html"].images) == 1
     assert all(page.images for name, page in pages.items() if name.startswith(("study/", "real/")))
 
 
@@ -244,7 +244,10 @@ def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
             registry.update(before)
 
 
-@pytest.mark.parametrize("page", [*HOWTO, ROOT / "docs/index.md"], ids=lambda p: p.stem)
+PAGES = [*HOWTO, *(ROOT / "docs" / name for name in ("index.md", "running.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_commands_of_the_page_are_in_the_grammar(page):
     "Each line is a command of this project with options and settings that it takes, or one of a few others."
     from rsstudy.commands.main import parser
@@ -273,6 +276,27 @@ def test_commands_of_the_page_are_in_the_grammar(page):
             assert all(extra in extras for extra in re.findall(r"\[([\w,]+)\]", words[2])[0].split(",")), line
         else:
             assert words == ["hf", "auth", "login"], line
+
+
+def test_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 900
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith(EXTERNAL)]
+    assert not [link for link in links if not (ROOT / urldefrag(link)[0]).exists()] and len(links) > 20
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    from rsstudy.common.results import read_result
+    from rsstudy.report.comparison import main_table
+
+    P = load_profile("riscm-nano", results=str(ROOT / "results"))
+    table = main_table(read_result(P, "07_comparison"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    start = next(i for i, row in enumerate(rows) if row[:2] == ["", "trained"])
+    head, body = rows[start][1:], rows[start + 2 : start + 2 + len(table)]
+    assert [row[0] for row in body] == list(table.index)
+    assert [row[1:] for row in body] == table[head].astype(str).values.tolist()
 
 
 def test_a_cell_becomes_a_signature(monkeypatch):
