@@ -1,0 +1,122 @@
+"""The choice of a learning rate, and the keys under which runs are kept: what decides, and what does not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+import rsstudy.tuning.run
+from rsstudy.common.settings import load_profile
+from rsstudy.training.data import StudyData
+from rsstudy.training.plan import TrainingPlan
+from rsstudy.tuning.methods import methods
+from rsstudy.tuning.run import run_key, sweep
+
+GRID = "1e-3,3e-3,1e-2"
+
+
+def study_of(n=4):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (224, 224, 3), dtype=np.uint8)) for _ in range(n)]
+    captions = [[f"a lake {i} .", "a lake ."] for i in range(n)]
+    rows = Dataset.from_dict(dict(image_id=[str(i) for i in range(n)], image=images, captions=captions))
+    return StudyData(rows, rows, rows, captions, digest="one")
+
+
+@pytest.fixture
+def P(tmp_path):
+    return load_profile("nano", work=str(tmp_path), lr_grid_lora=GRID, sweep_images=3, sweep_epochs=2, seeds="5,6")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    "Training gives what `outcomes` says for a learning rate; the plans and rows that were trained are noted."
+    seen = []
+    outcomes = {}
+
+    def fit(captioner, train_rows, val_rows, plan, folder, key, progress=True, **options):
+        seen.append((plan, len(train_rows), len(val_rows)))
+        loss, cider, collapse = outcomes[plan.lr]
+        return dict(best_val_loss=loss, best_val_cider=cider, collapse=collapse)
+
+    monkeypatch.setattr(rsstudy.tuning.run, "fit", fit)
+    return seen, outcomes
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "best"),
+    [
+        ([(1.0, 0.2, None), (2.0, 0.9, None), (0.5, 0.4, None)], 3e-3),  # by CIDEr, whatever the loss
+        ([(1.0, 0.5, None), (2.0, 0.5, None), (0.5, 0.5, None)], 1e-2),  # a tie: the lowest loss
+        ([(1.0, 0.2, None), (2.0, 0.1, None), (0.5, 0.9, "one word")], 1e-3),  # one that collapsed is no candidate
+        ([(1.0, None, None), (2.0, None, None), (3.0, 0.0, None)], 1e-3),  # no caption: counts as zero
+    ],
+)
+def test_the_rate_is_chosen_by_validation_captions_then_loss(P, trained, outcomes, best):
+    trained[1].update(zip((1e-3, 3e-3, 1e-2), outcomes))
+    lr, tried = sweep(P, methods(P)["lora"], study_of(), progress=False)
+    assert lr == best
+    assert [(t["val_loss"], t["val_cider"], t["collapse"]) for t in tried] == outcomes
+
+
+def test_short_runs_of_the_first_seed_on_a_part_of_the_images(P, trained):
+    seen, outcomes = trained
+    outcomes.update(dict.fromkeys((1e-3, 3e-3, 1e-2), (1.0, 0.5, None)))
+    sweep(P, methods(P)["lora"], study_of(), progress=False)
+    assert [(plan.lr, plan.seed, plan.epochs) for plan, *_ in seen] == [(1e-3, 5, 2), (3e-3, 5, 2), (1e-2, 5, 2)]
+    images = {number for _, number, _ in seen}
+    assert images == {3}
+
+
+def test_a_rate_is_tried_once_and_again_where_something_changed(P, trained):
+    seen, outcomes = trained
+    outcomes.update(dict.fromkeys((1e-3, 3e-3, 1e-2, 3e-2), (1.0, 0.5, None)))
+    method, data = methods(P)["lora"], study_of()
+    first = sweep(P, method, data, progress=False)
+    assert sweep(P, method, data, progress=False) == first and len(seen) == 3
+    wider = dataclasses.replace(P, lr_grid_lora=(1e-3, 3e-3, 1e-2, 3e-2))
+    sweep(wider, methods(wider)["lora"], data, progress=False)
+    assert [plan.lr for plan, *_ in seen[3:]] == [3e-2]
+    sweep(dataclasses.replace(P, sweep_images=2), method, data, progress=False)
+    assert [number for _, number, _ in seen[4:]] == [2, 2, 2]
+
+
+def test_a_given_rate_is_taken_and_none_is_an_error(P, trained):
+    method = methods(P)["lora"]
+    assert sweep(dataclasses.replace(P, lr=0.5), method, study_of(), progress=False) == (0.5, [])
+    trained[1].update(dict.fromkeys((1e-3, 3e-3, 1e-2), (9.0, 0.0, "its captions are one sentence")))
+    with pytest.raises(ValueError, match="'lora' collapsed at every learning rate .* its captions are one sentence"):
+        sweep(P, method, study_of(), progress=False)
+    with pytest.raises(ValueError, match="'lora' has no learning rates to try"):
+        sweep(P, dataclasses.replace(method, lr_grid=()), study_of(), progress=False)
+
+
+def test_a_key_stands_for_what_decides_a_run(P):
+    data, method = study_of(), methods(P)["lora"]
+    plan = TrainingPlan.of(P, lr=1e-3, seed=0)
+    key = run_key(P, method, data, plan)
+    assert key == run_key(P, method, study_of(), plan)
+    other_rank = dataclasses.replace(P, rank=2)
+    others = dict(
+        lr=run_key(P, method, data, dataclasses.replace(plan, lr=2e-3)),
+        seed=run_key(P, method, data, dataclasses.replace(plan, seed=1)),
+        epochs=run_key(P, method, data, dataclasses.replace(plan, epochs=plan.epochs + 1)),
+        prompt=run_key(dataclasses.replace(P, prompt="describe en"), method, data, plan),
+        precision=run_key(dataclasses.replace(P, precision="bfloat16"), method, data, plan),
+        images=run_key(P, method, dataclasses.replace(data, digest="another"), plan),
+        captions=run_key(P, method, dataclasses.replace(data, captions=[["a road ."]] * 4), plan),
+        validation=run_key(P, method, dataclasses.replace(data, val=data.val.select([1, 0])), plan),
+        rank=run_key(P, methods(other_rank)["lora"], data, plan),
+        method=run_key(P, methods(P)["adapter"], data, plan),
+    )
+    assert len({key, *others.values()}) == 1 + len(others), others
+
+
+def test_a_key_does_not_stand_for_what_decides_nothing(P):
+    data, method = study_of(), methods(P)["lora"]
+    key = run_key(P, method, data, TrainingPlan.of(P, lr=1e-3, seed=0))
+    for other in (dict(track="tensorboard"), dict(resamples=5), dict(xai_images=3), dict(results="elsewhere")):
+        Q = dataclasses.replace(P, **other)
+        assert run_key(Q, methods(Q)["lora"], data, TrainingPlan.of(Q, lr=1e-3, seed=0)) == key, other
