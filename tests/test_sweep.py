@@ -87,7 +87,7 @@ def test_a_given_rate_is_taken_and_none_is_an_error(P, trained):
     method = methods(P)["lora"]
     assert sweep(dataclasses.replace(P, lr=0.5), method, study_of(), progress=False) == (0.5, [])
     trained[1].update(dict.fromkeys((1e-3, 3e-3, 1e-2), (9.0, 0.0, "its captions are one sentence")))
-    with pytest.raises(ValueError, match="'lora' collapsed at every learning rate .* its captions are one sentence"):
+    with pytest.raises(ValueError, match=r"'lora' collapsed at every learning rate .* its captions are one sentence"):
         sweep(P, method, study_of(), progress=False)
     with pytest.raises(ValueError, match="'lora' has no learning rates to try"):
         sweep(P, dataclasses.replace(method, lr_grid=()), study_of(), progress=False)
