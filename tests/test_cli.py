@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from toys import journal, project, rsstudy
+from toys import NO_RISCM, RISCM, journal, project, rsstudy
 
 ONE = 'journal("one"); write("01_one", 1)'
 TWO = 'journal("two"); write("02_two", read("01_one") + 1) # reads "01_one"'
@@ -57,22 +57,20 @@ def test_tracker_missing(tmp_path, words):
 def test_only_and_overrides(tmp_path):
     """`--only` runs just that; overrides of every type reach the notebook as the settings they name."""
     project(tmp_path, one='write("01_one", [P.rank, P.lr, list(P.seeds), P.strict, P.lr_grid_lora])', two=TWO)
-    run = rsstudy(
-        tmp_path,
-        "run",
-        "--only",
-        "01_one",
-        "--seeds",
-        "3,4",
-        *"--set rank=4 --set lr=1e-4 --set strict=true --set lr_grid_lora=1,2".split(),
-    )
+    words = "--only 01_one --seeds 3,4 --set rank=4 --set lr=1e-4 --set strict=true --set lr_grid_lora=1,2"
+    run = rsstudy(tmp_path, "run", *words.split())
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "results/nano/01_one.json").read_text() == "[4, 0.0001, [3, 4], true, [1.0, 2.0]]"
     assert journal(tmp_path) == []
-    assert (
-        rsstudy(tmp_path, "run", "--only", "02_two", "--set", "lr=none").returncode == 1
-    )  # it ran: the list cannot be added to
+    run = rsstudy(tmp_path, "run", "--only", "02_two", "--set", "lr=none")
+    assert run.returncode == 1  # it ran: the list cannot be added to
     assert journal(tmp_path) == ["two"]
+
+
+LOADED = """
+import sys, rsstudy.commands.main
+print([m for m in ("torch", "transformers", "pandas", "papermill", "ray") if m in sys.modules])
+"""
 
 
 def test_help_is_complete_and_fast(tmp_path):
@@ -81,8 +79,8 @@ def test_help_is_complete_and_fast(tmp_path):
     assert run.returncode == 0 and time.monotonic() - began < 3  # under a second on an idle machine
     for option in ("--profile", "--data", "--only", "--set", "--seeds", "--force", "--track", "--engine", "--address"):
         assert option in run.stdout
-    loaded = 'import sys, rsstudy.commands.main; print([m for m in ("torch", "transformers", "pandas", "papermill", "ray") if m in sys.modules])'
-    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout == "[]\n"
+    loaded = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True)
+    assert loaded.stdout == "[]\n"
 
 
 def test_profiles_table_version(tmp_path):
@@ -96,7 +94,7 @@ def test_profiles_table_version(tmp_path):
 
 
 THINGS = "road lake plane tree field house".split()
-from toys import NO_RISCM, RISCM
+CAPTIONS = '{0}.jpg,There is a {0} .,A {0} near the sea .,"A {0}, a wall .",one {0},some {0}'
 
 
 def lines(path, rows):
@@ -111,13 +109,11 @@ def files(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(FALLBACKS, "partial", raising=False)
-    rows = [
-        f'{"UCM" if i % 2 else "NWPU"},{"test" if i < 4 else "val"},{w}.jpg,There is a {w} .,A {w} near the sea .,"A {w}, a wall .",one {w},some {w}'
-        for i, w in enumerate(THINGS)
-    ]
-    Path("captions.csv").write_text(
-        "source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\n" + "\n".join(rows) + "\n"
-    )
+    rows = ["source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\n"]
+    for i, thing in enumerate(THINGS):
+        source, split = "UCM" if i % 2 else "NWPU", "test" if i < 4 else "val"
+        rows.append(f"{source},{split},{CAPTIONS.format(thing)}\n")
+    Path("captions.csv").write_text("".join(rows))
     lines(
         tmp_path / "mine.jsonl",
         [dict(image=f"resized/{w}.jpg", caption=f"there is a {w}") for w in reversed(THINGS[:4])],
@@ -130,20 +126,18 @@ def score(capsys, *words):
     """Exit status, standard output and standard error of `rsstudy score`, on quick metrics."""
     from rsstudy.commands.main import main
 
-    status = main(
-        [
-            "score",
-            *map(str, words),
-            *([] if "--metrics" in words else ["--metrics", "bleu,cider"]),
-            *([] if "--resamples" in words else ["--resamples", "100"]),
-        ]
-    )
-    said = capsys.readouterr()
-    return status, said.out, said.err
+    metrics = [] if "--metrics" in words else ["--metrics", "bleu,cider"]
+    resamples = [] if "--resamples" in words else ["--resamples", "100"]
+    status = main(["score", *map(str, words), *metrics, *resamples])
+    output = capsys.readouterr()
+    return status, output.out, output.err
 
 
 def test_score_equals_score_captions(files, capsys):
-    """The command's scores are those of `score_captions`, whatever the order of the lines and the folder in the names; the file holds them with digests, sources and intervals."""
+    """The command's scores are those of `score_captions`, whatever the order of the lines and the folder in the names.
+
+    The file holds them with digests, sources and intervals.
+    """
     from rsstudy.metrics.registry import score_captions
     from rsstudy.metrics.scores import find_metric
     from rsstudy.report.tuning import read_scores
@@ -164,24 +158,15 @@ def test_score_equals_score_captions(files, capsys):
     cider = find_metric(expected.corpus, "cider")
     interval = bootstrap_interval(expected.per_image[cider], 100)
     assert data["intervals"][cider] == pytest.approx(dict(low=interval.low, high=interval.high), abs=2e-5)
-    assert (
-        data["image_ids"] == [f"{w}.jpg" for w in THINGS[:4]]
-        and data["sources"] == ["NWPU", "UCM"] * 2
-        and data["resamples"] == 100
-    )
+    assert data["image_ids"] == [f"{w}.jpg" for w in THINGS[:4]]
+    assert data["sources"] == ["NWPU", "UCM"] * 2 and data["resamples"] == 100
     assert data["by_source"]["UCM"]["scores"][cider] == pytest.approx(
         expected.per_image[cider][[1, 3]].mean(), abs=2e-5
     )
-    assert (
-        data["files"] == dict(predictions="mine.jsonl", references="captions.csv", split="test")
-        and data["left_out"] == {}
-    )
-    for text in (
-        cider,
-        "all (4 images)",
-        "NWPU (2 images)",
-        f"{scores.corpus[cider]:.4f} [{interval.low:.4f}, {interval.high:.4f}]",
-    ):
+    assert data["files"] == dict(predictions="mine.jsonl", references="captions.csv", split="test")
+    assert data["left_out"] == {}
+    shown = f"{scores.corpus[cider]:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
+    for text in (cider, "all (4 images)", "NWPU (2 images)", shown):
         assert text in out
 
 
@@ -203,20 +188,15 @@ def test_score_partial(files, capsys):
     """What was left out is announced, recorded and not scored."""
     lines(Path("some.jsonl"), [dict(image=f"{w}.jpg", prediction=f"a {w}") for w in (*THINGS[:3], "moon")])
     words = ["some.jsonl", "--references", "captions.csv", "--split", "test", "--out", "some.json"]
-    status, out, err = score(capsys, *words)
-    assert (
-        status == 2
-        and "some.jsonl line 4: image 'moon.jpg' is not among the 4 images" in err
-        and not Path("some.json").exists()
-    )
+    status, _out, err = score(capsys, *words)
+    assert status == 2 and "some.jsonl line 4: image 'moon.jpg' is not among the 4 images" in err
+    assert not Path("some.json").exists()
     with pytest.warns(UserWarning, match="partial: 3 of 4 images are scored, 1 captions belong to no image"):
-        status, _out, err = score(capsys, *words, "--partial")
+        status, _out, _err = score(capsys, *words, "--partial")
     data = json.loads(Path("some.json").read_text())
-    assert (
-        status == 0
-        and data["left_out"] == dict(images_without_caption=1, captions_of_unknown_images=1)
-        and data["image_ids"] == [f"{w}.jpg" for w in THINGS[:3]]
-    )
+    assert status == 0
+    assert data["left_out"] == dict(images_without_caption=1, captions_of_unknown_images=1)
+    assert data["image_ids"] == [f"{w}.jpg" for w in THINGS[:3]]
 
 
 @pytest.mark.parametrize(
@@ -267,26 +247,18 @@ def test_score_wrong_requests(files, capsys, words, sentence):
 
 def test_score_is_a_command(files):
     """From a shell, in a folder that has nothing of the project."""
-    run = rsstudy(
-        files,
-        "score",
-        "theirs.csv",
-        "--references",
-        "captions.csv",
-        "--split",
-        "test",
-        "--metrics",
-        "cider",
-        "--resamples",
-        "50",
-    )
+    words = "theirs.csv --references captions.csv --split test --metrics cider --resamples 50"
+    run = rsstudy(files, "score", *words.split())
     assert run.returncode == 0 and "theirs, 95 % intervals" in run.stdout, run.stderr
     assert rsstudy(files, "score", "theirs.csv").returncode == 2  # no references
 
 
 @pytest.mark.skipif(not (RISCM / "captions.csv").is_file(), reason=NO_RISCM)
 def test_score_real_captions(tmp_path, capsys):
-    """The first human caption of every image of the real test split, scored against all five: BLEU-1 is 1, every source has its column."""
+    """The first human caption of every image of the real test split, scored against all five.
+
+    BLEU-1 is 1, every source has its column.
+    """
     from rsstudy.data.badrows import BadRows
     from rsstudy.data.table import read_table
     from rsstudy.metrics.scores import find_metric
@@ -298,64 +270,37 @@ def test_score_real_captions(tmp_path, capsys):
         capsys, path, "--references", RISCM / "captions.csv", "--split", "test", "--out", tmp_path / "people.json"
     )
     scores, data = read_scores(tmp_path / "people.json")
-    assert (
-        status == 0
-        and data["info"]["images"] == len(rows)
-        and list(data["by_source"]) == sorted({r.source for r in rows})
-    )
+    assert status == 0 and data["info"]["images"] == len(rows)
+    assert list(data["by_source"]) == sorted({r.source for r in rows})
     assert scores.corpus[find_metric(scores.corpus, "bleu1")] == pytest.approx(1, abs=1e-6)
 
 
 def test_table_for_a_paper(tmp_path):
     """`rsstudy table --style` prints the comparison's rows, ties and floors."""
     project(tmp_path)
+    every_row = dict(source="all", metric="cider-coco.v2", n=96)
+    values = dict(none=0.2, lora=0.5, full=0.55, constant=0.1)
     rows = [
-        dict(
-            kind="floor" if m == "constant" else "method",
-            method=m,
-            source="all",
-            metric="cider-coco.v2",
-            seed=seed,
-            value=v,
-            low=v - 0.1,
-            high=v + 0.1,
-            n=96,
-        )
-        for m, v in (("none", 0.2), ("lora", 0.5), ("full", 0.55), ("constant", 0.1))
+        dict(method=method, seed=seed, value=value, low=value - 0.1, high=value + 0.1, **every_row)
+        | dict(kind="floor" if method == "constant" else "method")
+        for method, value in values.items()
         for seed in (0, None)
     ]
+    tie = dict(method="full", against="lora", value=0.05, low=-0.1, high=0.2, verdict="tie", **every_row)
     result = dict(
         scores=rows,
         variants=dict(scores=[]),
         labels=dict(none="untuned base", full="full & frank"),
-        differences=[
-            dict(
-                method="full",
-                against="lora",
-                source="all",
-                metric="cider-coco.v2",
-                value=0.05,
-                low=-0.1,
-                high=0.2,
-                n=96,
-                verdict="tie",
-            )
-        ],
+        differences=[tie],
     )
     (tmp_path / "results/nano").mkdir(parents=True)
     (tmp_path / "results/nano/07_comparison.json").write_text(json.dumps(result))
     markdown = rsstudy(tmp_path, "table", "--style", "markdown").stdout
-    assert (
-        "| untuned base | 0.200 [0.100, 0.300] |" in markdown
-        and "| lora | _0.500_ [" in markdown
-        and "| full & frank | **0.550** [" in markdown
-    )
+    for text in ("| untuned base | 0.200 [0.100, 0.300] |", "| lora | _0.500_ [", "| full & frank | **0.550** ["):
+        assert text in markdown
     assert markdown.index("floors and ceilings") < markdown.index("| constant | 0.100")
     latex = rsstudy(tmp_path, "table", "--style", "latex").stdout
-    assert (
-        r"full \& frank & \textbf{0.550} \\" in latex
-        and latex.count(r"\midrule") == 2
-        and "96 test images, 1 seed," in latex
-    )
+    assert r"full \& frank & \textbf{0.550} \\" in latex and "96 test images, 1 seed," in latex
+    assert latex.count(r"\midrule") == 2
     missing = rsstudy(tmp_path, "table", "--style", "latex", "--profile", "riscm-nano")
     assert missing.returncode == 2 and "--only 07_comparison" in missing.stderr and missing.stderr.count("\n") == 1

@@ -296,7 +296,8 @@ def tuned(P, tmp_path, runs):
         (
             dict(run="lora"),
             FileNotFoundError,
-            "'lora' with seed 0 has not been tuned under the profile nano: `rsstudy tune lora --profile nano` does that",
+            "'lora' with seed 0 has not been tuned under the profile nano: "
+            "`rsstudy tune lora --profile nano` does that",
         ),
         (
             dict(run="prompt"),

@@ -16,7 +16,11 @@ from PIL import Image
 def palette(
     signed: bool,  # Do the values have a sign?
 ) -> np.ndarray:  # (255, 4) uint8 RGBA; signed: level 127 is zero, unsigned: level 0
-    """The colours of a map's levels. Signed: ColorBrewer's RdBu (Harrower and Brewer 2003); unsigned: the light part of magma (van der Walt and Smith 2015), reversed."""
+    """The colours of a map's levels.
+
+    Signed: ColorBrewer's RdBu (Harrower and Brewer 2003); unsigned: the light part of magma (van der Walt and Smith
+    2015), reversed.
+    """
     from matplotlib import colormaps
 
     v = np.linspace(-1, 1, 255) if signed else np.linspace(0, 1, 255)
@@ -75,10 +79,13 @@ def map_uri(
 
 # %% ../../nbs/lib/14_explain/01_look.ipynb #cell-018
 STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d5dae0;--card:#f5f7f9;--mark:#0b5cad;--on:#fff}
-@media (prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e8ebee;--soft:#a3acb6;--line:#363d45;--card:#1d2127;--mark:#7cb8f2;--on:#0c1116}}
+:root{color-scheme:light dark;--bg:#fff;--ink:#1b1f24;--soft:#57606a;--line:#d5dae0;--card:#f5f7f9;--mark:#0b5cad;
+  --on:#fff}
+@media (prefers-color-scheme:dark){:root{--bg:#14171b;--ink:#e8ebee;--soft:#a3acb6;--line:#363d45;--card:#1d2127;
+  --mark:#7cb8f2;--on:#0c1116}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:66rem;padding:1.25rem 1rem 2rem;background:var(--bg);color:var(--ink);font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+body{margin:0 auto;max-width:66rem;padding:1.25rem 1rem 2rem;background:var(--bg);color:var(--ink);
+  font:1rem/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.2rem;margin:0}h2{font-size:.85rem;margin:0 0 .3rem;color:var(--soft);font-weight:600}
 .meta,.hint,footer,td small{color:var(--soft);font-size:.85rem}.meta{margin:.15rem 0 1rem}.hint{margin:.35rem 0 0}
 main{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:1.75rem;align-items:start}
@@ -88,37 +95,55 @@ figure{margin:0;position:sticky;top:1rem}
 #map{position:absolute;inset:0;height:100%}
 figcaption{margin-top:.5rem;min-height:3em}
 .caption{font-size:1.35rem;line-height:2;margin:0}
-button{font:inherit;color:inherit;background:none;border:0;padding:.1rem .2rem;margin:0;cursor:pointer;border-radius:4px;position:relative}
-.caption button{min-height:2rem}.caption button::before,.caption button::after{content:"";position:absolute;left:.2rem;bottom:.05rem;height:3px;border-radius:2px}
-.caption button::before{right:.2rem;background:var(--line)}.caption button::after{width:calc((100% - .4rem)*var(--p,0));background:var(--mark)}
+button{font:inherit;color:inherit;background:none;border:0;padding:.1rem .2rem;margin:0;cursor:pointer;
+  border-radius:4px;position:relative}
+.caption button{min-height:2rem}
+.caption button::before,.caption button::after{content:"";position:absolute;left:.2rem;bottom:.05rem;height:3px;
+  border-radius:2px}
+.caption button::before{right:.2rem;background:var(--line)}
+.caption button::after{width:calc((100% - .4rem)*var(--p,0));background:var(--mark)}
 button.whole{border:1px solid var(--line);padding:.2rem .6rem;font-size:.9rem;margin-top:.4rem}
 button.on{background:var(--mark);color:var(--on)}button.on::before,button.on::after{visibility:hidden}
 button[aria-pressed=true]{box-shadow:0 0 0 2px var(--mark)}
 :focus-visible{outline:3px solid var(--mark);outline-offset:2px}
 section{margin-bottom:1.1rem}fieldset{border:0;padding:0;margin:0 0 1.1rem}legend{padding:0}
-.choices{display:flex;flex-wrap:wrap;gap:.4rem}.choices label{border:1px solid var(--line);border-radius:6px;padding:.25rem .6rem;cursor:pointer;font-size:.9rem}
-.choices label:has(:checked){border-color:var(--mark);box-shadow:inset 0 0 0 1px var(--mark)}input{accent-color:var(--mark)}
-.row{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem;align-items:center;font-size:.9rem}.row label{display:flex;gap:.5rem;align-items:center}
+.choices{display:flex;flex-wrap:wrap;gap:.4rem}
+.choices label{border:1px solid var(--line);border-radius:6px;padding:.25rem .6rem;cursor:pointer;font-size:.9rem}
+.choices label:has(:checked){border-color:var(--mark);box-shadow:inset 0 0 0 1px var(--mark)}
+input{accent-color:var(--mark)}
+.row{display:flex;flex-wrap:wrap;gap:.4rem 1.2rem;align-items:center;font-size:.9rem}
+.row label{display:flex;gap:.5rem;align-items:center}
 #bar{display:block;width:100%;height:16px;border:1px solid var(--line);border-radius:3px}
-#prompt{list-style:none;margin:0;padding:0;font-size:.9rem}#prompt li{display:grid;grid-template-columns:5.5rem minmax(0,1fr) 6rem;gap:.6rem;align-items:center;padding:.15rem 0}
-#prompt li:last-child{border-top:1px solid var(--line);margin-top:.2rem;padding-top:.35rem}#prompt li span:last-child{text-align:right;font-variant-numeric:tabular-nums}
-.track{position:relative;height:1rem;background:#fff;border:1px solid var(--line);border-radius:3px}.track::before{content:"";position:absolute;left:50%;top:-1px;bottom:-1px;border-left:1px solid #57606a}
-.track i{position:absolute;top:2px;bottom:2px;left:calc(50% + 50%*min(0,var(--v)));width:calc(50%*max(var(--v),-1*var(--v)));background:var(--c);border:1px solid #57606a;border-radius:2px}
-.ends{display:flex;justify-content:space-between;gap:.6rem;font-size:.85rem}.ends span:nth-child(2){text-align:center}.ends span:last-child{text-align:right}
+#prompt{list-style:none;margin:0;padding:0;font-size:.9rem}
+#prompt li{display:grid;grid-template-columns:5.5rem minmax(0,1fr) 6rem;gap:.6rem;align-items:center;padding:.15rem 0}
+#prompt li:last-child{border-top:1px solid var(--line);margin-top:.2rem;padding-top:.35rem}
+#prompt li span:last-child{text-align:right;font-variant-numeric:tabular-nums}
+.track{position:relative;height:1rem;background:#fff;border:1px solid var(--line);border-radius:3px}
+.track::before{content:"";position:absolute;left:50%;top:-1px;bottom:-1px;border-left:1px solid #57606a}
+.track i{position:absolute;top:2px;bottom:2px;left:calc(50% + 50%*min(0,var(--v)));
+  width:calc(50%*max(var(--v),-1*var(--v)));background:var(--c);border:1px solid #57606a;border-radius:2px}
+.ends{display:flex;justify-content:space-between;gap:.6rem;font-size:.85rem}.ends span:nth-child(2){text-align:center}
+.ends span:last-child{text-align:right}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 td,th{text-align:left;padding:.3rem .6rem .3rem 0;border-top:1px solid var(--line);vertical-align:top;font-weight:400}
 td.n{white-space:nowrap}td small{display:block}.all{overflow-x:auto}.all th,.all td{white-space:nowrap}
-#numbers td{width:58%}#numbers{background:var(--card);border-radius:6px;padding:.2rem .8rem .4rem}#numbers tr:first-child>*{border:0}
+#numbers td{width:58%}#numbers{background:var(--card);border-radius:6px;padding:.2rem .8rem .4rem}
+#numbers tr:first-child>*{border:0}
 summary{cursor:pointer}.failed{border-left:3px solid var(--mark);padding-left:.7rem;font-size:.9rem}
 details,footer{margin-top:1.3rem}
 @media (max-width:46rem){main{grid-template-columns:minmax(0,1fr);gap:1rem}figure{position:static}}
 """
+
+# %% ../../nbs/lib/14_explain/01_look.ipynb #f411dd64
 SCRIPT = """
 (() => {
   const $ = id => document.getElementById(id), data = JSON.parse($('data').textContent);
-  const words = [...document.querySelectorAll('button[data-u]')], methods = [...document.querySelectorAll('input[name=method]')];
+  const words = [...document.querySelectorAll('button[data-u]')];
+  const methods = [...document.querySelectorAll('input[name=method]')];
   let pinned = words.length - 1, shown = pinned;
-  const cell = (tag, text, name) => { const c = document.createElement(tag); c.textContent = text; if (name) c.className = name; return c; };
+  const cell = (tag, text, name) => {
+    const c = document.createElement(tag); c.textContent = text; if (name) c.className = name; return c;
+  };
   function show(u) {
     shown = u;
     const m = data[methods.find(i => i.checked).value], piece = m.pieces[u];
@@ -126,7 +151,8 @@ SCRIPT = """
     $('bar').src = m.bar; ['low', 'zero', 'high'].forEach((id, i) => { $(id).textContent = piece.ends[i]; });
     $('scale').textContent = piece.scale; $('cost').textContent = m.cost;
     $('facts').replaceChildren(...piece.facts.map(([what, value, note]) => {
-      const row = document.createElement('tr'), n = cell('td', '', ''); n.append(cell('span', value), cell('small', note)); row.append(cell('th', what), n); return row; }));
+      const row = document.createElement('tr'), n = cell('td', '', '');
+      n.append(cell('span', value), cell('small', note)); row.append(cell('th', what), n); return row; }));
     $('adds').hidden = !piece.prompt.length; $('note').textContent = piece.note;
     $('prompt').replaceChildren(...piece.prompt.map(part => {
       const row = cell('li', ''), track = cell('div', '', 'track'), bar = cell('i', '');
@@ -142,7 +168,9 @@ SCRIPT = """
     w.addEventListener('click', () => { pinned = u; show(u); });
   });
   methods.forEach(i => i.addEventListener('change', () => show(shown)));
-  const fade = () => { $('map').style.opacity = $('opacity').value / 100; $('percent').textContent = $('opacity').value + ' %'; };
+  const fade = () => {
+    $('map').style.opacity = $('opacity').value / 100; $('percent').textContent = $('opacity').value + ' %';
+  };
   $('opacity').addEventListener('input', fade);
   $('grey').addEventListener('change', () => $('photo').classList.toggle('grey', $('grey').checked));
   fade(); show(pinned);

@@ -20,7 +20,8 @@ from ..explain.look import levels, palette
 from ..model.generate import Captioner
 
 # %% ../../nbs/lib/15_imagery/05_heatmaps.ipynb #cell-004
-SIDE, FOOT = 320, 64  # of each of two pictures, pixels; height of the words below them
+SIDE = 320  # of each of two pictures, pixels
+FOOT = 64  # height of the words below them
 
 
 def draw_heat(
@@ -44,12 +45,8 @@ def draw_heat(
     for line in textwrap.wrap(words, 92, max_lines=2, placeholder=" ..."):
         draw.text((4, y), line, "black", ImageFont.load_default(14))
         y += 18
-    draw.text(
-        (4, shape[1] + FOOT - 18),
-        f"{note}; red: made the caption likely" + ("; blue: unlikely" if signed else ""),
-        "#57606a",
-        ImageFont.load_default(12),
-    )
+    legend = f"{note}; red: made the caption likely" + ("; blue: unlikely" if signed else "")
+    draw.text((4, shape[1] + FOOT - 18), legend, "#57606a", ImageFont.load_default(12))
     return figure
 
 # %% ../../nbs/lib/15_imagery/05_heatmaps.ipynb #cell-005
@@ -61,14 +58,17 @@ def heat_png(
     method: str = "grad_cam",  # Key of `rsstudy.attribution.attributions`
     P: Profile | None = None,  # Budgets; None: those of the profile `nano`
 ) -> bytes:  # PNG
-    "One heat map. Raises `ValueError` where there is nothing to explain: an empty caption, an image of one colour, a map of zeros."
+    """One heat map.
+
+    Raises `ValueError` where there is nothing to explain: an empty caption, an image of one colour, a map of zeros.
+    """
     P = P or load_profile("nano")
     if (seen == seen[:1, :1]).all():
         raise ValueError("the image is of one colour throughout")
     target = caption_target(captioner.processor, seen, captioner.prompt, caption)
-    found = explain(caption_scorer(captioner.model, target, target.span(), P.generate_batch), method, P)
-    out = io.BytesIO()
-    draw_heat(seen, found.heat[0], size, caption, label(method)).quantize(255, method=Image.Quantize.FASTOCTREE).save(
-        out, "PNG"
-    )  # a third of the bytes, and faster
-    return out.getvalue()
+    scorer = caption_scorer(captioner.model, target, target.span(), P.generate_batch)
+    figure = draw_heat(seen, explain(scorer, method, P).heat[0], size, caption, label(method))
+    figure = figure.quantize(255, method=Image.Quantize.FASTOCTREE)  # a third of the bytes, and faster
+    png = io.BytesIO()
+    figure.save(png, "PNG")
+    return png.getvalue()

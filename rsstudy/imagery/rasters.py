@@ -13,6 +13,8 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -33,14 +35,17 @@ def check_rasterio():
 def has_rasterio() -> bool:
     return importlib.util.find_spec("rasterio") is not None
 
+# %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-008
+@functools.lru_cache(1)
+def _scene_bytes(place):
+    return member_bytes(place)  # the tiles of one scene follow each other
+
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-007
 @contextlib.contextmanager
 def opened(
     place: Place,  # TIFF or PNG, in an archive too
 ):
     "Yields the open dataset. Raises `ValueError` where it cannot be read."
-    from pathlib import Path
-
     import rasterio
     from rasterio.io import MemoryFile
 
@@ -49,17 +54,12 @@ def opened(
         try:
             stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE))
             if place.member:
-                memory = stack.enter_context(MemoryFile(_kept_bytes(place)))
+                memory = stack.enter_context(MemoryFile(_scene_bytes(place)))
                 yield stack.enter_context(memory.open(driver=driver))
             else:
                 yield stack.enter_context(rasterio.open(Path(place.path), driver=driver))
         except rasterio.errors.RasterioError as error:
             raise ValueError(f"it cannot be read: {str(error).splitlines()[0]}") from None
-
-# %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-008
-@functools.lru_cache(1)
-def _kept_bytes(place):
-    return member_bytes(place)  # the tiles of one scene follow each other
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-010
 @dataclass(frozen=True)
@@ -88,10 +88,12 @@ def raster_facts(
 def chosen_bands(
     facts: RasterFacts,  # Of the raster
     name: str,  # What it is called in messages
-    bands: tuple[int, ...]
-    | None = None,  # Band numbers from 1: three, or one for grey; None: the first three, or the first where there are fewer
+    bands: tuple[int, ...] | None = None,  # Band numbers from 1: three, or one for grey; None: the first
 ) -> tuple[int, int, int]:  # Red, green, blue
-    "Raises `ValueError` for a band that the raster has not, and for complex numbers."
+    """The first bands are three, or one where there are fewer.
+
+    Raises `ValueError` for a band that the raster has not, and for complex numbers.
+    """
     if facts.kind.startswith("complex"):
         raise ValueError(f"{name} has complex numbers as pixels: give their amplitude")
     bands = bands or ((1, 2, 3) if facts.bands >= 3 else (1,))
@@ -116,7 +118,8 @@ def tiles(
             yield x, y, min(tile, width), min(tile, height)
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-017
-SKETCH, WHOLE = 1024, 2048  # most pixels a side: of the picture that gives the percentiles; of an image that is not cut
+SKETCH = 1024  # most pixels a side: of the picture that gives the percentiles
+WHOLE = 2048  # the same of an image that is not cut
 
 
 def _masked(raster, bands, window=None, factor=1, resampling="nearest"):
@@ -124,13 +127,17 @@ def _masked(raster, bands, window=None, factor=1, resampling="nearest"):
     from rasterio.enums import Resampling
     from rasterio.windows import Window
 
-    own, width, height = tuple(dict.fromkeys(bands)), *(window[2:] if window else (raster.width, raster.height))
-    shape = (len(own), max(1, round(height / factor)), max(1, round(width / factor)))
-    found = raster.read(
-        own, window=Window(*window) if window else None, out_shape=shape, masked=True, resampling=Resampling[resampling]
+    distinct = tuple(dict.fromkeys(bands))
+    width, height = window[2:] if window else (raster.width, raster.height)
+    values = raster.read(
+        distinct,
+        window=Window(*window) if window else None,
+        out_shape=(len(distinct), max(1, round(height / factor)), max(1, round(width / factor))),
+        masked=True,
+        resampling=Resampling[resampling],
     )
-    valid = ~np.ma.getmaskarray(found).any(0) & np.isfinite(found.data).all(0)
-    return found.data[[own.index(b) for b in bands]], valid
+    valid = ~np.ma.getmaskarray(values).any(0) & np.isfinite(values.data).all(0)
+    return values.data[[distinct.index(b) for b in bands]], valid
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-018
 def _parts(raster):
@@ -152,9 +159,8 @@ def band_limits(
     "Between which values each band is stretched."
     with opened(place) as raster:
         factor = max(1, max(raster.width, raster.height) / SKETCH)
-        values = np.concatenate(
-            [values[:, valid] for values, valid in (_masked(raster, bands, part, factor) for part in _parts(raster))], 1
-        )
+        parts = (_masked(raster, bands, part, factor) for part in _parts(raster))
+        values = np.concatenate([values[:, valid] for values, valid in parts], 1)
     return tuple(tuple(map(float, np.percentile(band, percentiles))) for band in values) if values.size else None
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-020
@@ -182,21 +188,20 @@ def read_raster(
             )
         if not window and raster.width * raster.height > MAX_PIXELS * 64:
             raise ValueError("it is too large to be read whole: have it cut with --tile")
-        values, valid = (
-            _masked(raster, bands, window)
-            if window
-            else _masked(raster, bands, None, max(1, max(raster.width, raster.height) / WHOLE), "average")
-        )
-        found = (
-            outline(raster.transform, raster.crs, window or (0, 0, raster.width, raster.height)) if raster.crs else None
-        )
+        if window:
+            values, valid = _masked(raster, bands, window)
+        else:
+            factor = max(1, max(raster.width, raster.height) / WHOLE)
+            values, valid = _masked(raster, bands, None, factor, "average")
+        edge = window or (0, 0, raster.width, raster.height)
+        geometry = outline(raster.transform, raster.crs, edge) if raster.crs else None
     if not valid.any():
-        return RasterView(np.zeros((*valid.shape, 3), np.uint8), 0.0, found)
-    shown = np.stack(
-        [stretch(band, *lowhigh) for band, lowhigh in zip(np.where(valid, values, 0), limits)] if limits else values, -1
-    )
-    shown[~valid] = shown[valid].mean(0).round()
-    return RasterView(shown, float(valid.mean()), found)
+        return RasterView(np.zeros((*valid.shape, 3), np.uint8), 0.0, geometry)
+    if limits:
+        values = [stretch(band, low, high) for band, (low, high) in zip(np.where(valid, values, 0), limits)]
+    pixels = np.stack(values, -1)
+    pixels[~valid] = pixels[valid].mean(0).round()
+    return RasterView(pixels, float(valid.mean()), geometry)
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-023
 def _ring(transform, crs, window, steps):
@@ -207,25 +212,52 @@ def _ring(transform, crs, window, steps):
     t = np.arange(steps) / steps
     columns = np.concatenate([x + w * t, np.full(steps, x + w), x + w * (1 - t), np.full(steps, x), [x]])
     rows = np.concatenate([np.full(steps, y), y + h * t, np.full(steps, y + h), y + h * (1 - t), [y]])
-    found = np.stack(project(crs, "EPSG:4326", *(values.tolist() for values in transform * (columns, rows))), -1)
-    found[:, 0] = np.unwrap(found[:, 0], period=360)
-    return found
+    x, y = (values.tolist() for values in transform * (columns, rows))
+    ring = np.stack(project(crs, "EPSG:4326", x, y), -1)
+    ring[:, 0] = np.unwrap(ring[:, 0], period=360)
+    return ring
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-024
 def _clipped(ring, west):
-    "The part of a ring with longitudes from `west` to `west` + 360 (Sutherland and Hodgman 1974), closed; empty where there is none."
+    """The part of a ring with longitudes from `west` to `west` + 360, closed; empty where there is none.
+
+    Source: Sutherland and Hodgman 1974.
+    """
     for limit, sign in ((west, 1), (west + 360, -1)):
-        kept = []
-        for a, b in zip(ring[:-1], ring[1:]):
+        corners = []
+        for a, b in pairwise(ring):
             inside = [sign * (p[0] - limit) >= 0 for p in (a, b)]
             if inside[0]:
-                kept.append(a)
+                corners.append(a)
             if inside[0] != inside[1]:
-                kept.append(a + (b - a) * (limit - a[0]) / (b[0] - a[0]))
-        if not kept:
+                corners.append(a + (b - a) * (limit - a[0]) / (b[0] - a[0]))
+        if not corners:
             return np.empty((0, 2))
-        ring = np.array(kept + kept[:1])
+        ring = np.array(corners + corners[:1])
     return ring
+
+# %% ../../nbs/lib/15_imagery/02_rasters.ipynb #d4f3362d
+def _steps(ring, window):
+    "Pieces that a side needs, from a ring of two pieces a side; None where that lies nowhere."
+    if not np.isfinite(ring).all():
+        return None
+    # how far the true middle of a side is from the straight one's
+    bend = np.abs((ring[:-2:2] + ring[2::2]) / 2 - ring[1::2]).max()
+    pixel = min(np.abs(ring[2] - ring[0]).max() / window[2], np.abs(ring[4] - ring[2]).max() / window[3])
+    return int(np.clip(math.ceil(math.sqrt(bend / (pixel / 2))) if pixel else 1, 1, 64))
+
+# %% ../../nbs/lib/15_imagery/02_rasters.ipynb #052f8a35
+def _polygons(ring):
+    "Coordinates of a ring's parts between the antimeridian and itself."
+    parts = []
+    for k in range(math.floor((ring[:, 0].min() + 180) / 360), math.floor((ring[:, 0].max() + 180) / 360) + 1):
+        part = _clipped(ring, 360 * k - 180) - [360 * k, 0]
+        if len(part) < 4 or np.ptp(part[:, 0]) < 1e-7:
+            continue  # touches the antimeridian, no more
+        area = np.sum(part[:-1, 0] * part[1:, 1] - part[1:, 0] * part[:-1, 1])
+        counter_clockwise = part if area > 0 else part[::-1]
+        parts.append([[[round(float(v), 7) for v in point] for point in counter_clockwise]])
+    return parts
 
 # %% ../../nbs/lib/15_imagery/02_rasters.ipynb #cell-025
 def outline(
@@ -234,23 +266,13 @@ def outline(
     window: tuple[int, int, int, int],  # First column, first row, width, height
 ) -> dict | None:  # GeoJSON Polygon or MultiPolygon, 7 decimals (a centimetre); None where it has none
     "The outline of a part of a raster in longitude and latitude. Source: RFC 7946 (2016), secs. 3.1.6 and 3.1.9."
-    ring = _ring(transform, crs, window, 2)
-    if not np.isfinite(ring).all():
+    steps = _steps(_ring(transform, crs, window, 2), window)
+    if steps is None:
         return None
-    bend = np.abs(
-        (ring[:-2:2] + ring[2::2]) / 2 - ring[1::2]
-    ).max()  # of the true middle of a side from the straight one's
-    pixel = min(np.abs(ring[2] - ring[0]).max() / window[2], np.abs(ring[4] - ring[2]).max() / window[3])
-    ring = _ring(transform, crs, window, int(np.clip(math.ceil(math.sqrt(bend / (pixel / 2))) if pixel else 1, 1, 64)))
+    ring = _ring(transform, crs, window, steps)
     if not np.isfinite(ring).all() or abs(ring[0, 0] - ring[-1, 0]) > 1:
         return None  # the ring goes around a pole
-    parts = []
-    for k in range(math.floor((ring[:, 0].min() + 180) / 360), math.floor((ring[:, 0].max() + 180) / 360) + 1):
-        part = _clipped(ring, 360 * k - 180) - [360 * k, 0]
-        if len(part) < 4 or np.ptp(part[:, 0]) < 1e-7:
-            continue  # touches the antimeridian, no more
-        area = np.sum(part[:-1, 0] * part[1:, 1] - part[1:, 0] * part[:-1, 1])
-        parts.append([[[round(float(v), 7) for v in point] for point in (part if area > 0 else part[::-1])]])
-    return (
-        dict(type="Polygon", coordinates=parts[0]) if len(parts) == 1 else dict(type="MultiPolygon", coordinates=parts)
-    )
+    parts = _polygons(ring)
+    if len(parts) == 1:
+        return dict(type="Polygon", coordinates=parts[0])
+    return dict(type="MultiPolygon", coordinates=parts)

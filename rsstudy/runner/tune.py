@@ -26,8 +26,9 @@ def tune(
     name: str,  # A key of `rsstudy.tuning.methods.methods`, not `none`
     progress: bool = True,  # Bars, on the first process?
 ) -> dict | None:  # What results/<profile>/tune_<name>.json holds; None on other processes than the first
-    """Chooses the learning rate, trains with every seed, scores the test split and leaves the weights for `rsstudy.tuning.methods.load_tuned`.
+    """Chooses the learning rate, trains with every seed and scores the test split.
 
+    The weights are left for `rsstudy.tuning.methods.load_tuned`.
     Raises `ValueError` for an unknown name, and as `rsstudy.runner.request.check_profile`.
     """
     known = methods(P)
@@ -38,10 +39,8 @@ def tune(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     progress = progress and main_process()
     study = add_features(study_data(P, progress), Captioner(*load_base(P)), P.work_dir / "features", progress)
-    found = run_method(P, known[name], study, progress)
+    result = run_method(P, known[name], study, progress)
     if not main_process():
         return None
-    return Run(P, f"tune_{name}").write(
-        dict(image_ids=list(study.test["image_id"]), sources=list(study.test["source"]), methods={name: found}),
-        data_digest=study.digest,
-    )
+    images = dict(image_ids=list(study.test["image_id"]), sources=list(study.test["source"]))
+    return Run(P, f"tune_{name}").write(images | dict(methods={name: result}), data_digest=study.digest)
