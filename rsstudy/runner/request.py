@@ -20,7 +20,10 @@ from ..model.available import check_base
 def check_data(
     P: Profile,  # The resolved settings
 ):
-    "Raises `FileNotFoundError` when the images of the profile are a folder without `captions.csv`, `ValueError` when a dataset of the hub has no name."
+    """Raises `FileNotFoundError` when the images of the profile are a folder without `captions.csv`.
+
+    Raises `ValueError` when a dataset of the hub has no name.
+    """
     if P.data == "scenes":
         return
     if P.data.startswith("hub:"):
@@ -36,10 +39,11 @@ def check_tracker(
     "Raises `RuntimeError` when training is to be tracked by a package that is not installed."
     if P.track == "none":
         return
-    found = importlib.util.find_spec(P.track) if sys.modules.get(P.track, P) is not None else None
-    if found is None or found.origin is None:  # a mere folder of that name, such as trackers leave, has no origin
+    spec = importlib.util.find_spec(P.track) if sys.modules.get(P.track, P) is not None else None
+    if spec is None or spec.origin is None:  # a mere folder of that name, such as trackers leave, has no origin
         raise RuntimeError(
-            f"setting 'track' asks for {P.track}, which is not installed: pip install {P.track}, or this project with its extra [{P.track}]"
+            f"setting 'track' asks for {P.track}, which is not installed: "
+            f"pip install {P.track}, or this project with its extra [{P.track}]"
         )
 
 # %% ../../nbs/lib/13_runner/01_request.ipynb #cell-006
@@ -57,13 +61,17 @@ def check_tasks(
             )
 
 # %% ../../nbs/lib/13_runner/01_request.ipynb #cell-007
-NEEDED = 200  # MB of disk; a whole study under `nano` leaves 80 in runs/ and results/, and has copies beside them while it writes
+# MB of disk; a whole study under `nano` leaves 80 in runs/ and results/, and has copies beside them while it writes
+NEEDED = 200
 
 
 def check_folders(
     P: Profile,  # The resolved settings
 ):
-    "Raises `NotADirectoryError`, `PermissionError` or `OSError` when the folders of the results and of the work cannot be written to."
+    """Are the folders of the results and of the work there to be written to?
+
+    Raises `NotADirectoryError`, `PermissionError` or, on a full disk, `OSError`.
+    """
     for key, folder in (("results", P.results_dir), ("work", P.work_dir)):
         there = next(f for f in (folder, *folder.parents) if f.exists())
         elsewhere = f"name another folder with --set {key}=FOLDER"

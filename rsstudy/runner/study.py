@@ -60,7 +60,10 @@ def check_request(
     only: list[str] | tuple = (),  # Names of the notebooks to run; all when empty
     notebooks: str | Path | None = None,  # Folder of the numbered notebooks; as for `study_notebooks`
 ) -> tuple[Profile, dict[str, Path]]:  # The resolved settings; the notebooks to run, in order
-    "Everything that can be wrong with a request, found before it runs. Raises `ValueError`, `OSError` or `RuntimeError`, each one sentence."
+    """Everything that can be wrong with a request, found before it runs.
+
+    Raises `ValueError`, `OSError` or `RuntimeError`, each one sentence.
+    """
     P = load_profile(profile, **(overrides or {}))
     check_profile(P)
     found = study_notebooks(notebooks)
@@ -72,7 +75,8 @@ def check_request(
         for need in needs(path, list(found)[: list(found).index(name)]):
             if need not in chosen and not (P.results_dir / f"{need}.json").is_file():
                 raise FileNotFoundError(
-                    f"{name} reads {P.results_dir / need}.json, which is missing: run {need} first (--only {need} --only {name})"
+                    f"{name} reads {P.results_dir / need}.json, which is missing: "
+                    f"run {need} first (--only {need} --only {name})"
                 )
     return P, chosen
 
@@ -94,7 +98,7 @@ def waits_for(
 def notebook_code(
     path: Path,  # Notebook
 ) -> str:  # Python that can be parsed
-    "What a notebook computes: its code cells, without IPython's own commands and without the cell that installs the package."
+    "What a notebook computes: its code cells, without IPython's own commands and the cell that installs the package."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code" and not is_stamp(c))
     return re.sub(r"^[ \t]*[%!].*$", "", code, flags=re.M)
@@ -201,7 +205,10 @@ def as_parameters(
     profile: str,  # Section of settings.ini
     overrides: dict,  # Setting -> value
 ) -> dict:  # What papermill can write into a notebook
-    'The parameters for a notebook. A notebook takes None as "the profile\'s", so a setting that is to be none says it in a word.'
+    """The parameters for a notebook.
+
+    A notebook takes None as "the profile's", so a setting that is to be none says it in a word.
+    """
     plain = {
         k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else "none" if v is None else v
         for k, v in overrides.items()
@@ -274,8 +281,9 @@ def run_study(
 ) -> dict[str, float | None]:  # Notebook -> seconds; None where it was done before
     """Runs the study's notebooks in order, those that were done before excepted.
 
-    Raises `ValueError`, `OSError` or `RuntimeError` in one sentence before anything runs, `CellFailed` when a notebook's cell
-    raises, `KeyboardInterrupt` when stopped; then the next call goes on with the notebook that was not finished.
+    Raises `ValueError`, `OSError` or `RuntimeError` in one sentence before anything runs, `CellFailed` when a
+    notebook's cell raises, `KeyboardInterrupt` when stopped; the next call goes on with the notebook that was not
+    finished.
     """
     overrides, live = overrides or {}, LiveStream(out)
     P, chosen = check_request(profile, overrides, only, notebooks)
