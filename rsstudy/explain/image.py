@@ -186,10 +186,10 @@ def explain_image(
     target = caption_target(captioner.processor, image, captioner.prompt, caption)
     pieces = chosen_pieces(target, words)
     scorer = caption_scorer(captioner.model, target, [piece.span for piece in pieces], P.generate_batch)
-    found, game, failed = _attributions(captioner, target, pieces, scorer, methods, P)
+    maps, game, failed = _attributions(captioner, target, pieces, scorer, methods, P)
     for method, reason in failed.items():
         announce(label(method), f"left out: {reason}")
-    gains, chance = gains_over_chance(scorer, [a.heat for a in found.values()])
+    gains, chance = gains_over_chance(scorer, [a.heat for a in maps.values()])
     photo = image.copy()
     photo.thumbnail((640, 640))
     return Explanation(
@@ -200,8 +200,8 @@ def explain_image(
         written=written,
         model=model or method_label(captioner.method),
         pieces=pieces,
-        found=found,
-        gains=dict(zip(found, gains)),
+        found=maps,
+        gains=dict(zip(maps, gains)),
         chance=chance,
         controls=CONTROLS,
         failed=failed,

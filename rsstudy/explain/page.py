@@ -128,7 +128,8 @@ def scale_text(
     u: int,  # Piece
 ) -> str:  # With its unit
     "The value of the last colour."
-    scale, unit = e.scale(method, u), ATTRIBUTIONS[method].unit
+    scale = e.scale(method, u)
+    unit = ATTRIBUTIONS[method].unit
     if unit is None:
         return f"{scale:.2g}"
     return f"{scale:.2g} nats" if unit == "nats" else f"{scale * 1000:.2g} nats per 1,000 pixels"
@@ -187,10 +188,10 @@ def _scale_ends(e, method, u):
 
 # %% ../../nbs/lib/14_explain/03_page.ipynb #0b62ce8e
 def _piece_data(e, method, u, cells):
-    signed, control = e.signed(method), method in controls()
+    signed = e.signed(method)
     text = "the whole caption" if e.is_whole(u) else f"\u201c{e.pieces[u].span.text}\u201d"
     prompt, note = prompt_rows(e.found[method], e.words, e.prompt, u)
-    if control:
+    if method in controls():
         says = f"{label(method)}: a control, which knows nothing of {text}"
     else:
         says = f"What made {text} likely, by {label(method)}"

@@ -47,7 +47,8 @@ class Portions:
         P: Profile,  # Lengths, beams, images at a time
         total: int,  # Images of the whole run
     ):
-        self.captioner, self.P, self.size = captioner, P, P.generate_batch
+        self.captioner, self.P = captioner, P
+        self.size = P.generate_batch
         self.static = captioner.model.device.type == "cuda" and total >= STATIC_IMAGES
 
     def __call__(

@@ -41,7 +41,8 @@ def draw_heat(
     figure = Image.new("RGB", (2 * SIDE + 8, shape[1] + FOOT), "white")
     figure.paste(photo, (0, 0))
     figure.paste(Image.alpha_composite(grey.convert("RGBA"), layer).convert("RGB"), (SIDE + 8, 0))
-    draw, y = ImageDraw.Draw(figure), shape[1] + 4
+    draw = ImageDraw.Draw(figure)
+    y = shape[1] + 4
     for line in textwrap.wrap(words, 92, max_lines=2, placeholder=" ..."):
         draw.text((4, y), line, "black", ImageFont.load_default(14))
         y += 18

@@ -154,7 +154,8 @@ def views(
     Raises `ValueError` for a band that a raster has not and for deep pixels without percentiles, `RuntimeError` where
     rasterio is needed and missing.
     """
-    facts, raster = None, False
+    facts = None
+    raster = False
     if place.suffix in TIFF and not has_rasterio():
         _check_without_rasterio(name, place)
     elif place.suffix in TIFF:
@@ -244,10 +245,12 @@ def resizer(
     processor,  # PaliGemma's
 ) -> Callable:  # PIL image -> (S, S, 3) uint8
     "The processor's own resizing, and nothing else of it: what the model will see, in bytes."
-    ready = processor.image_processor
+    image_processor = processor.image_processor
 
     def resize(image):
-        values = ready(images=[image], return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"][0]
+        values = image_processor(images=[image], return_tensors="pt", do_rescale=False, do_normalize=False)[
+            "pixel_values"
+        ][0]
         return values.permute(1, 2, 0).contiguous().numpy().astype(np.uint8)
 
     return resize

@@ -250,7 +250,8 @@ def report(
     findings: list[Finding],  # Of `examine`
 ) -> str:  # For a terminal
     "The findings part by part, what is missing with the command that mends it."
-    lines, width = [], max(len(f.name) for f in findings)
+    lines = []
+    width = max(len(f.name) for f in findings)
     for part in dict.fromkeys(f.part for f in findings):
         lines += [part, *(line for f in findings if f.part == part for line in _lines(f, width)), ""]
     lacking = [f.name for f in findings if f.needed and not f.fine]

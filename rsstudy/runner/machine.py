@@ -94,7 +94,9 @@ def check_versions() -> list[Finding]:
     import rsstudy
 
     allowed, requirements = declared()
-    needed, revision, here = requirements[""], code_revision(), platform.python_version()
+    needed = requirements[""]
+    revision = code_revision()
+    here = platform.python_version()
     misfitting = misfits(needed)
     commit = f", commit {revision}" if " " not in revision else ""
     fitting = f"{len(needed) - len(misfitting)} of {len(needed)} as wanted"
@@ -216,7 +218,9 @@ def _check_no_card(colab):
 # %% ../../nbs/lib/13_runner/06_machine.ipynb #eb50baf2
 def check_devices() -> list[Finding]:
     "Processor, memory, GPU and what the GPU can do."
-    cards, cuda, colab = gpus(), torch_cuda(), "COLAB_RELEASE_TAG" in os.environ
+    cards = gpus()
+    cuda = torch_cuda()
+    colab = "COLAB_RELEASE_TAG" in os.environ
     findings = [Finding("devices", "processor", True, f"{cores()} cores, {platform.machine()}"), *_check_memory()]
     for card in cards:
         findings += _check_card(card, cuda, colab)

@@ -110,7 +110,8 @@ def copy_study(
     Raises `FileExistsError` where a file is there already, `NotADirectoryError` where the folder is a file; then
     nothing was copied.
     """
-    folder, source = Path(folder).expanduser(), package_files()
+    folder = Path(folder).expanduser()
+    source = package_files()
     files = [source / "settings.ini", *sorted((source / "nbs").glob("[0-9][0-9]_*.ipynb"))]
     targets = [folder / file.relative_to(source) for file in files]
     for place in (folder, folder / "nbs"):

@@ -199,8 +199,8 @@ class Progress:
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #0eef1501
 def _has(node, needed):
-    has = node["Resources"]
-    return node["Alive"] and has.get("CPU", 0) >= needed["num_cpus"] and has.get("GPU", 0) >= needed["num_gpus"]
+    cores, gpus = (node["Resources"].get(kind, 0) for kind in ("CPU", "GPU"))
+    return node["Alive"] and cores >= needed["num_cpus"] and gpus >= needed["num_gpus"]
 
 # %% ../../nbs/lib/13_runner/05_ray.ipynb #ed07dad1
 MACHINES = "Ray: {machines} machine{plural}, {cores:g} cores, {gpus:g} GPUs; logs go to {logs}"
