@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALLOWED', 'AT_LEAST_ONE', 'TYPES', 'Profile', 'package_files', 'settings_file', 'project_root', 'parse_value',
-           'check_values', 'profile_names', 'load_profile', 'notebook_profile']
+           'check_values', 'profile_names', 'default_settings', 'load_profile', 'notebook_profile']
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-002
 import configparser
@@ -284,6 +284,11 @@ def _parser() -> configparser.ConfigParser:
 def profile_names() -> list[str]:  # Sections of settings.ini
     "The profiles that `settings.ini` defines."
     return _parser().sections()
+
+# %% ../../nbs/lib/01_common/01_settings.ipynb #c1a7cb74
+def default_settings() -> dict:  # Setting -> value, of its type
+    "What `settings.ini` says in [DEFAULT], for all profiles."
+    return {key: parse_value(key, text) for key, text in _parser().defaults().items()}
 
 # %% ../../nbs/lib/01_common/01_settings.ipynb #cell-022
 def load_profile(
