@@ -60,7 +60,7 @@ def test_only_and_overrides(tmp_path):
     words = "--only 01_one --seeds 3,4 --set rank=4 --set lr=1e-4 --set strict=true --set lr_grid_lora=1,2"
     run = rsstudy(tmp_path, "run", *words.split())
     assert run.returncode == 0, run.stderr
-    assert (tmp_path / "results/nano/01_one.json").read_text() == "[4, 0.0001, [3, 4], true, [1.0, 2.0]]"
+    assert (tmp_path / "results/local/nano/01_one.json").read_text() == "[4, 0.0001, [3, 4], true, [1.0, 2.0]]"
     assert journal(tmp_path) == []
     run = rsstudy(tmp_path, "run", "--only", "02_two", "--set", "lr=none")
     assert run.returncode == 1  # it ran: the list cannot be added to
@@ -293,8 +293,8 @@ def test_table_for_a_paper(tmp_path):
         labels=dict(none="untuned base", full="full & frank"),
         differences=[tie],
     )
-    (tmp_path / "results/nano").mkdir(parents=True)
-    (tmp_path / "results/nano/07_comparison.json").write_text(json.dumps(result))
+    (tmp_path / "results/local/nano").mkdir(parents=True)
+    (tmp_path / "results/local/nano/07_comparison.json").write_text(json.dumps(result))
     markdown = rsstudy(tmp_path, "table", "--style", "markdown").stdout
     for text in ("| untuned base | 0.200 [0.100, 0.300] |", "| lora | _0.500_ [", "| full & frank | **0.550** ["):
         assert text in markdown

@@ -118,7 +118,7 @@ def run_comparison(tmp_path, *words):
         "--only",
         "07_comparison",
         "--set",
-        f"results={tmp_path}/results",
+        f"results={tmp_path}/results/local",
         "--set",
         f"work={tmp_path}/runs",
         "--set",
@@ -129,10 +129,10 @@ def run_comparison(tmp_path, *words):
 
 def test_comparison(tmp_path):
     """Every row the comparison promises, the figures, and the table on the terminal."""
-    write_chapters(tmp_path / "results/nano")
+    write_chapters(tmp_path / "results/local/nano")
     run = run_comparison(tmp_path)
     assert run.returncode == 0, run.stderr
-    result = json.loads((tmp_path / "results/nano/07_comparison.json").read_text())
+    result = json.loads((tmp_path / "results/local/nano/07_comparison.json").read_text())
     methods, groups = (
         ["none", "lora", "qlora", "prompt", "adapter", "full"],
         {"all", "NWPU", "RSICD", "UCM", "subset:clean", "subset:caption_unseen"},
@@ -145,7 +145,7 @@ def test_comparison(tmp_path):
             assert row["low"] <= row["value"] <= row["high"], row
     full = [r for r in result["scores"] if (r["method"], r["source"], r["metric"]) == ("full", "all", "cider-coco.v1")]
     assert [r["seed"] for r in full] == [0, 1, 2, None]
-    chapter = json.loads((tmp_path / "results/nano/05_adapter.json").read_text())
+    chapter = json.loads((tmp_path / "results/local/nano/05_adapter.json").read_text())
     for row, source_run in zip(full, chapter["methods"]["full"]["runs"]):
         assert row["value"] == pytest.approx(source_run["scores"]["cider-coco.v1"], rel=1e-5)
     assert full[3]["value"] == pytest.approx(np.mean([r["value"] for r in full[:3]]), rel=1e-5)
@@ -162,7 +162,7 @@ def test_comparison(tmp_path):
             else "worse"
         ), row
     assert {r["method"] for r in result["variants"]["scores"]} == {"lora_vision", "adapter_pfeiffer"}
-    figures = sorted(f.name for f in (tmp_path / "results/nano").glob("*.png"))
+    figures = sorted(f.name for f in (tmp_path / "results/local/nano").glob("*.png"))
     assert figures == [f"07_comparison_{name}.png" for name in ("faithfulness", "quality_cost", "sources")]
     assert "Quality, cost and faithfulness: 120 test images, 3 seeds" in run.stdout and all(
         name in run.stdout for name in figures
@@ -171,18 +171,18 @@ def test_comparison(tmp_path):
 
 def test_other_images_are_refused(tmp_path):
     """Chapters that scored different images cannot be compared, and the message says which."""
-    write_chapters(tmp_path / "results/nano")
-    other = json.loads((tmp_path / "results/nano/04_prompt_tuning.json").read_text())
+    write_chapters(tmp_path / "results/local/nano")
+    other = json.loads((tmp_path / "results/local/nano/04_prompt_tuning.json").read_text())
     other["image_ids"].reverse()
-    (tmp_path / "results/nano/04_prompt_tuning.json").write_text(json.dumps(other))
+    (tmp_path / "results/local/nano/04_prompt_tuning.json").write_text(json.dumps(other))
     run = run_comparison(tmp_path)
     assert run.returncode == 2 and "04_prompt_tuning scored other images than 02_baseline" in run.stderr
 
 
 def test_missing_chapter_is_named(tmp_path):
     """`--only 07_comparison` without the adapter chapter says so before anything runs."""
-    write_chapters(tmp_path / "results/nano")
-    (tmp_path / "results/nano/05_adapter.json").unlink()
+    write_chapters(tmp_path / "results/local/nano")
+    (tmp_path / "results/local/nano/05_adapter.json").unlink()
     run = run_comparison(tmp_path)
     assert run.returncode == 2 and "run 05_adapter first" in run.stderr and run.stderr.count("\n") == 1
 

@@ -189,12 +189,12 @@ def test_runs_without_the_repository(installed, place):
     shown = rsstudy(installed, place, "profiles", "--profile", "nano")
     assert shown.returncode == 0 and re.search(r"^base_model +paligemma-nano$", shown.stdout, re.M), shown.stderr
     assert sorted(p.name for p in place.iterdir()) == [".git", "results", "runs"]
-    manifest = json.loads((place / "results/nano/01_eda.json").read_text())["manifest"]
+    manifest = json.loads((place / "results/local/nano/01_eda.json").read_text())["manifest"]
     assert manifest["code"] == f"rsstudy {VERSION}"  # and not the commit of somebody's repository
     assert manifest["settings"]["train_images"] == 24
-    copy = json.loads((place / "results/nano/01_eda.ipynb").read_text())
+    copy = json.loads((place / "results/local/nano/01_eda.ipynb").read_text())
     assert not any("colab" in "".join(c["source"]) for c in copy["cells"])
-    assert str(place.parent) not in (place / "results/nano/01_eda.ipynb").read_text()
+    assert str(place.parent) not in (place / "results/local/nano/01_eda.ipynb").read_text()
     again = rsstudy(installed, place, "run", "--profile", "nano", "--only", "01_eda", "--set", "train_images=24")
     assert again.returncode == 0 and "01_eda: done before" in again.stderr
 
@@ -248,7 +248,8 @@ def test_a_copy_of_ones_own(installed, place):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert (
-        json.loads((place / "mine/results/nano/01_eda.json").read_text())["manifest"]["settings"]["train_images"] == 16
+        json.loads((place / "mine/results/local/nano/01_eda.json").read_text())["manifest"]["settings"]["train_images"]
+        == 16
     )
     assert sorted(p.name for p in (place / "mine").iterdir()) == ["nbs", "results", "settings.ini"]
 
@@ -296,7 +297,7 @@ def test_a_notebook_alone_installs_what_is_missing(tree, packages, tmp_path):
         "from rsstudy.metrics.wordnet import find_wordnet\n"
         "print(rsstudy.__file__, P.results_dir, find_wordnet() is not None)",
     )
-    assert module.startswith(str(tmp_path / "environment")) and results == str(tmp_path / "content/results/nano")
+    assert module.startswith(str(tmp_path / "environment")) and results == str(tmp_path / "content/results/local/nano")
     assert dictionary == "True" or not (Path(sys.prefix) / "nltk_data").is_dir()
     assert run(
         "find_spec", "import rsstudy; print(rsstudy.__file__)", GIT_CONFIG_VALUE_0="nothing", PATH="/nowhere"

@@ -84,8 +84,8 @@ def in_the_middle(folder, machines, **more):
 
 def content(folder):
     """All that a run leaves, seconds and random cell ids apart: results, executed notebooks, keys, names of outputs."""
-    results = {f.name: f.read_text() for f in (folder / "results/nano").glob("*.json")}
-    for file in (folder / "results/nano").glob("*.ipynb"):
+    results = {f.name: f.read_text() for f in (folder / "results/local/nano").glob("*.json")}
+    for file in (folder / "results/local/nano").glob("*.ipynb"):
         nb = nbformat.read(file, 4)
         nb.metadata.papermill.pop("duration")
         results[file.name] = (
@@ -188,7 +188,7 @@ def test_machine_lost(tmp_path, machines):
     (tmp_path / "go").touch()
     _, said = run.communicate(timeout=STUCK)
     assert run.returncode == 0 and said.count("started again") == 1, said
-    assert (tmp_path / "results/nano/03_three.json").read_text() == "3"
+    assert (tmp_path / "results/local/nano/03_three.json").read_text() == "3"
 
 
 def test_wrong_requests(tmp_path):

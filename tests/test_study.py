@@ -47,14 +47,14 @@ def test_stopped_and_resumed(tmp_path, kind):
     if kind != signal.SIGKILL:
         assert "rsstudy: stopped" in said and "Traceback" not in said, said
     wait_for(lambda: not alive(kernel))  # the kernel does not outlive its run
-    assert not (tmp_path / "results/nano/02_two.ipynb").exists()
+    assert not (tmp_path / "results/local/nano/02_two.ipynb").exists()
     (tmp_path / "go").touch()
     again = rsstudy(tmp_path, "run")
     assert again.returncode == 0, again.stderr
     assert "[1/3] 01_one: done before" in again.stderr
     assert [word.split(":")[0] for word in journal(tmp_path)] == ["one", "two", "two", "three"]
-    assert (tmp_path / "results/nano/03_three.json").read_text() == "3"
-    assert sorted(f.name for f in (tmp_path / "results/nano").glob("*.ipynb")) == [
+    assert (tmp_path / "results/local/nano/03_three.json").read_text() == "3"
+    assert sorted(f.name for f in (tmp_path / "results/local/nano").glob("*.ipynb")) == [
         "01_one.ipynb",
         "02_two.ipynb",
         "03_three.ipynb",
@@ -88,7 +88,7 @@ def test_done_before_and_stale(tmp_path, monkeypatch):
         ran.append(path.stem)
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
-        (tmp_path / "results/nano" / f"{path.stem}.json").write_text("1")
+        (tmp_path / "results/local/nano" / f"{path.stem}.json").write_text("1")
         return nbformat.v4.new_notebook()
 
     monkeypatch.setattr(study, "execute", execute)
@@ -110,9 +110,9 @@ def test_done_before_and_stale(tmp_path, monkeypatch):
     project(tmp_path, one=ONE, two=TWO, three=THREE)
     assert run() == ["one", "two", "three"]
     assert run() == []
-    (tmp_path / "results/nano/03_three.json").unlink()
+    (tmp_path / "results/local/nano/03_three.json").unlink()
     assert run() == ["three"]
-    (tmp_path / "results/nano/02_two.json").write_text("2")
+    (tmp_path / "results/local/nano/02_two.json").write_text("2")
     assert run() == ["two"]  # 03 read what is there again now
     assert run(["02_two"], force=True) == ["two"]
     assert run(rank=4) == ["one", "two", "three"]
@@ -132,12 +132,12 @@ def test_old_figures_go(tmp_path):
     """A figure that a notebook does not draw any more is removed when it has run; the figures of others stay."""
     project(tmp_path, one='for f in ("a", "b"): (P.results_dir/f"01_one_{f}.png").write_text(f)')
     rsstudy(tmp_path, "run").check_returncode()
-    (tmp_path / "results/nano/02_two_c.png").write_text("c")
-    for file in (tmp_path / "results/nano").glob("*.png"):
+    (tmp_path / "results/local/nano/02_two_c.png").write_text("c")
+    for file in (tmp_path / "results/local/nano").glob("*.png"):
         os.utime(file, (time.time() - 60,) * 2)
     project(tmp_path, one='(P.results_dir/"01_one_a.png").write_text("a")')
     rsstudy(tmp_path, "run").check_returncode()
-    assert sorted(f.name for f in (tmp_path / "results/nano").glob("*.png")) == ["01_one_a.png", "02_two_c.png"]
+    assert sorted(f.name for f in (tmp_path / "results/local/nano").glob("*.png")) == ["01_one_a.png", "02_two_c.png"]
 
 
 def test_failure(tmp_path):
@@ -154,7 +154,7 @@ def test_failure(tmp_path):
     assert any(
         o.output_type == "error" for c in nbformat.read(partial, 4).cells if c.cell_type == "code" for o in c.outputs
     )
-    assert not (tmp_path / "results/nano/02_two.ipynb").exists()
+    assert not (tmp_path / "results/local/nano/02_two.ipynb").exists()
     rsstudy(tmp_path, "run")
     assert journal(tmp_path) == ["one", "two", "two"]
 
@@ -174,13 +174,13 @@ display(Image.fromarray(np.zeros((8, 8, 3), np.uint8)))
     run = rsstudy(tmp_path, "run")
     assert run.returncode == 0, run.stderr
     assert "training: 100%" in run.stderr  # seen while it ran
-    text = (tmp_path / "results/nano/01_one.ipynb").read_text()
+    text = (tmp_path / "results/local/nano/01_one.ipynb").read_text()
     assert str(tmp_path) not in text and "training: " not in text.replace('desc=\\"training', "")
     nb = nbformat.reads(text, 4)
     nbformat.validate(nb)
     images = [o for c in nb.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(images) == 1 and "Figure" in images[0].data["text/plain"]
-    assert "results are in ./results/nano" in text or "results are in results/nano" in text
+    assert "results are in results/nano" in text
 
 
 def forget():

@@ -201,9 +201,9 @@ run --address auto
 run --engine ray --cpus 0
   --cpus must be at least 1, got 0
 run  (folders locked)
-  PLACE/results/nano cannot be written, as PLACE does not allow it: name another folder
+  PLACE/results/local/nano cannot be written, as PLACE does not allow it: name another folder
 run  (disk nearly full)
-  PLACE/results/nano has 5 MB of disk left and a study needs 200
+  PLACE/results/local/nano has 5 MB of disk left and a study needs 200
 run --engine ray  (without ray)
   --engine ray needs the package ray: pip install
 run --track wandb  (without wandb)
@@ -253,7 +253,7 @@ tune qlora --set lora_init=pissa {TINY}
 tune lora --set lora_init=olora --set rank=64 {TINY}
   lora_init 'olora' allows a rank of at most 32
 table
-  PLACE/results/nano/07_comparison.json is missing: make it with `rsstudy run --profile nano --only 07_comparison`
+  PLACE/results/local/nano/07_comparison.json is missing: make it with `rsstudy run --profile nano --only 07_comparison`
 table --style word
   argument --style: invalid choice: 'word'
 serve  (without gradio)
