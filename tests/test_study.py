@@ -98,7 +98,7 @@ def test_done_before_and_stale(tmp_path, monkeypatch):
         ran.clear()
         study.run_study(
             "nano",
-            dict(results=f"{tmp_path}/results", work=f"{tmp_path}/runs") | settings,
+            dict(results=f"{tmp_path}/results/local", work=f"{tmp_path}/runs") | settings,
             only,
             force,
             tmp_path / "nbs",
