@@ -15,7 +15,9 @@ KINDS = {
     "missing image": "the table names a file that is not there",
     "unreadable image": "the file is empty, truncated or no image",
     "path leaving the folder": "the name leads out of the folder of images",
-    "empty caption": "at least one of the five captions has nothing to read; the whole row is dropped, so that every image has five",
+    "empty caption": (
+        "at least one of the five captions has nothing to read; the whole row is dropped, so that every image has five"
+    ),
     "duplicate id": "an earlier row of the same split has this image",
     "image in two splits": "an earlier row of another split has this image, by name or byte for byte",
     "not UTF-8": "the row cannot be read as text",

@@ -75,7 +75,8 @@ def _image(row, where, keys=IMAGE_KEYS):
     key = next((k for k in keys if row.get(k) is not None), None)
     if key is None:
         raise ValueError(
-            f"{where} names no image: one of the keys {', '.join(keys)} is needed, it has {', '.join(map(str, row)) or 'none'}"
+            f"{where} names no image: one of the keys {', '.join(keys)} is needed, "
+            f"it has {', '.join(map(str, row)) or 'none'}"
         )
     value = row[key]
     name = str(value) if isinstance(value, int) and not isinstance(value, bool) else _word(value, where, key).strip()
@@ -109,35 +110,39 @@ def _csv_rows(path):
         else:
             yield where, dict(zip(columns, fields))
 
+# %% ../../nbs/lib/03_data/06_captionfiles.ipynb #7c9dfdc3
+def _prediction_rows(path):
+    "Places and objects of a file of predictions."
+    kind = Path(path).suffix.lower()
+    if kind == ".jsonl":
+        return _lines(path)
+    if kind == ".csv":
+        return _csv_rows(path)
+    if kind != ".json":
+        raise ValueError(f"{path}: predictions are .jsonl, .csv or .json, got {kind or 'no suffix'}")
+    listed = _json(_text(path), path)
+    if not isinstance(listed, list):
+        raise ValueError(f"{path}: a list of objects with image_id and caption is needed, as the COCO toolkit takes it")
+    return ((f"{path} item {i}", row) for i, row in enumerate(listed))
+
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-013
 def read_predictions(
     path: str | Path,  # .jsonl, .csv or .json, see above
 ) -> list[Entry]:  # In the file's order, captions as they are
     "Captions to be scored. Raises `FileNotFoundError`, and `ValueError` naming file, line and key."
-    kind, found = Path(path).suffix.lower(), []
-    if kind == ".jsonl":
-        rows = _lines(path)
-    elif kind == ".csv":
-        rows = _csv_rows(path)
-    elif kind == ".json":
-        listed = _json(_text(path), path)
-        if not isinstance(listed, list):
-            raise ValueError(
-                f"{path}: a list of objects with image_id and caption is needed, as the COCO toolkit takes it"
-            )
-        rows = ((f"{path} item {i}", row) for i, row in enumerate(listed))
-    else:
-        raise ValueError(f"{path}: predictions are .jsonl, .csv or .json, got {kind or 'no suffix'}")
-    for where, row in rows:
-        image, keys = _image(row, where), [k for k in CAPTION_KEYS if k in row]
+    entries = []
+    for where, row in _prediction_rows(path):
+        image = _image(row, where)
+        keys = [k for k in CAPTION_KEYS if k in row]
         if len(keys) != 1:
             raise ValueError(
-                f"{where} has {'no caption' if not keys else ' and '.join(keys)}: exactly one of the keys {', '.join(CAPTION_KEYS)} is needed, it has {', '.join(map(str, row))}"
+                f"{where} has {' and '.join(keys) or 'no caption'}: exactly one of the keys {', '.join(CAPTION_KEYS)} "
+                f"is needed, it has {', '.join(map(str, row))}"
             )
-        found.append(Entry(image, [_word(row[keys[0]], where, keys[0])], where))
-    if not found:
+        entries.append(Entry(image, [_word(row[keys[0]], where, keys[0])], where))
+    if not entries:
         raise ValueError(f"{path} holds no predictions")
-    return found
+    return entries
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-018
 def _coco(path):
@@ -154,9 +159,8 @@ def _coco(path):
         number, image = _image(row, where, ("id",)), _image(row, where, ("file_name",))
         if number in entries:
             raise ValueError(f"{where}: id {number} was given before, by {entries[number].where}")
-        entries[number] = Entry(
-            image, [], where, str(row.get("source") or "unknown"), str(row.get("split") or ""), number
-        )
+        source, split = str(row.get("source") or "unknown"), str(row.get("split") or "")
+        entries[number] = Entry(image, [], where, source, split, number)
     for i, row in enumerate(data["annotations"]):
         where = f"{path} annotations[{i}]"
         number = _image(row, where, ("image_id",))
@@ -170,52 +174,58 @@ def _reference_line(where, row):
     image = _image(row, where)
     if not isinstance(row.get("captions"), list):
         raise ValueError(f"{where}: captions must be a list of texts, got {json.dumps(row.get('captions'))[:40]}")
-    return Entry(
-        image,
-        [_word(c, where, "captions") for c in row["captions"]],
-        where,
-        str(row.get("source") or "unknown"),
-        str(row.get("split") or ""),
-    )
+    captions = [_word(c, where, "captions") for c in row["captions"]]
+    return Entry(image, captions, where, str(row.get("source") or "unknown"), str(row.get("split") or ""))
+
+# %% ../../nbs/lib/03_data/06_captionfiles.ipynb #2b22cf6e
+def _reference_entries(path):
+    kind = Path(path).suffix.lower()
+    if kind == ".json":
+        return _coco(path)
+    if kind == ".jsonl":
+        return [_reference_line(*line) for line in _lines(path)]
+    if kind != ".csv":
+        raise ValueError(f"{path}: references are .csv, .json or .jsonl, got {kind or 'no suffix'}")
+    report = BadRows(str(path), "line of the file")
+    rows, _ = read_table(path, report)
+    if report.rows:
+        raise ValueError(report.summary())
+    return [
+        Entry(r.image, [clean_caption(c) for c in r.captions], f"{path} line {r.number}", r.source, r.split)
+        for r in rows
+    ]
+
+# %% ../../nbs/lib/03_data/06_captionfiles.ipynb #7508623f
+def _of_split(entries, split, path):
+    splits = sorted({e.split for e in entries} - {""})
+    if split not in splits:
+        there = f"it has {', '.join(splits)}" if splits else "it names no splits"
+        raise ValueError(f"{path} has no images of split {split!r}: {there}")
+    return [e for e in entries if e.split == split]
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-020
 def read_references(
     path: str | Path,  # .csv in RISC's layout, .json of COCO captions, or .jsonl, see above
     split: str | None = None,  # Only its images, such as "test"; all of the file by default
 ) -> list[Entry]:  # In the file's order, each with at least one caption
-    "Human captions. Raises `FileNotFoundError`, and `ValueError` naming file, line and key: also for an image that is there twice, and for an unknown split."
-    kind = Path(path).suffix.lower()
-    if kind == ".csv":
-        report = BadRows(str(path), "line of the file")
-        entries = [
-            Entry(r.image, [clean_caption(c) for c in r.captions], f"{path} line {r.number}", r.source, r.split)
-            for r in read_table(path, report)[0]
-        ]
-        if report.rows:
-            raise ValueError(report.summary())
-    elif kind == ".json":
-        entries = _coco(path)
-    elif kind == ".jsonl":
-        entries = [_reference_line(*line) for line in _lines(path)]
-    else:
-        raise ValueError(f"{path}: references are .csv, .json or .jsonl, got {kind or 'no suffix'}")
+    """Human captions.
+
+    Raises `FileNotFoundError`, and `ValueError` naming file, line and key: also for an image that is there twice, and
+    for an unknown split.
+    """
+    entries = _reference_entries(path)
     if split is not None:
-        splits = sorted({e.split for e in entries} - {""})
-        if split not in splits:
-            raise ValueError(
-                f"{path} has no images of split {split!r}: "
-                + (f"it has {', '.join(splits)}" if splits else "it names no splits")
-            )
-        entries = [e for e in entries if e.split == split]
+        entries = _of_split(entries, split, path)
     if not entries:
         raise ValueError(f"{path} holds no references")
     seen = {}
-    for e in entries:
-        e.captions = [c for c in e.captions if c.strip()]
-        if not e.captions:
-            raise ValueError(f"{e.where}: image {e.image!r} has no caption: at least one is needed")
-        if seen.setdefault(e.image, e) is not e:
-            raise ValueError(f"{e.where}: image {e.image!r} was given before, by {seen[e.image].where}")
+    for entry in entries:
+        entry.captions = [c for c in entry.captions if c.strip()]
+        if not entry.captions:
+            raise ValueError(f"{entry.where}: image {entry.image!r} has no caption: at least one is needed")
+        first = seen.setdefault(entry.image, entry)
+        if first is not entry:
+            raise ValueError(f"{entry.where}: image {entry.image!r} was given before, by {first.where}")
     return entries
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-024
@@ -227,32 +237,65 @@ class Matched:
     sources: list[str]  # n; "unknown" where the references do not say
     references: list[list[str]]  # n
     predictions: dict[str, list[str]]  # System -> n captions
-    left_out: dict[str, int] = field(
-        default_factory=dict
-    )  # Partial: images without a caption of every system, captions of no known image
+    left_out: dict[str, int] = field(default_factory=dict)  # Partial: images that lack a caption, unknown captions
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-025
 def _parts(name):
     return tuple(p for p in name.replace("\\", "/").split("/") if p not in ("", "."))
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-026
-def _place(entry, by_base, by_number):
-    "The position of the reference that an entry is about, None where there is none."
-    parts = _parts(entry.image)
-    found = [
-        (i, other)
-        for i, other in by_base.get(parts[-1:], ())
-        if parts[-len(other) :] == other or other[-len(parts) :] == parts
-    ]
-    if len(found) > 1:
-        found = [(i, other) for i, other in found if other == parts] or found
-    if len(found) > 1:
+class _Index:
+    "Which reference an entry is about."
+
+    def __init__(self, references):
+        self.by_number = {e.number: i for i, e in enumerate(references) if e.number}
+        self.by_base = {}
+        for i, e in enumerate(references):
+            parts = _parts(e.image)
+            self.by_base.setdefault(parts[-1:], []).append((i, parts))
+
+    def place(self, entry):
+        "The position of the reference, None where there is none."
+        parts = _parts(entry.image)
+        fitting = [
+            (i, other)
+            for i, other in self.by_base.get(parts[-1:], ())
+            if parts[-len(other) :] == other or other[-len(parts) :] == parts
+        ]
+        if len(fitting) > 1:
+            fitting = [(i, other) for i, other in fitting if other == parts] or fitting
+        if len(fitting) > 1:
+            names = " or ".join("/".join(other) for _, other in fitting[:3])
+            raise ValueError(f"{entry.where}: image {entry.image!r} could be {names}: name it with its folder")
+        return fitting[0][0] if fitting else self.by_number.get(entry.image)
+
+# %% ../../nbs/lib/03_data/06_captionfiles.ipynb #8173d122
+def _placed(entries, references, index, partial):  # position of a reference -> the entry about it; entries about none
+    placed, unknown = {}, 0
+    for entry in entries:
+        i = index.place(entry)
+        if i is None and not partial:
+            raise ValueError(
+                f"{entry.where}: image {entry.image!r} is not among the {len(references):,} images of the references "
+                "(--partial leaves it out)"
+            )
+        if i is None:
+            unknown += 1
+        elif i in placed:
+            raise ValueError(f"{entry.where}: image {entry.image!r} has a caption already, by {placed[i].where}")
+        else:
+            placed[i] = entry
+    return placed, unknown
+
+# %% ../../nbs/lib/03_data/06_captionfiles.ipynb #b2340e3d
+def _check_complete(name, placed, references):
+    missing = [r for i, r in enumerate(references) if i not in placed]
+    if missing:
         raise ValueError(
-            f"{entry.where}: image {entry.image!r} could be "
-            + " or ".join("/".join(other) for _, other in found[:3])
-            + ": name it with its folder"
+            f"{name} has no caption for {len(missing):,} of {len(references):,} images, "
+            f"such as {missing[0].image!r} ({missing[0].where}): "
+            "caption them, name the split (--split test), or score those that are there (--partial)"
         )
-    return found[0][0] if found else by_number.get(entry.image)
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #cell-027
 def match_captions(
@@ -260,45 +303,34 @@ def match_captions(
     references: list[Entry],  # As `read_references` gives them
     partial: bool = False,  # Score the images that all have, instead of an error?
 ) -> Matched:  # See `Matched`
-    "Brings together what belongs together. Raises `ValueError` naming file, line and image: unknown, predicted twice, or missing without `partial`; announces what `partial` leaves out."
-    by_base, by_number, captions, unknown = {}, {e.number: i for i, e in enumerate(references) if e.number}, {}, 0
-    for i, e in enumerate(references):
-        by_base.setdefault(_parts(e.image)[-1:], []).append((i, _parts(e.image)))
+    """Brings together what belongs together.
+
+    Raises `ValueError` naming file, line and image: unknown, predicted twice, or missing without `partial`; announces
+    what `partial` leaves out.
+    """
+    index = _Index(references)
+    captions, unknown = {}, 0
     for name, entries in systems.items():
-        placed = captions[name] = {}
-        for e in entries:
-            i = _place(e, by_base, by_number)
-            if i is None and not partial:
-                raise ValueError(
-                    f"{e.where}: image {e.image!r} is not among the {len(references):,} images of the references (--partial leaves it out)"
-                )
-            if i is None:
-                unknown += 1
-            elif i in placed:
-                raise ValueError(f"{e.where}: image {e.image!r} has a caption already, by {placed[i].where}")
-            else:
-                placed[i] = e
-        missing = [r for i, r in enumerate(references) if i not in placed]
-        if missing and not partial:
-            raise ValueError(
-                f"{name} has no caption for {len(missing):,} of {len(references):,} images, such as {missing[0].image!r} ({missing[0].where}): "
-                "caption them, name the split (--split test), or score those that are there (--partial)"
-            )
-    kept = [i for i in range(len(references)) if all(i in placed for placed in captions.values())]
-    left_out = (
-        dict(images_without_caption=len(references) - len(kept), captions_of_unknown_images=unknown) if partial else {}
-    )
-    if not kept:
+        captions[name], unknown_here = _placed(entries, references, index, partial)
+        unknown += unknown_here
+        if not partial:
+            _check_complete(name, captions[name], references)
+    scored = [i for i in range(len(references)) if all(i in placed for placed in captions.values())]
+    if not scored:
         raise ValueError(f"{', '.join(systems)}: no image of the references has a caption of every system")
+    left_out = {}
+    if partial:
+        left_out = dict(images_without_caption=len(references) - len(scored), captions_of_unknown_images=unknown)
     if any(left_out.values()):
         announce(
             "partial",
-            f"{len(kept):,} of {len(references):,} images are scored, {unknown:,} captions belong to no image of the references: not comparable with scores on other images",
+            f"{len(scored):,} of {len(references):,} images are scored, {unknown:,} captions belong to no image of "
+            "the references: not comparable with scores on other images",
         )
     return Matched(
-        [references[i].image for i in kept],
-        [references[i].source for i in kept],
-        [references[i].captions for i in kept],
-        {name: [placed[i].captions[0] for i in kept] for name, placed in captions.items()},
+        [references[i].image for i in scored],
+        [references[i].source for i in scored],
+        [references[i].captions for i in scored],
+        {name: [placed[i].captions[0] for i in scored] for name, placed in captions.items()},
         left_out,
     )

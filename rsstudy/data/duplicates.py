@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..common.files import atomic_path
+from .splits import SPLITS
 from .table import clean_caption
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-006
@@ -33,13 +34,9 @@ def thumbnails(
 
     images = dataset.select_columns("image")
 
-    def shrink(at):  # decoding leaves Python free for the other thread
-        return np.stack(
-            [
-                np.asarray(i.convert("L").resize((32, 32), Image.Resampling.LANCZOS))
-                for i in images[at : at + batch]["image"]
-            ]
-        )
+    def shrink(start):  # decoding leaves Python free for the other thread
+        decoded = images[start : start + batch]["image"]
+        return np.stack([np.asarray(i.convert("L").resize((32, 32), Image.Resampling.LANCZOS)) for i in decoded])
 
     with (
         ThreadPoolExecutor(2) as pool,
@@ -70,7 +67,10 @@ def kept_thumbnails(
 def perceptual_hash(
     small: np.ndarray,  # Grey thumbnails, (n, 32, 32)
 ) -> np.ndarray:  # (n,) uint64
-    "The 64-bit DCT hash, bit for bit that of `imagehash.phash`. Source: Zauner 2010, Implementation and benchmarking of perceptual image hash functions, sec. 3.2."
+    """The 64-bit DCT hash, bit for bit that of `imagehash.phash`.
+
+    Source: Zauner 2010, Implementation and benchmarking of perceptual image hash functions, sec. 3.2.
+    """
     from scipy.fft import dct
 
     low = dct(dct(small.astype(float), axis=1), axis=2)[:, :8, :8].reshape(len(small), 64)
@@ -93,7 +93,8 @@ def correlation_of(
     x, y = (v.reshape(len(v), 32 * 32).astype(np.float32) for v in (small, others))
     same = (x == y).all(axis=1)
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
-    return np.where(same, 1, (x * y).sum(axis=1) / np.maximum(np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1)), 1e-6))
+    scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    return np.where(same, 1, (x * y).sum(axis=1) / np.maximum(scale, 1e-6))
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-015
 def near_pairs(
@@ -104,21 +105,19 @@ def near_pairs(
     block: int = 256,  # Images compared with all at once: memory
 ) -> pd.DataFrame:  # A row a pair: a, b (row numbers, a < b), bits, way, correlation
     "Pairs of images that look the same, by perceptual hash and thumbnail."
-    hashes, found = perceptual_hash(small), []
+    hashes = perceptual_hash(small)
+    blocks = []
     for way in ways:
-        laid = turn(small, way)
-        others = perceptual_hash(laid)
-        for at in range(0, len(small), block):
-            distance = np.bitwise_count(hashes[at : at + block, None] ^ others[None, at:])
+        turned = turn(small, way)
+        others = perceptual_hash(turned)
+        for start in range(0, len(small), block):
+            distance = np.bitwise_count(hashes[start : start + block, None] ^ others[None, start:])
             a, b = np.nonzero(distance <= bits)
-            a, b, distance = (v[a < b] for v in (a + at, b + at, distance[a, b]))
-            alike = correlation_of(small[a], laid[b])
-            found.append(
-                pd.DataFrame(dict(a=a, b=b, bits=distance.astype(int), way=way, correlation=alike))[
-                    alike >= correlation
-                ]
-            )
-    return pd.concat(found, ignore_index=True)
+            a, b, distance = (v[a < b] for v in (a + start, b + start, distance[a, b]))
+            alike = correlation_of(small[a], turned[b])
+            pairs = pd.DataFrame(dict(a=a, b=b, bits=distance.astype(int), way=way, correlation=alike))
+            blocks.append(pairs[alike >= correlation])
+    return pd.concat(blocks, ignore_index=True)
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-019
 def whiten(
@@ -146,12 +145,13 @@ def similar_pairs(
 ) -> pd.DataFrame:  # A row a pair: a, b (row numbers, a < b), cosine
     "Pairs of images with similar features."
     x = np.asarray(features, np.float32)
-    x, found = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12), []
-    for at in range(0, len(x), block):
-        near = x[at : at + block] @ x[at:].T
-        a, b = np.nonzero(near >= cosine)
-        found.append(pd.DataFrame(dict(a=a + at, b=b + at, cosine=near[a, b]))[a < b])
-    return pd.concat(found, ignore_index=True)
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    blocks = []
+    for start in range(0, len(x), block):
+        cosines = x[start : start + block] @ x[start:].T
+        a, b = np.nonzero(cosines >= cosine)
+        blocks.append(pd.DataFrame(dict(a=a + start, b=b + start, cosine=cosines[a, b]))[a < b])
+    return pd.concat(blocks, ignore_index=True)
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-023
 KINDS = ("identical", "near", "turned", "similar")
@@ -163,9 +163,8 @@ def identical_pairs(
 ) -> pd.DataFrame:  # A row a pair: a, b (row numbers, a < b)
     "Pairs of images that are the same byte for byte."
     rows = pd.Series(range(len(hashes))).groupby(list(hashes)).apply(list)
-    return pd.DataFrame(
-        [pair for same in rows for pair in itertools.combinations(same, 2)], columns=["a", "b"], dtype=int
-    )
+    pairs = [pair for same in rows for pair in itertools.combinations(same, 2)]
+    return pd.DataFrame(pairs, columns=["a", "b"], dtype=int)
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-024
 def near_duplicates(
@@ -173,31 +172,37 @@ def near_duplicates(
     small: np.ndarray,  # Grey thumbnails, (n, 32, 32)
     features: np.ndarray | None = None,  # (n, d), best whitened; without them there is no kind `similar`
     thresholds: dict | None = None,  # Changes to `THRESHOLDS`
-) -> pd.DataFrame:  # A row a pair, the closest first: a, b (row numbers, a < b), kind, bits, way, correlation, cosine (null where not looked at)
-    "Every pair of images that is suspected to show the same, once. Raises `ValueError` where lengths differ or a threshold is unknown."
+) -> pd.DataFrame:  # A row a pair, the closest first: a, b, kind, bits, way, correlation, cosine
+    """Every pair of images that is suspected to show the same, once.
+
+    `a` and `b` are row numbers, `a` the smaller one; what was not looked at is null.
+    Raises `ValueError` where lengths differ or a threshold is unknown.
+    """
     if unknown := set(thresholds or {}) - set(THRESHOLDS):
         raise ValueError(f"unknown threshold {', '.join(sorted(unknown))}: they are {', '.join(THRESHOLDS)}")
-    if len({len(v) for v in (hashes, small, features) if v is not None}) > 1:
-        raise ValueError(
-            f"hashes, thumbnails and features must be of the same images, got {[len(v) for v in (hashes, small, features) if v is not None]}"
-        )
+    lengths = [len(v) for v in (hashes, small, features) if v is not None]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"hashes, thumbnails and features must be of the same images, got {lengths}")
     limit = THRESHOLDS | (thresholds or {})
-    found = [
+    pairs_of_kinds = [
         identical_pairs(hashes).assign(bits=0, way=0, correlation=1.0),
         near_pairs(small, limit["bits"], limit["correlation"]),
         near_pairs(small, limit["turned_bits"], limit["turned_correlation"], ways=range(1, 8)),
     ]
     if features is not None:
-        pairs = similar_pairs(features, limit["cosine"])
-        pairs["correlation"] = correlation_of(small[pairs["a"]], small[pairs["b"]])
-        found.append(pairs[pairs["correlation"] >= limit["correlation"]].assign(way=0))
-    pairs = pd.concat([part.assign(kind=kind) for kind, part in zip(KINDS, found)], ignore_index=True).reindex(
-        columns=["a", "b", "kind", "bits", "way", "correlation", "cosine"]
-    )
-    rank = pairs.assign(rank=pairs["kind"].map(KINDS.index)).sort_values(
+        similar = similar_pairs(features, limit["cosine"])
+        similar["correlation"] = correlation_of(small[similar["a"]], small[similar["b"]])
+        pairs_of_kinds.append(similar[similar["correlation"] >= limit["correlation"]].assign(way=0))
+    pairs = pd.concat([p.assign(kind=kind) for kind, p in zip(KINDS, pairs_of_kinds)], ignore_index=True)
+    pairs = pairs.reindex(columns=["a", "b", "kind", "bits", "way", "correlation", "cosine"])
+    ranked = pairs.assign(rank=pairs["kind"].map(KINDS.index)).sort_values(
         ["rank", "bits", "correlation", "a", "b"], ascending=[True, True, False, True, True]
     )
-    return rank.drop_duplicates(["a", "b"]).drop(columns="rank").reset_index(drop=True)
+    return ranked.drop_duplicates(["a", "b"]).drop(columns="rank").reset_index(drop=True)
+
+# %% ../../nbs/lib/03_data/07_duplicates.ipynb #53b0c42a
+def _joined(a, b, order=None):  # such as "train-test"; one name where both are the same
+    return "-".join(sorted({a, b}, key=order and order.index))
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-027
 def duplicate_images(
@@ -207,36 +212,26 @@ def duplicate_images(
 ) -> dict:  # JSON values: identical and near pairs, within and across splits
     "Identical and near-duplicate images within and across splits."
     ids, splits = data.dataset["image_id"][:], data.dataset["split"][:]
-    found = near_pairs(small)
-    pairs, distance = found[["a", "b"]].to_numpy(), found["bits"].to_numpy()
+    near = near_pairs(small)
+    pairs, distance = near[["a", "b"]].to_numpy(), near["bits"].to_numpy()
     same = np.array([data.hashes[a] == data.hashes[b] for a, b in pairs], bool)
+    between = np.array([_joined(splits[a], splits[b], SPLITS) for a, b in pairs], object)
     order = np.argsort(distance - same, kind="stable")
 
-    def kind(a, b):
-        return "-".join(sorted({splits[a], splits[b]}, key=("train", "val", "test").index))
+    def count(names):
+        across = sum("-" in name for name in names)
+        return dict(within=len(names) - across, across=across, splits=dict(Counter(names)))
 
-    def count(chosen):
-        return dict(
-            within=sum("-" not in kind(a, b) for a, b in chosen),
-            across=sum("-" in kind(a, b) for a, b in chosen),
-            splits=dict(Counter(kind(a, b) for a, b in chosen)),
-        )
+    def facts(i):
+        a, b = pairs[i]
+        return dict(a=ids[a], b=ids[b], splits=between[i], bits=int(distance[i]), identical=bool(same[i]))
 
     return dict(
-        identical=count(pairs[same]),
-        near=count(pairs[~same]),
+        identical=count(between[same]),
+        near=count(between[~same]),
         bits=THRESHOLDS["bits"],
         correlation=THRESHOLDS["correlation"],
-        pairs=[
-            dict(
-                a=ids[pairs[i][0]],
-                b=ids[pairs[i][1]],
-                splits=kind(*pairs[i]),
-                bits=int(distance[i]),
-                identical=bool(same[i]),
-            )
-            for i in order[:listed]
-        ],
+        pairs=[facts(i) for i in order[:listed]],
     )
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-030
@@ -249,10 +244,65 @@ def group_digests(
     from scipy.sparse.csgraph import connected_components
 
     n = len(hashes)
-    group = connected_components(
-        coo_array((np.ones(len(pairs)), (pairs["a"], pairs["b"])), shape=(n, n)), directed=False
-    )[1]
+    links = coo_array((np.ones(len(pairs)), (pairs["a"], pairs["b"])), shape=(n, n))
+    _, group = connected_components(links, directed=False)
     return list(pd.Series(hashes).groupby(group).transform("min"))
+
+# %% ../../nbs/lib/03_data/07_duplicates.ipynb #0a8a5071
+def _count_pairs(pairs, splits, sources):  # kind -> splits that are joined -> sources that are joined -> pairs
+    counts = Counter(
+        (p.kind, _joined(splits[p.a], splits[p.b], SPLITS), _joined(sources[p.a], sources[p.b]))
+        for p in pairs.itertuples()
+    )
+    nested = {kind: {} for kind in KINDS}
+    for (kind, split, source), n in sorted(counts.items()):
+        nested[kind].setdefault(split, {})[source] = n
+    return nested
+
+# %% ../../nbs/lib/03_data/07_duplicates.ipynb #e62218cb
+def _list_pairs(pairs, ids, splits):  # JSON values
+    return [
+        dict(
+            a=ids[p.a],
+            b=ids[p.b],
+            kind=p.kind,
+            splits=f"{splits[p.a]}-{splits[p.b]}",
+            way=int(p.way),
+            bits=None if np.isnan(p.bits) else int(p.bits),
+            correlation=float(p.correlation),
+            cosine=None if np.isnan(p.cosine) else float(p.cosine),
+        )
+        for p in pairs.itertuples()
+    ]
+
+# %% ../../nbs/lib/03_data/07_duplicates.ipynb #63e3044a
+def _look_at_test(dataset, pairs) -> pd.DataFrame:  # A row a test image: image_id, source, clean, seen, captions
+    ids, sources, splits, captions = (dataset[c][:] for c in ("image_id", "source", "split", "captions"))
+    leaking = [pair for pair in zip(pairs["a"], pairs["b"]) if {splits[row] for row in pair} == {"train", "test"}]
+    touched = set(itertools.chain.from_iterable(leaking))
+    known = {clean_caption(c) for split, own in zip(splits, captions) if split == "train" for c in own}
+    rows = [
+        dict(
+            image_id=ids[i],
+            source=sources[i],
+            clean=i not in touched,
+            seen=sum(clean_caption(c) in known for c in captions[i]),
+            captions=len(captions[i]),
+        )
+        for i, split in enumerate(splits)
+        if split == "test"
+    ]
+    return pd.DataFrame(rows, columns=["image_id", "source", "clean", "seen", "captions"])
+
+# %% ../../nbs/lib/03_data/07_duplicates.ipynb #fa032982
+def _seen_share(test):  # of a source's test captions, and of its images
+    return dict(
+        images=len(test),
+        clean=int(test["clean"].sum()),
+        captions=test["seen"].sum() / test["captions"].sum(),
+        any=float((test["seen"] > 0).mean()),
+        all=float((test["seen"] == test["captions"]).mean()),
+    )
 
 # %% ../../nbs/lib/03_data/07_duplicates.ipynb #cell-033
 def leakage(
@@ -261,68 +311,15 @@ def leakage(
     listed: int = 50,  # Pairs across splits listed at most, the closest first
 ) -> dict:  # JSON values: images, pairs, listed, captions_seen, clean, caption_unseen
     "What of the test set stands in the training set, or nearly."
-    ids, sources, splits, captions = (dataset[c][:] for c in ("image_id", "source", "split", "captions"))
-
-    def join(values, order=None):
-        return "-".join(
-            sorted(set(values), key=order and order.index)
-        )  # "train-test"; one name where both are the same
-
-    between = [join((splits[a], splits[b]), ("train", "val", "test")) for a, b in zip(pairs["a"], pairs["b"])]
-    counts = Counter(
-        zip(pairs["kind"], between, [join((sources[a], sources[b])) for a, b in zip(pairs["a"], pairs["b"])])
-    )
-    nested = {kind: {} for kind in KINDS}
-    for (kind, split, source), n in sorted(counts.items()):
-        nested[kind].setdefault(split, {})[source] = n
-    across = pairs[["-" in b for b in between]]
-    touched = {
-        row for pair in zip(pairs["a"], pairs["b"]) if {splits[i] for i in pair} == {"train", "test"} for row in pair
-    }
-    known = {clean_caption(c) for split, own in zip(splits, captions) if split == "train" for c in own}
-    test = pd.DataFrame(
-        [
-            dict(
-                image_id=ids[i],
-                source=sources[i],
-                clean=i not in touched,
-                seen=sum(clean_caption(c) in known for c in captions[i]),
-                captions=len(captions[i]),
-            )
-            for i, split in enumerate(splits)
-            if split == "test"
-        ],
-        columns=["image_id", "source", "clean", "seen", "captions"],
-    )
-
-    def share(part):  # of a source's test captions, and of its images
-        return dict(
-            images=len(part),
-            clean=int(part["clean"].sum()),
-            captions=part["seen"].sum() / part["captions"].sum(),
-            any=float((part["seen"] > 0).mean()),
-            all=float((part["seen"] == part["captions"]).mean()),
-        )
-
+    ids, sources, splits = (dataset[c][:] for c in ("image_id", "source", "split"))
+    across = pairs[[splits[a] != splits[b] for a, b in zip(pairs["a"], pairs["b"])]]
+    test = _look_at_test(dataset, pairs)
+    groups = [*test.groupby("source"), *([("all", test)] if len(test) else [])]
     return dict(
-        images={s: splits.count(s) for s in ("train", "val", "test")},
-        pairs=nested,
-        listed=[
-            dict(
-                a=ids[p.a],
-                b=ids[p.b],
-                kind=p.kind,
-                splits=f"{splits[p.a]}-{splits[p.b]}",
-                way=int(p.way),
-                bits=None if np.isnan(p.bits) else int(p.bits),
-                correlation=float(p.correlation),
-                cosine=None if np.isnan(p.cosine) else float(p.cosine),
-            )
-            for p in across.head(listed).itertuples()
-        ],
-        captions_seen={
-            s: share(part) for s, part in [*test.groupby("source"), *([("all", test)] if len(test) else [])]
-        },
+        images={s: splits.count(s) for s in SPLITS},
+        pairs=_count_pairs(pairs, splits, sources),
+        listed=_list_pairs(across.head(listed), ids, splits),
+        captions_seen={source: _seen_share(part) for source, part in groups},
         clean=test["image_id"][test["clean"]].tolist(),
         caption_unseen=test["image_id"][test["seen"] == 0].tolist(),
     )

@@ -22,7 +22,9 @@ def source_rows(
 ) -> dict[str, np.ndarray]:  # Source -> which rows are of it, (n,) bool; "all" last
     "The rows of every source, and all of them. Where no row names its source, only `all` is left."
     sources = np.array(dataset["source"][:])
-    names = sorted(set(sources.tolist()) - ({"unknown"} if set(sources.tolist()) == {"unknown"} else set()))
+    names = sorted(set(sources.tolist()))
+    if names == ["unknown"]:
+        names = []
     return {name: sources == name for name in names} | {"all": np.full(len(sources), True)}
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-006
@@ -37,9 +39,8 @@ def count_images(
     }
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-009
-PAPER_LENGTHS = dict(
-    mean=12.08, std=2.23, min=5.6, max=25.0
-)  # first source paper, section III, words an image on average, all of RISC
+# First source paper, section III, words an image on average, all of RISC
+PAPER_LENGTHS = dict(mean=12.08, std=2.23, min=5.6, max=25.0)
 
 
 def caption_lengths(
@@ -48,10 +49,13 @@ def caption_lengths(
 ) -> np.ndarray:  # Average words a caption for each image, (n,)
     "Average caption length of each image, in pieces between spaces."
 
-    def count(c):
-        return len(c.split()) if punctuation else sum(any(x.isalnum() for x in piece) for piece in c.split())
+    def counts(piece):
+        return punctuation or any(letter.isalnum() for letter in piece)
 
-    return np.array([np.mean([count(c) for c in own]) for own in captions])
+    def length(caption):
+        return sum(map(counts, caption.split()))
+
+    return np.array([np.mean([length(c) for c in own]) for own in captions])
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-010
 def describe_lengths(
@@ -87,8 +91,9 @@ def top_words(
     n: int = 30,  # How many
 ) -> dict[str, int]:  # The n most frequent that are no stop words, most frequent first; equal ones by alphabet
     "The most frequent words that say something."
-    stop = stop_words()[0]
-    return dict(sorted(((w, k) for w, k in counts.items() if w not in stop), key=lambda item: (-item[1], item[0]))[:n])
+    stop, _ = stop_words()
+    telling = [(word, k) for word, k in counts.items() if word not in stop]
+    return dict(sorted(telling, key=lambda item: (-item[1], item[0]))[:n])
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-018
 def distinct_captions(
@@ -105,9 +110,7 @@ def _key(caption):
 def shared_captions(
     dataset,  # With `source`, `split` and `captions`
     punctuation: bool = True,  # Must punctuation agree too?
-) -> dict[
-    str, dict[str, float]
-]:  # Split -> source (and "all", last) -> share of its captions that occur in train, 0 to 1
+) -> dict[str, dict[str, float]]:  # Split -> source (and "all", last) -> share of its captions in train, 0 to 1
     "Captions of val and test that stand among the training captions, compared without case and spaces."
     key = _key if punctuation else lambda c: tuple(_WORD.findall(c.lower()))
     splits, captions = np.array(dataset["split"][:]), dataset["captions"][:]
@@ -116,14 +119,11 @@ def shared_captions(
     def share(chosen):
         return float(np.mean([key(c) in known for i in np.flatnonzero(chosen) for c in captions[i]]))
 
-    return {
-        split: {
-            source: share(rows & (splits == split))
-            for source, rows in source_rows(dataset).items()
-            if (rows & (splits == split)).any()
-        }
-        for split in ("val", "test")
-    }
+    def shares(split):
+        chosen = {source: rows & (splits == split) for source, rows in source_rows(dataset).items()}
+        return {source: share(rows) for source, rows in chosen.items() if rows.any()}
+
+    return {split: shares(split) for split in ("val", "test")}
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-025
 def sample_rows(
@@ -132,11 +132,11 @@ def sample_rows(
     seed: int = 0,  # Of the draw
 ) -> list[int]:  # Rows, sources in turn
     "Rows of a few images, as many of each source as can be."
-    sources, groups = np.array(dataset["source"][:]), []
+    sources = np.array(dataset["source"][:])
     order = np.random.default_rng(seed).permutation(len(sources))
     groups = [[int(i) for i in order if sources[i] == s] for s in sorted(set(sources.tolist()))]
-    turns = [group[turn] for turn in range(n) for group in groups if turn < len(group)]
-    return turns[: min(n, 12)]
+    in_turn = [group[turn] for turn in range(n) for group in groups if turn < len(group)]
+    return in_turn[: min(n, 12)]
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-027
 def explore(
@@ -145,10 +145,13 @@ def explore(
 ) -> dict:  # JSON values, what every figure and table below is drawn from
     "The figures of the chapter for a whole dataset."
     dataset = data.dataset
-    captions, groups = dataset["captions"][:], source_rows(dataset)
-    lengths, words, distinct = caption_lengths(captions), count_words(captions), distinct_captions(captions)
+    captions = dataset["captions"][:]
+    groups = source_rows(dataset)
+    lengths = caption_lengths(captions)
+    words = count_words(captions)
+    distinct = distinct_captions(captions)
     values, images = np.unique(lengths.round(2), return_counts=True)
-    rows = sample_rows(dataset)
+    samples = dataset.select_columns(["image_id", "source", "split", "captions"])
     return dict(
         data=data.facts(),
         bad_rows=data.report.to_json(limit=200),
@@ -171,15 +174,7 @@ def explore(
         distinct={s: {str(k): int((distinct[g] == k).sum()) for k in range(1, 6)} for s, g in groups.items()},
         shared=dict(verbatim=shared_captions(dataset), words=shared_captions(dataset, punctuation=False)),
         duplicates=duplicate_images(data, small),
-        samples=[
-            dict(
-                image_id=dataset[i]["image_id"],
-                source=dataset[i]["source"],
-                split=dataset[i]["split"],
-                captions=captions[i],
-            )
-            for i in rows
-        ],
+        samples=[samples[i] for i in sample_rows(dataset)],
     )
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-028
@@ -194,82 +189,86 @@ def pair_rows(
         for sources, n in between.items()
     ]
 
+# %% ../../nbs/lib/03_data/08_explore.ipynb #bf2cec1a
+def _source_findings(result, sources):  # what the sources lack and repeat
+    counts, distinct = result["counts"], result["distinct"]
+    for s in sources:
+        if absent := [split for split, n in counts[s].items() if not n]:
+            yield f"{s} has no image in {' and '.join(absent)}."
+    lengths = result["lengths"]["by_source"]["all"]
+    yield (
+        f"An image's captions have {lengths['mean']:.1f} words on average, "
+        f"from {lengths['min']:g} to {lengths['max']:g}."
+    )
+    for s in sources or ["all"]:
+        if distinct[s]["1"]:
+            total = sum(counts[s].values())
+            yield (
+                f"{s}: {distinct[s]['1'] / total:.0%} of the images carry one sentence five times, "
+                f"{distinct[s]['5'] / total:.0%} five different ones."
+            )
+    for s, share in result["shared"]["words"].get("test", {}).items():
+        if share and (s != "all" or not sources):
+            yield f"{s}: {100 * share:.2g} % of the test captions stand word for word among the training captions."
+
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-029
 def data_findings(
     result: dict,  # 01_eda.json
 ) -> list[str]:  # Sentences
     "What the later chapters have to know about the data, in words."
-    counts, lengths, distinct, twice = (
-        result["counts"],
-        result["lengths"]["by_source"],
-        result["distinct"],
-        result["duplicates"],
-    )
+    counts, duplicates = result["counts"], result["duplicates"]
     sources = [s for s in counts if s != "all"]
-
-    def total(s):
-        return sum(counts[s].values())
-
     origin = f"of {len(sources)} sources " if sources else ""
-    found = [
-        f"{total('all'):,} images {origin}are left of {result['data']['rows']:,} rows; {result['bad_rows']['dropped']:,} were dropped."
+    findings = [
+        f"{sum(counts['all'].values()):,} images {origin}are left of {result['data']['rows']:,} rows; "
+        f"{result['bad_rows']['dropped']:,} were dropped.",
+        *_source_findings(result, sources),
     ]
-    for s in sources:
-        if absent := [split for split, n in counts[s].items() if not n]:
-            found.append(f"{s} has no image in {' and '.join(absent)}.")
-    found.append(
-        f"An image's captions have {lengths['all']['mean']:.1f} words on average, from {lengths['all']['min']:g} to {lengths['all']['max']:g}."
-    )
-    for s in sources or ["all"]:
-        if distinct[s]["1"]:
-            found.append(
-                f"{s}: {distinct[s]['1'] / total(s):.0%} of the images carry one sentence five times, {distinct[s]['5'] / total(s):.0%} five different ones."
-            )
-    for s, share in result["shared"]["words"].get("test", {}).items():
-        if share and (s != "all" or not sources):
-            found.append(
-                f"{s}: {100 * share:.2g} % of the test captions stand word for word among the training captions."
-            )
     for kind in ("identical", "near"):
-        found.append(
-            f"{kind.capitalize()} image pairs: {twice[kind]['within']} within a split, {twice[kind]['across']} across splits."
+        findings.append(
+            f"{kind.capitalize()} image pairs: {duplicates[kind]['within']} within a split, "
+            f"{duplicates[kind]['across']} across splits."
         )
     if "RSICD" in sources and result["data"]["split"] == "file":
-        found.append(
-            "RSICD: what RISCM's table calls val is RSICD's published test, and the other way round; `split = official` exchanges them."
+        findings.append(
+            "RSICD: what RISCM's table calls val is RSICD's published test, and the other way round; "
+            "`split = official` exchanges them."
         )
-    return found + leak_findings(result["leakage"])
+    return findings + leak_findings(result["leakage"])
+
+# %% ../../nbs/lib/03_data/08_explore.ipynb #b7493902
+def _pairs_of_two_sources(pairs):  # of `leakage`
+    of_sources = [between for of_kind in pairs.values() for between in of_kind.values()]
+    return sum(n for between in of_sources for sources, n in between.items() if "-" in sources)
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #cell-030
 def leak_findings(
     leaks: dict,  # `leakage` of 01_eda.json
 ) -> list[str]:  # Sentences
     "What the profile's test images owe to its training images, in words."
-    test, seen = leaks["images"]["test"], leaks["captions_seen"]
+    train, test = leaks["images"]["train"], leaks["images"]["test"]
+    seen = leaks["captions_seen"]
     if not test:
         return ["The profile has no test image."]
     across = {kind: sum(leaks["pairs"][kind].get("train-test", {}).values()) for kind in KINDS}
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in across.items() if n)
     clean, unseen = len(leaks["clean"]), len(leaks["caption_unseen"])
-    found = [
-        f"{clean:,} of the {test:,} test images ({clean / test:.1%}) are clean: nothing like them is among the {leaks['images']['train']:,} training images"
+    findings = [
+        f"{clean:,} of the {test:,} test images ({clean / test:.1%}) are clean: "
+        f"nothing like them is among the {train:,} training images"
         + (f"; pairs of a training and a test image: {kinds}." if kinds else ", by any of the ways looked.")
     ]
     if leaks["features"] is None:
-        found.append("Features were not compared: crops and neighbouring tiles are not found.")
-    foreign = sum(
-        n for kind in KINDS for of in leaks["pairs"][kind].values() for sources, n in of.items() if "-" in sources
+        findings.append("Features were not compared: crops and neighbouring tiles are not found.")
+    if len(seen) > 2:
+        foreign = _pairs_of_two_sources(leaks["pairs"])
+        findings.append(f"{foreign:,} pairs join two sources." if foreign else "No pair joins two sources.")
+    findings.append(
+        f"{unseen:,} test images ({unseen / test:.1%}) have no caption that stands word for word among the training "
+        f"captions; of {round(seen['all']['all'] * test):,} images every caption does, and they can be captioned "
+        "perfectly by heart."
     )
     if len(seen) > 2:
-        found.append(f"{foreign:,} pairs join two sources." if foreign else "No pair joins two sources.")
-    found.append(
-        f"{unseen:,} test images ({unseen / test:.1%}) have no caption that stands word for word among the training captions; of "
-        f"{round(seen['all']['all'] * test):,} images every caption does, and they can be captioned perfectly by heart."
-    )
-    if len(seen) > 2:
-        found.append(
-            "Captions seen in training, by source: "
-            + ", ".join(f"{s} {of['captions']:.1%}" for s, of in seen.items() if s != "all")
-            + "."
-        )
-    return found
+        shares = ", ".join(f"{s} {of['captions']:.1%}" for s, of in seen.items() if s != "all")
+        findings.append(f"Captions seen in training, by source: {shares}.")
+    return findings

@@ -116,9 +116,7 @@ class ImageFolder:
     def find(
         self,
         name: str,  # As the table has it, such as "UCM_12.jpg" or "airport/7.jpg"
-    ) -> tuple[
-        str, str
-    ]:  # The path, and the kind of problem ("" if none): "path leaving the folder" or "missing image"
+    ) -> tuple[str, str]:  # The path, and the problem: "", "path leaving the folder" or "missing image"
         "Where an image lies. Never raises: what is wrong is in the second value."
         path = os.path.join(self.root, name)
         if name in self.plain:
@@ -156,15 +154,18 @@ def all_facts(
     "`read_image_facts` of many files."
     from tqdm import tqdm
 
-    parts, found = [paths[at : at + batch] for at in range(0, len(paths), batch)], []
+    def look(start):
+        return [read_image_facts(path) for path in paths[start : start + batch]]
+
+    facts = []
     with (
         ThreadPoolExecutor(workers) as pool,
         tqdm(total=len(paths), desc="checking images", unit="image", disable=not progress) as bar,
     ):
-        for part in pool.map(lambda part: [read_image_facts(p) for p in part], parts):
-            found += part
-            bar.update(len(part))
-    return found
+        for of_batch in pool.map(look, range(0, len(paths), batch)):
+            facts += of_batch
+            bar.update(len(of_batch))
+    return facts
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-019
 PERCENTILES = (2.0, 98.0)  # of an image's values, that become black and white
@@ -179,50 +180,49 @@ def stretch(
     low: float,  # Becomes 0
     high: float,  # Becomes 255
 ) -> np.ndarray:  # uint8, same shape
-    "Values as 8 bits, what lies outside cut off. Where `high` is not above `low` there is no contrast to show: all is middle grey."
+    """Values as 8 bits, what lies outside cut off.
+
+    Where `high` is not above `low` there is no contrast to show: all is middle grey.
+    """
     if not high > low:
         return np.full(values.shape, 127, np.uint8)
-    return (
-        np.clip((values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low)), 0, 255)
-        .round()
-        .astype(np.uint8)
-    )
+    stretched = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+    return np.clip(stretched, 0, 255).round().astype(np.uint8)
+
+# %% ../../nbs/lib/03_data/01_images.ipynb #7fd78d56
+def _eight_bits(image, name, percentiles):  # PIL image, RGB, upright
+    from PIL import Image, ImageOps
+
+    deep = any(";16" in str(tile[3]) or ";12" in str(tile[3]) for tile in image.tile)
+    if image.mode[0] not in "IF":
+        if deep:
+            raise DeepColour(
+                f"{name} has more than 8 bits a colour channel, which needs rasterio: pip install 'rsstudy[geo]'"
+            )
+        return ImageOps.exif_transpose(image).convert("RGB")
+    if percentiles is None:
+        raise ValueError(f"{name} has pixels of kind {image.mode}: percentiles are needed to show them with 8 bits")
+    values = np.asarray(ImageOps.exif_transpose(image))
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError(f"{name} has no finite pixel")
+    values = np.nan_to_num(values, nan=finite.min(), posinf=finite.max(), neginf=finite.min())
+    return Image.fromarray(stretch(values, *np.percentile(finite, percentiles))).convert("RGB")
 
 # %% ../../nbs/lib/03_data/01_images.ipynb #cell-021
 def read_pixels(
     file: str | Path | bytes,  # A file, or its whole content
     name: str,  # What it is called in messages
-    percentiles: tuple[float, float]
-    | None = PERCENTILES,  # That deep pixels are stretched between; None refuses deep pixels
+    percentiles: tuple[float, float] | None = PERCENTILES,  # Deep pixels are stretched between; None refuses them
 ):  # PIL image, RGB, upright
     "One image. Raises `ValueError` saying what is wrong with the file, `DeepColour` where Pillow would lose bits."
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            deep = any(";16" in str(tile[3]) or ";12" in str(tile[3]) for tile in image.tile)
-            if image.mode[0] not in "IF":
-                if deep:
-                    raise DeepColour(
-                        f"{name} has more than 8 bits a colour channel, which needs rasterio: pip install 'rsstudy[geo]'"
-                    )
-                return ImageOps.exif_transpose(image).convert("RGB")
-            if percentiles is None:
-                raise ValueError(
-                    f"{name} has pixels of kind {image.mode}: percentiles are needed to show them with 8 bits"
-                )
-            values = np.asarray(ImageOps.exif_transpose(image))
-            finite = values[np.isfinite(values)]
-            if not finite.size:
-                raise ValueError(f"{name} has no finite pixel")
-            return Image.fromarray(
-                stretch(
-                    np.nan_to_num(values, nan=finite.min(), posinf=finite.max(), neginf=finite.min()),
-                    *np.percentile(finite, percentiles),
-                )
-            ).convert("RGB")
+            return _eight_bits(image, name, percentiles)
     except Image.DecompressionBombError:
         raise ValueError(f"{name} is too large: {MAX_PIXELS:,} pixels are allowed") from None
     except ValueError:

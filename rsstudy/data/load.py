@@ -62,12 +62,25 @@ def data_digest(
     rows: list[Row],  # Good rows, with their splits
 ) -> str:  # SHA-256, hexadecimal
     "One number for the data that a result was computed from; the order of rows and the place on disk do not matter."
-    total = hashlib.sha256()
+    digest = hashlib.sha256()
     for r in sorted(rows, key=lambda r: r.image):
-        total.update(
-            json.dumps([r.image, r.source, r.split, r.captions, r.facts.digest], ensure_ascii=False).encode() + b"\n"
-        )
-    return total.hexdigest()
+        line = json.dumps([r.image, r.source, r.split, r.captions, r.facts.digest], ensure_ascii=False)
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()
+
+# %% ../../nbs/lib/03_data/05_load.ipynb #ed88a8dd
+def _same_image(row, by_name, by_bytes):
+    "What is wrong with a row whose image an earlier one has, by name or byte for byte: kind and detail, or None."
+    first = by_name.setdefault(row.image, row)
+    if first is not row and first.split == row.split:
+        return "duplicate id", f"as {first.number}"
+    if first is not row:
+        return "image in two splits", f"{row.split} here, {first.split} in {first.number}"
+    first = by_bytes.setdefault(row.facts.digest, row)
+    if first.split != row.split:
+        same = f"the same bytes as {first.image} of {first.split} in {first.number}"
+        return "image in two splits", f"{row.split} here, {same}"
+    return None
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-008
 def judge_rows(
@@ -77,7 +90,8 @@ def judge_rows(
     clean: bool,  # Clean the captions?
 ) -> tuple[list[Row], int]:  # The good rows, and how many captions cleaning changed
     "Finds empty captions, unreadable images, unknown splits, images that are there twice."
-    seen, seen_bytes, good, changed = {}, {}, [], 0
+    good, changed = [], 0
+    by_name, by_bytes = {}, {}
     bad = {b.row for b in report}
     for row in rows:
         cleaned = [clean_caption(c) for c in row.captions]
@@ -85,32 +99,14 @@ def judge_rows(
             report.add(row.number, row.image, "empty caption", ", ".join(empty))
         if row.facts and row.facts.problem:
             report.add(row.number, row.image, "unreadable image", row.facts.problem)
-        name = _SPLIT_NAMES.get(row.split.lower())
-        if file_split and not name:
+        split = _SPLIT_NAMES.get(row.split.lower())
+        if file_split and not split:
             report.add(row.number, row.image, "unknown split", repr(row.split))
-        if empty or row.number in bad or row.facts.problem or (file_split and not name):
+        if empty or row.number in bad or row.facts.problem or (file_split and not split):
             continue
-        row.split = name if file_split else ""
-        first = seen.setdefault(row.image, row)
-        if first is not row:
-            report.add(
-                row.number,
-                row.image,
-                *(
-                    ("duplicate id", f"as {first.number}")
-                    if first.split == row.split
-                    else ("image in two splits", f"{row.split} here, {first.split} in {first.number}")
-                ),
-            )
-            continue
-        first = seen_bytes.setdefault(row.facts.digest, row)
-        if first.split != row.split:
-            report.add(
-                row.number,
-                row.image,
-                "image in two splits",
-                f"{row.split} here, the same bytes as {first.image} of {first.split} in {first.number}",
-            )
+        row.split = split if file_split else ""
+        if problem := _same_image(row, by_name, by_bytes):
+            report.add(row.number, row.image, *problem)
             continue
         if clean:
             changed += sum(a != b for a, b in zip(row.captions, cleaned))
@@ -137,21 +133,67 @@ def make_dataset(
             split=[r.split for r in rows],
             captions=[r.captions for r in rows],
         )
-        return datasets.Dataset.from_dict(
-            {name: pyarrow.array(column) for name, column in (columns | more).items()}, features=features
-        )
+        arrays = {name: pyarrow.array(column) for name, column in (columns | more).items()}
+        return datasets.Dataset.from_dict(arrays, features=features)
 
     names = ["image_id", "source", "split", "image", "captions"]
     if images is None:
         features["image"] = datasets.Image(mode="RGB")
         return table(rows, image=[r.path for r in rows]).select_columns(names)
-    at = {r.number: r for r in rows}
-    text_of_all = table(
-        [at.get(i) or Row(i, "", "", "", []) for i in range(len(images))]
-    )  # bad rows too: the pixels are not copied to drop them
+    # bad rows too: the pixels are not copied to drop them
+    by_number = {r.number: r for r in rows}
+    text_of_all = table([by_number.get(i) or Row(i, "", "", "", []) for i in range(len(images))])
     images = images.cast_column("image", datasets.Image(mode="RGB"))
-    whole = datasets.concatenate_datasets([text_of_all, images], axis=1).select_columns(names)
-    return whole if len(rows) == len(images) else whole.select([r.number for r in rows])
+    dataset = datasets.concatenate_datasets([text_of_all, images], axis=1).select_columns(names)
+    return dataset if len(rows) == len(images) else dataset.select([r.number for r in rows])
+
+# %% ../../nbs/lib/03_data/05_load.ipynb #f5cb9874
+def _read(P, progress):  # rows, columns, report; a hub dataset's images or None; a folder or None
+    if P.data.startswith("hub:") or P.data == HUB:
+        return *read_hub(P.data.removeprefix("hub:"), progress), None
+    folder = draw_world(P, progress) if P.data == "scenes" else find_folder(P.data)
+    return *read_folder(folder, progress), None, folder
+
+# %% ../../nbs/lib/03_data/05_load.ipynb #e25f13bd
+def _uses_file_split(P, rows, columns) -> bool:
+    "Whether the table's own splits count. What the data lacks is announced, or an error where the split needs it."
+    if "source" not in columns:
+        announce("source", f"{P.data} does not name sources: all are 'unknown' and tables per source are left out")
+    if P.split == "official" or held_out(P.split):
+        check_sources(rows, P)
+    file_split = P.split != "seeded" and "split" in columns
+    if P.split == "official" and not file_split:
+        raise ValueError(f"split 'official' starts from the table's own splits, and {P.data} has none: use 'seeded'")
+    if P.split != "seeded" and not file_split:
+        announce("split", f"{P.data} has no split of its own: 80/10/10 by image, seed {P.split_seed}")
+    return file_split
+
+# %% ../../nbs/lib/03_data/05_load.ipynb #069c3b1a
+def _check_report(P, report, good):
+    if len(report) and P.strict:
+        raise ValueError(report.summary())
+    if not good:
+        raise ValueError(f"{P.data} has no good row: {report.summary()}")
+    if len(report):
+        announce("bad rows", "dropped; " + report.summary())
+
+# %% ../../nbs/lib/03_data/05_load.ipynb #0dc0d5ec
+def _into_splits(P, good, counts, file_split) -> list[Row]:  # those that the split uses
+    if not file_split:
+        for row, name in zip(good, seeded_split([r.facts.digest for r in good], P.split_seed)):
+            row.split = name
+    if P.split == "official":
+        return official_split(good, counts, P.data)
+    source = held_out(P.split)
+    if not source:
+        return good
+    used = leave_source_out(good, source, P.data)
+    announce(
+        "left out",
+        f"split {P.split!r} uses {len(used):,} of {len(good):,} images: "
+        f"not train and val of {source}, nor the other sources' test",
+    )
+    return used
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-011
 def load_captions(
@@ -160,59 +202,31 @@ def load_captions(
 ) -> CaptionData:
     """The profile's images with their captions.
 
-    Raises `FileNotFoundError` on a missing folder or table, `ValueError` on a missing column, on a table without a good row, on a hub dataset
-    that cannot be loaded, on a split that the data cannot have, and, if the profile is strict, on any bad row.
+    Raises `FileNotFoundError` on a missing folder or table, `ValueError` on a missing column, on a table without a good
+    row, on a hub dataset that cannot be loaded, on a split that the data cannot have, and, if the profile is strict, on
+    any bad row.
     """
-    images, folder, source, left_out = None, None, held_out(P.split), 0
-    if not source and P.split not in ("file", "seeded", "official"):
+    by_source = P.split == "official" or bool(held_out(P.split))
+    if not by_source and P.split not in ("file", "seeded"):
         raise ValueError(f"split must be file, seeded, official or leave_<SOURCE>_out, got {P.split!r}")
-    if P.data.startswith("hub:") or P.data == HUB:
-        rows, columns, report, images = read_hub(P.data.removeprefix("hub:"), progress)
-    else:
-        folder = draw_world(P, progress) if P.data == "scenes" else find_folder(P.data)
-        rows, columns, report = read_folder(folder, progress)
-    if "source" not in columns:
-        announce("source", f"{P.data} does not name sources: all are 'unknown' and tables per source are left out")
-    if P.split == "official" or source:
-        check_sources(rows, P)
-    file_split = P.split != "seeded" and "split" in columns
-    if P.split == "official" and not file_split:
-        raise ValueError(f"split 'official' starts from the table's own splits, and {P.data} has none: use 'seeded'")
-    if P.split != "seeded" and not file_split:
-        announce("split", f"{P.data} has no split of its own: 80/10/10 by image, seed {P.split_seed}")
+    rows, columns, report, images, folder = _read(P, progress)
+    file_split = _uses_file_split(P, rows, columns)
     counts = Counter((r.source, _SPLIT_NAMES.get(r.split.lower())) for r in rows)
     good, changed = judge_rows(rows, report, file_split, P.clean)
-    if len(report) and P.strict:
-        raise ValueError(report.summary())
-    if not good:
-        raise ValueError(f"{P.data} has no good row: {report.summary()}")
-    if len(report):
-        announce("bad rows", "dropped; " + report.summary())
-    if not file_split:
-        for row, name in zip(good, seeded_split([r.facts.digest for r in good], P.split_seed)):
-            row.split = name
-    if P.split == "official":
-        good = official_split(good, counts, P.data)
-    if source:
-        whole, good = len(good), leave_source_out(good, source, P.data)
-        left_out = whole - len(good)
-        announce(
-            "left out",
-            f"split {P.split!r} uses {len(good):,} of {whole:,} images: not train and val of {source}, nor the other sources' test",
-        )
-    split = P.split if P.split == "official" or source else "file" if file_split else "seeded"
+    _check_report(P, report, good)
+    used = _into_splits(P, good, counts, file_split)
     return CaptionData(
-        make_dataset(good, images),
-        report,
-        data_digest(good),
-        folder.name if folder else P.data,
-        split,
-        P.clean,
-        changed,
-        [r.facts.digest for r in good],
-        np.array([r.facts.size for r in good], np.int32),
-        folder,
-        left_out,
+        dataset=make_dataset(used, images),
+        report=report,
+        digest=data_digest(used),
+        origin=folder.name if folder else P.data,
+        split=P.split if by_source else "file" if file_split else "seeded",
+        clean=P.clean,
+        changed=changed,
+        hashes=[r.facts.digest for r in used],
+        sizes=np.array([r.facts.size for r in used], np.int32),
+        folder=folder,
+        left_out=len(good) - len(used),
     )
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-012
@@ -223,7 +237,8 @@ def check_sources(
     "Raises `ValueError` where a split by sources meets images whose source is unknown."
     if nameless := sum(r.source == "unknown" for r in rows):
         raise ValueError(
-            f"split {P.split!r} needs the source of every image, and {P.data} names none for {nameless:,} of {len(rows):,}: use 'file' or 'seeded'"
+            f"split {P.split!r} needs the source of every image, and {P.data} names none for "
+            f"{nameless:,} of {len(rows):,}: use 'file' or 'seeded'"
         )
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-013
@@ -254,20 +269,16 @@ def draw_world(
     P: Profile,  # Its numbers of images, split_seed and work_dir count
     progress: bool = True,  # Show a bar?
 ) -> Path:  # Folder in RISCM's layout
-    "The built-in world's target domain, drawn once and kept; a profile that wants fewer images than `WORLD` takes a part of it."
+    """The built-in world's target domain, drawn once and kept.
+
+    A profile that wants fewer images than `WORLD` takes a part of it.
+    """
     from rsstudy.scenes.world import ensure_world  # only the built-in world needs it
 
-    counts = {s: max(n, getattr(P, f"{s}_images")) for s, n in WORLD.items()}
-    return Path(
-        ensure_world(
-            P.work_dir / "scenes",
-            domain="target",
-            seed=P.split_seed,
-            progress=progress,
-            workers=min(4, os.cpu_count() or 1),
-            **counts,
-        )
-    )
+    counts = {split: max(least, getattr(P, f"{split}_images")) for split, least in WORLD.items()}
+    workers = min(4, os.cpu_count() or 1)
+    folder = P.work_dir / "scenes"
+    return Path(ensure_world(folder, domain="target", seed=P.split_seed, progress=progress, workers=workers, **counts))
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-021
 def subset(
@@ -276,7 +287,10 @@ def subset(
     n: int = 0,  # Images wanted; 0 takes all
     seed: int = 0,  # Of the shuffle
 ):  # `datasets.Dataset`, the first n of the shuffled split
-    "Part of a split. More than there are is announced and gives all. Raises `ValueError` on an unknown or empty split, or a negative n."
+    """Part of a split. More than there are is announced and gives all.
+
+    Raises `ValueError` on an unknown or empty split, or a negative n.
+    """
     dataset = getattr(data, "dataset", data)
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")

@@ -24,75 +24,90 @@ def seeded_split(
     seed: int = 0,  # Of a generator used for nothing else
 ) -> list[str]:  # "train", "val" or "test" for each
     "An 80/10/10 split by image. Raises `ValueError` on fewer than three different images."
-    size, rng = Counter(digests), np.random.default_rng(seed)
+    size = Counter(digests)
     if len(size) < 3:
         raise ValueError(f"a split into train, val and test needs at least 3 different images, got {len(size)}")
     share = max(1, round(len(digests) / 10))
-    wanted, of = dict(test=share, val=share), {}
-    order = sorted(size)
-    order = [order[i] for i in rng.permutation(len(order))]
-    for i, digest in enumerate(order):
-        name = next((s for s in wanted if wanted[s] > 0), "train") if i < len(order) - 1 else "train"
-        if name in wanted:
-            wanted[name] -= size[digest]
-        of[digest] = name
-    return [of[d] for d in digests]
+    lacking = dict(test=share, val=share)  # images that the split still wants
+    split_of = {}
+    different = sorted(size)
+    *drawn, last = (different[i] for i in np.random.default_rng(seed).permutation(len(different)))
+    for digest in drawn:
+        split = next((name for name, images in lacking.items() if images > 0), "train")
+        if split in lacking:
+            lacking[split] -= size[digest]
+        split_of[digest] = split
+    split_of[last] = "train"
+    return [split_of[digest] for digest in digests]
 
 # %% ../../nbs/lib/03_data/04_splits.ipynb #cell-009
 OFFICIAL = {  # Published images in train, val, test
     "NWPU": (25_200, 3_150, 3_150),  # NWPU-Captions, Cheng et al. 2022
     "RSICD": (8_734, 1_094, 1_093),  # Lu et al. 2017, arXiv 1712.07835
-    "UCM": (1_680, 210, 210),
-}  # UCM-Captions, Qu et al. 2016
+    "UCM": (1_680, 210, 210),  # UCM-Captions, Qu et al. 2016
+}
 _EXCHANGE = dict(train="train", val="test", test="val")
 
 
-def official_split(
-    rows: list[Row],  # Good rows with the table's splits; RSICD's may be changed in place
-    counts: Counter,  # (source, split) -> rows of the whole table, bad ones too: which of RSICD's splits is which is seen from the sizes
-    data: str,  # What the profile calls the data, for messages
-) -> list[Row]:  # All of them
-    "The splits as the sources were published. Raises `ValueError` on another source and on a split larger than the published one."
-    sources = sorted({r.source for r in rows})
-    if other := [s for s in sources if s not in OFFICIAL]:
-        raise ValueError(
-            f"split 'official' is known for {', '.join(OFFICIAL)}, and {data} has {', '.join(other)}: use 'file' or 'seeded'"
-        )
-    exchange = (
-        "RSICD" in sources
-        and counts["RSICD", "val"] <= OFFICIAL["RSICD"][2]
-        and counts["RSICD", "test"] <= OFFICIAL["RSICD"][1]
-    )
+def _is_exchanged(counts):  # is what the table calls val of RSICD its published test? Seen from the sizes
+    _, val, test = OFFICIAL["RSICD"]
+    return counts["RSICD", "val"] <= test and counts["RSICD", "test"] <= val
 
-    def name(source, split):
-        return _EXCHANGE[split] if exchange and source == "RSICD" else split
-
-    for row in rows:
-        row.split = name(row.source, row.split)
-    for source in sources:
-        for split, most in zip(SPLITS, OFFICIAL[source]):
-            if (n := counts[source, name(source, split)]) > most:
-                raise ValueError(
-                    f"split 'official': {source} has {n:,} {split} images in {data} and was published with {most:,}: its splits are others, use 'file'"
-                )
-    found = Counter((r.source, r.split) for r in rows)
-    if "RSICD" in sources:
+# %% ../../nbs/lib/03_data/04_splits.ipynb #d7a471d0
+def _announce_official(rows, exchanged, data):
+    if exchanged is not None:
         announce(
             "official split",
             "val and test of RSICD are exchanged, since what RISCM calls val is RSICD's test"
-            if exchange
+            if exchanged
             else "val and test of RSICD are taken as they are: their sizes are the published ones",
         )
-    if lacking := [
-        f"{s} {found[s, split]:,} of {most:,} {split}"
-        for s in sources
-        for split, most in zip(SPLITS, OFFICIAL[s])
-        if found[s, split] < most
-    ]:
+    images = Counter((r.source, r.split) for r in rows)
+    published = {(s, split): n for s in sorted({r.source for r in rows}) for split, n in zip(SPLITS, OFFICIAL[s])}
+    lacking = [
+        f"{source} {images[source, split]:,} of {most:,} {split}"
+        for (source, split), most in published.items()
+        if images[source, split] < most
+    ]
+    if lacking:
         announce(
             "official images",
-            f"{data} holds a part of the official images, scores on a part are no published scores: {', '.join(lacking)}",
+            f"{data} holds a part of the official images, scores on a part are no published scores: "
+            + ", ".join(lacking),
         )
+
+# %% ../../nbs/lib/03_data/04_splits.ipynb #ead6706a
+def official_split(
+    rows: list[Row],  # Good rows with the table's splits; RSICD's may be changed in place
+    counts: Counter,  # (source, split) -> rows of the whole table, bad ones too
+    data: str,  # What the profile calls the data, for messages
+) -> list[Row]:  # All of them
+    """The splits as the sources were published; which of RSICD's splits is which is seen from the sizes in `counts`.
+
+    Raises `ValueError` on another source and on a split larger than the published one.
+    """
+    sources = sorted({r.source for r in rows})
+    if other := [s for s in sources if s not in OFFICIAL]:
+        raise ValueError(
+            f"split 'official' is known for {', '.join(OFFICIAL)}, and {data} has {', '.join(other)}: "
+            "use 'file' or 'seeded'"
+        )
+    exchanged = _is_exchanged(counts) if "RSICD" in sources else None
+
+    def official_name(source, split):
+        return _EXCHANGE[split] if exchanged and source == "RSICD" else split
+
+    for row in rows:
+        row.split = official_name(row.source, row.split)
+    for source in sources:
+        for split, most in zip(SPLITS, OFFICIAL[source]):
+            n = counts[source, official_name(source, split)]
+            if n > most:
+                raise ValueError(
+                    f"split 'official': {source} has {n:,} {split} images in {data} and was published with {most:,}: "
+                    "its splits are others, use 'file'"
+                )
+    _announce_official(rows, exchanged, data)
     return rows
 
 # %% ../../nbs/lib/03_data/04_splits.ipynb #cell-012
@@ -100,8 +115,8 @@ def held_out(
     split: str,  # The setting
 ) -> str:  # Name of the source, "" where none is left out
     "Which source `leave_<SOURCE>_out` leaves out."
-    found = re.fullmatch("leave_(.+)_out", split)
-    return found[1] if found else ""
+    protocol = re.fullmatch("leave_(.+)_out", split)
+    return protocol[1] if protocol else ""
 
 # %% ../../nbs/lib/03_data/04_splits.ipynb #cell-013
 def leave_source_out(
@@ -113,12 +128,11 @@ def leave_source_out(
     sources = sorted({r.source for r in rows})
     if source not in sources:
         raise ValueError(f"split 'leave_{source}_out': {data} has no source {source}, only {', '.join(sources)}")
-    kept = [r for r in rows if (r.source == source) == (r.split == "test")]
-    if empty := [s for s in SPLITS if s not in {r.split for r in kept}]:
+    used = [r for r in rows if (r.source == source) == (r.split == "test")]
+    if empty := [s for s in SPLITS if s not in {r.split for r in used}]:
+        counts = sorted(Counter((r.source, r.split) for r in rows).items())
         raise ValueError(
             f"split 'leave_{source}_out' leaves {data} without {' and '.join(empty)} images: it has "
-            + ", ".join(
-                f"{s} {split} {n:,}" for (s, split), n in sorted(Counter((r.source, r.split) for r in rows).items())
-            )
+            + ", ".join(f"{s} {split} {n:,}" for (s, split), n in counts)
         )
-    return kept
+    return used

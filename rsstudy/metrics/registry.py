@@ -123,10 +123,14 @@ def check_captions(
     predictions: list[str],  # One caption per image
     references: list[list[str]],  # References of each image
 ):
-    "Raises `ValueError`, naming the first bad index, unless there is one text per image and a list of at least one text as its references."
+    """Raises `ValueError`, naming the first bad index, unless captions and references fit.
+
+    That is one text per image, and a list of at least one text as its references.
+    """
     if len(predictions) != len(references):
         raise ValueError(
-            f"{len(predictions)} predictions but references for {len(references)} images: one prediction per image is needed"
+            f"{len(predictions)} predictions but references for {len(references)} images: "
+            "one prediction per image is needed"
         )
     if not len(predictions):
         raise ValueError("no predictions: at least one image is needed")
@@ -145,7 +149,10 @@ def copied(
     predictions: list[str],  # One caption per image, n >= 1
     training: list[str],  # Captions that were trained on, all of them
 ) -> np.ndarray:  # (n,) float64, 1 for a copy; an empty caption is none
-    "Which predictions stand verbatim, after tokenization, among the training captions. Raises `ValueError` if these are not texts."
+    """Which predictions stand verbatim, after tokenization, among the training captions.
+
+    Raises `ValueError` if these are not texts.
+    """
     if bad := [t for t in training if not isinstance(t, str)]:
         raise ValueError(f"a training caption is {type(bad[0]).__name__}, not text: one list of all captions is needed")
     seen = set(map(tokenize, training))
@@ -157,7 +164,7 @@ def _bleu(c):
     counts = bleu_counts(c.predictions, c.references)
     return Values(dict(zip(BLEU, bleu_from_counts(counts).T.copy())) | dict(bleu_counts=counts))
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #09069551
 @metric(dict(rouge_l="ROUGE-L"), compared=("rouge_l",))
 def _rouge_l(c):
     return Values({ROUGE_L: rouge_l(c.predictions, c.references)})
@@ -190,7 +197,7 @@ def _cider_plain(c):
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #c8a63313
 def _named(values, info, **counts):
-    "Of a metric whose name depends on what was found."
+    "Of a metric whose name depends on what there is, such as WordNet."
     return Values({info["name"]: values} | counts, {k: v for k, v in info.items() if k != "name"})
 
 
@@ -216,8 +223,8 @@ def _sacrebleu(c):
     compared=("bertscore_f1",),
 )
 def _bertscore(c):
-    found = bertscore(c.predictions, c.references, progress=c.progress)
-    return found and Values(*found)
+    result = bertscore(c.predictions, c.references, progress=c.progress)
+    return result and Values(*result)
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #dcfaa2df
 @metric(
@@ -244,20 +251,23 @@ def _self_bleu(c):
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #8e71135f
 @metric(dict(meteor15="METEOR 1.5"), needs=("java",))
 def _meteor15(c):
-    found = meteor15(c.predictions, c.references)
-    return found and _named(found[0], found[2], meteor15_counts=found[1])
+    result = meteor15(c.predictions, c.references)
+    if result is None:
+        return None
+    values, counts, info = result
+    return _named(values, info, meteor15_counts=counts)
 
 
 @metric(dict(spice="SPICE"), needs=("java",))
 def _spice(c):
-    found = spice(c.predictions, c.references)
-    return found and _named(*found)
+    result = spice(c.predictions, c.references)
+    return result and _named(*result)
 
 
 @metric(dict(clipscore="CLIPScore", refclipscore="RefCLIPScore"), needs=("images",))
 def _clipscore(c):
-    found = clipscore(c.predictions, c.references, c.images, progress=c.progress)
-    return found and Values(*found)
+    result = clipscore(c.predictions, c.references, c.images, progress=c.progress)
+    return result and Values(*result)
 
 
 @metric(dict(copied="copied"), better="lower", needs=("training",))
@@ -282,7 +292,9 @@ def score_captions(
     """
     from tqdm import tqdm
 
-    metrics = standard_metrics() if metrics is None else (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    if metrics is None:
+        metrics = standard_metrics()
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if unknown := [name for name in metrics if name not in METRICS]:
         raise ValueError(f"unknown metric {unknown[0]!r}: allowed are {', '.join(METRICS)}")
     given = dict(images=images, training=training, java=True)
@@ -294,15 +306,16 @@ def score_captions(
     if training is not None:
         metrics += ("copied",)
     captions = Captions(predictions, references, metrics, images, training, progress)
-    shared, each, info = {}, {}, dict(images=len(predictions), tokenizer=TOKENIZER)
+    shared, each = {}, {}
+    info = dict(images=len(predictions), tokenizer=TOKENIZER)
     for name in tqdm([m for m in METRICS if m in metrics], desc="metrics", disable=not progress, leave=False):
-        found = METRICS[name].score(captions)
-        if found is None:
+        values = METRICS[name].score(captions)
+        if values is None:
             continue
-        each |= found.per_image
-        shared |= found.corpus
-        if found.info:
-            info[name] = found.info
+        each |= values.per_image
+        shared |= values.corpus
+        if values.info:
+            info[name] = values.info
     return Scores(_corpus(each) | shared, each, info)
 
 # %% ../../nbs/lib/05_metrics/10_registry.ipynb #cell-023
@@ -310,9 +323,10 @@ def score_captions(
 def metric_class(
     metric: str,  # Key of `METRICS`
 ) -> type:  # A subclass of `evaluate.Metric`
-    """The metric as `evaluate` knows metrics: predictions are texts, references lists of texts, and `compute` gives the corpus values by full name.
+    """The metric as `evaluate` knows metrics: predictions are texts, references lists of texts.
 
-    `compute` takes `images` for `clipscore` and `training` for `copied`, too. Raises `ValueError` on an unknown metric.
+    `compute` gives the corpus values by full name, and takes `images` for `clipscore` and `training` for `copied`,
+    too. Raises `ValueError` on an unknown metric.
     """
     import datasets
     import evaluate
@@ -330,16 +344,11 @@ def metric_class(
                 features=datasets.Features(predictions=text, references=datasets.Sequence(text)),
             )
 
-        def _compute(
-            self, predictions, references, images=None, training=None
-        ):  # a combination hands both to all its metrics
-            return score_captions(
-                predictions,
-                references,
-                metric,
-                images if metric == "clipscore" else None,
-                training if metric == "copied" else None,
-            ).corpus
+        def _compute(self, predictions, references, images=None, training=None):
+            # a combination hands images and training captions to all its metrics
+            images = images if metric == "clipscore" else None
+            training = training if metric == "copied" else None
+            return score_captions(predictions, references, metric, images, training).corpus
 
     CaptionMetric.__name__ = CaptionMetric.__qualname__ = metric.title().replace("_", "")
     return CaptionMetric

@@ -11,9 +11,8 @@ import numpy as np
 from .tokens import tokenize
 
 # %% ../../nbs/lib/05_metrics/03_rouge.ipynb #cell-005
-def _positions(
-    words: tuple[str, ...],
-) -> dict[str, int]:  # Token -> integer whose bit i says that the token stands at position i
+def _positions(words: tuple[str, ...]) -> dict[str, int]:
+    "Token -> integer whose bit i says that the token stands at position i."
     places = {}
     for i, word in enumerate(words):
         places[word] = places.get(word, 0) | (1 << i)
@@ -32,7 +31,10 @@ def common_subsequence(
     a: tuple[str, ...],  # Tokens
     b: tuple[str, ...],  # Tokens
 ) -> int:  # Length of the longest common subsequence, in tokens
-    "How many tokens two sentences share in the same order. Source: Hyyrö 2004, Bit-parallel LCS-length computation revisited."
+    """How many tokens two sentences share in the same order.
+
+    Source: Hyyrö 2004, Bit-parallel LCS-length computation revisited.
+    """
     return _common(_positions(a), len(a), b)
 
 # %% ../../nbs/lib/05_metrics/03_rouge.ipynb #cell-012
@@ -43,7 +45,8 @@ def rouge_l(
 ) -> np.ndarray:  # (n,) float64 in 0..1
     """ROUGE-L of each image; the corpus value is their mean. An empty caption scores 0.
 
-    Source: Lin 2004, sec. 3, in pycocoevalcap's variant (`Rouge`). The toolkit gives 1 to an empty caption if a reference is empty too; here it is 0.
+    Source: Lin 2004, sec. 3, in pycocoevalcap's variant (`Rouge`). The toolkit gives 1 to an empty caption if a
+    reference is empty too; here it is 0.
     """
     scores = np.zeros(len(predictions))
     for i, (prediction, refs) in enumerate(zip(predictions, references)):

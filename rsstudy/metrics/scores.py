@@ -16,20 +16,16 @@ from .meteor import meteor15_from_counts
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-004
 BLEU = tuple(f"bleu{k}-coco.v2" for k in (1, 2, 3, 4))
-ROUGE_L, CIDER, CIDER_PLAIN, CHRF, SACREBLEU, SELF_BLEU, COPIED = (
-    "rouge_l-coco.v2",
-    "cider-coco.v2",
-    "cider_plain-vedantam15.v1",
-    "chrf-sentence.v1",
-    "sacrebleu-13a.v1",
-    "self_bleu-zhu18.v1",
-    "copied.v1",
-)
+ROUGE_L = "rouge_l-coco.v2"
+CIDER = "cider-coco.v2"
+CIDER_PLAIN = "cider_plain-vedantam15.v1"
+CHRF = "chrf-sentence.v1"
+SACREBLEU = "sacrebleu-13a.v1"
+SELF_BLEU = "self_bleu-zhu18.v1"
+COPIED = "copied.v1"
+# Arrays in `Scores.per_image` whose sums make the corpus values of these families
 COUNTS = {
-    "bleu_counts": (
-        ("bleu1", "bleu2", "bleu3", "bleu4"),
-        bleu_from_counts,
-    ),  # arrays in `Scores.per_image` whose sums make the corpus values of these families
+    "bleu_counts": (("bleu1", "bleu2", "bleu3", "bleu4"), bleu_from_counts),
     "sacrebleu_counts": (("sacrebleu",), sacrebleu_from_counts),
     "meteor15_counts": (("meteor15",), meteor15_from_counts),
 }
@@ -46,11 +42,14 @@ def find_metric(
     names,  # Full metric names, or a dict by them
     wanted: str,  # Family: `bleu4`, `cider`, `meteor`, `bertscore_f1`, ...
 ) -> str:  # The full name
-    "The metric of a family among `names`, whichever variant it is. Raises `ValueError` if there is none, or more than one."
-    found = [n for n in names if family(n) == wanted]
-    if len(found) == 1:
-        return found[0]
-    raise ValueError(f"{'no' if not found else 'more than one'} metric {wanted!r} among {', '.join(names)}")
+    """The metric of a family among `names`, whichever variant it is.
+
+    Raises `ValueError` if there is none, or more than one.
+    """
+    variants = [n for n in names if family(n) == wanted]
+    if len(variants) == 1:
+        return variants[0]
+    raise ValueError(f"{'more than one' if variants else 'no'} metric {wanted!r} among {', '.join(names)}")
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-009
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,10 +57,8 @@ class Scores:
     "Corpus values, the per-image values behind them, and what they were computed with."
 
     corpus: dict[str, float]  # Full metric name -> value over all images
-    per_image: dict[
-        str, np.ndarray
-    ]  # Full metric name -> (n,) float64; and those of `COUNTS` that belong to them -> (n, c) int64
-    info: dict  # `images`, `tokenizer`, and per metric what a reader must know: WordNet's source, the encoder, CIDEr's variant, sacreBLEU's signature
+    per_image: dict[str, np.ndarray]  # Full metric name -> (n,) float64; and those of `COUNTS` -> (n, c) int64
+    info: dict  # `images`, `tokenizer`, and per metric what a reader must know, such as where WordNet is from
 
     def to_json(self) -> dict:  # {"corpus", "per_image", "info"} of plain numbers, lists and strings
         "For a result: values rounded to 6 digits after the point."
@@ -89,7 +86,10 @@ class Scores:
         self,
         images=slice(None),  # Index array, mask or slice over the images
     ) -> dict[str, float]:  # Full metric name -> value; without the distinct shares, which need the captions
-        "Corpus values over some of the images, such as one source. CIDEr keeps the document frequencies of all of them, self-BLEU all other captions."
+        """Corpus values over some of the images, such as one source.
+
+        CIDEr keeps the document frequencies of all of them, self-BLEU all other captions.
+        """
         return _corpus({k: v[images] for k, v in self.per_image.items()})
 
 # %% ../../nbs/lib/05_metrics/09_scores.ipynb #cell-010
@@ -99,7 +99,6 @@ def _corpus(
     values = {k: float(v.mean()) for k, v in per_image.items() if k not in COUNTS}
     for key in per_image.keys() & COUNTS.keys():
         families, function = COUNTS[key]
-        values |= zip(
-            [find_metric(values, f) for f in families], np.atleast_1d(function(per_image[key].sum(0))).tolist()
-        )
+        names = [find_metric(values, f) for f in families]
+        values |= zip(names, np.atleast_1d(function(per_image[key].sum(0))).tolist())
     return values

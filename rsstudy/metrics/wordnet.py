@@ -6,6 +6,7 @@
 __all__ = ['data_folder', 'find_wordnet', 'lexnames', 'ensure_wordnet', 'wordnet']
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-002
+import contextlib
 import functools
 import io
 import os
@@ -33,9 +34,7 @@ def data_folder() -> Path:  # <environment>/nltk_data
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-006
 def find_wordnet(
     folders: list | None = None,  # Data folders to look in; None: nltk's own list
-) -> (
-    tuple[Path, str] | None
-):  # Folder or zip of the dictionary, and where it came from in a few words; None if there is none
+) -> tuple[Path, str] | None:  # Folder or zip of the dictionary, and where it came from; None if there is none
     "The first WordNet in nltk's data folders, without loading it."
     if folders is None:
         import nltk.data
@@ -56,24 +55,25 @@ def _download_nltk(
 ) -> bool:  # Did it arrive?
     code = "import sys, nltk; sys.exit(not nltk.download('wordnet', download_dir=sys.argv[1], quiet=True))"
     try:
-        return (
-            subprocess.run([sys.executable, "-c", code, str(folder)], timeout=seconds, capture_output=True).returncode
-            == 0
-            and find_wordnet([folder]) is not None
-        )
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], timeout=seconds, capture_output=True)
+        return done.returncode == 0 and find_wordnet([folder]) is not None
     except (subprocess.TimeoutExpired, OSError):
         return False
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-011
-def lexnames() -> (
-    str
-):  # 45 lines: number, name and part of speech (1 noun, 2 verb, 3 adjective, 4 adverb), tab-separated
-    "The file `lexnames` of WordNet 3.0. Source: the manual page lexnames(5WN)."
+def lexnames() -> str:  # 45 lines
+    """The file `lexnames` of WordNet 3.0: number, name and part of speech, tab-separated.
+
+    Parts of speech are 1 noun, 2 verb, 3 adjective and 4 adverb. Source: the manual page lexnames(5WN).
+    """
     nouns = (
-        "Tops act animal artifact attribute body cognition communication event feeling food group location motive object person phenomenon plant possession process "
-        "quantity relation shape state substance time"
+        "Tops act animal artifact attribute body cognition communication event feeling food group location motive "
+        "object person phenomenon plant possession process quantity relation shape state substance time"
     )
-    verbs = "body change cognition communication competition consumption contact creation emotion motion perception possession social stative weather"
+    verbs = (
+        "body change cognition communication competition consumption contact creation emotion motion perception "
+        "possession social stative weather"
+    )
     names = (
         ["adj.all", "adj.pert", "adv.all"]
         + [f"noun.{n}" for n in nouns.split()]
@@ -84,61 +84,62 @@ def lexnames() -> (
     return "".join(f"{i:02d}\t{name}\t{part[name.split('.')[0]]}\n" for i, name in enumerate(names))
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-013
+def _unpack_debian(
+    folder: Path,  # An empty one to work in
+    seconds: int,  # Give up after
+) -> tuple[Path, str] | None:  # Folder of the dictionary, the package's version; None if it did not arrive
+    limits = dict(cwd=folder, check=True, timeout=seconds, capture_output=True)
+    try:
+        subprocess.run(["apt-get", "download", "wordnet-base", "wordnet-sense-index"], **limits)
+        archives = sorted(folder.glob("*.deb"))
+        for archive in archives:
+            subprocess.run(["dpkg", "-x", archive.name, "out"], **limits)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    dictionary = folder / "out" / "usr" / "share" / "wordnet"
+    if not dictionary.is_dir():
+        return None
+    versions = [a.name.split("_")[1].replace("%3a", ":") for a in archives if a.name.startswith("wordnet-base_")]
+    return dictionary, (versions or ["unknown version"])[0]
+
+# %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #4db9764d
 def _download_debian(
     folder: Path,  # nltk data folder
     seconds: int = 90,  # Give up after
 ) -> bool:  # Did it arrive?
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         return False
-    packages = ["wordnet-base", "wordnet-sense-index"]
     corpora = Path(folder) / "corpora"
     corpora.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=corpora, prefix=".wordnet-"
-    ) as tmp:  # on the same file system, so that the last step is a rename
-        try:
-            subprocess.run(
-                ["apt-get", "download", *packages], cwd=tmp, check=True, timeout=seconds, capture_output=True
-            )
-            archives = sorted(Path(tmp).glob("*.deb"))
-            for archive in archives:
-                subprocess.run(
-                    ["dpkg", "-x", archive.name, "out"], cwd=tmp, check=True, timeout=seconds, capture_output=True
-                )
-        except (subprocess.SubprocessError, OSError):
+    # on the same file system, so that the last step is a rename
+    with tempfile.TemporaryDirectory(dir=corpora, prefix=".wordnet-") as tmp:
+        unpacked = _unpack_debian(Path(tmp), seconds)
+        if unpacked is None:
             return False
-        dictionary = Path(tmp) / "out" / "usr" / "share" / "wordnet"
-        if not dictionary.is_dir():
-            return False
-        version = next(
-            (a.name.split("_")[1].replace("%3a", ":") for a in archives if a.name.startswith("wordnet-base_")),
-            "unknown version",
-        )
+        dictionary, version = unpacked
         (dictionary / "lexnames").write_text(lexnames())
         (dictionary / "SOURCE").write_text(f"Debian's wordnet-base {version}\n")
         shutil.rmtree(corpora / "wordnet", ignore_errors=True)  # an incomplete one, or we would not be here
-        try:
+        with contextlib.suppress(OSError):  # another process was faster
             os.replace(dictionary, corpora / "wordnet")
-        except OSError:
-            pass  # another process was faster
     return find_wordnet([folder]) is not None
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-014
 def ensure_wordnet(
     folder: str | Path | None = None,  # nltk data folder to write to; None: `data_folder()`
 ) -> tuple[Path, str] | None:  # As `find_wordnet`; None if it cannot be had
-    """WordNet where nltk finds it, fetched if need be: nltk's downloader first, then Debian's packages. Uses the network; the metrics themselves never do.
+    """WordNet where nltk finds it, fetched if need be: nltk's downloader first, then Debian's packages.
 
-    Says so with `announce` and returns None if neither works.
+    Uses the network; the metrics themselves never do. Says so with `announce` and returns None if neither works.
     """
-    if folder is None and (found := find_wordnet()):
-        return found
+    if folder is None and (installed := find_wordnet()):
+        return installed
     folder = data_folder() if folder is None else Path(folder)
     try:
-        got = (find_wordnet([folder]) is not None) or _download_nltk(folder) or _download_debian(folder)
+        arrived = (find_wordnet([folder]) is not None) or _download_nltk(folder) or _download_debian(folder)
     except OSError:
-        got = False  # the environment cannot be written to
-    if got:
+        arrived = False  # the environment cannot be written to
+    if arrived:
         wordnet.cache_clear()
         return find_wordnet([folder])
     announce("meteor", "no WordNet and no way to fetch it: METEOR matches words and stems only, under another name")
@@ -156,33 +157,30 @@ def _english_reader(
             return {}  # the table between editions
 
         def open(self, file):
-            return (
-                io.TextIOWrapper(self._root.join(file).open(), "utf-8")
-                if file.startswith("index.")
-                else super().open(file)
-            )
+            if file.startswith("index."):
+                return io.TextIOWrapper(self._root.join(file).open(), "utf-8")
+            return super().open(file)
 
-    root = nltk.data.find(
-        "corpora/wordnet.zip/wordnet/" if path.suffix == ".zip" else "corpora/wordnet", paths=[str(path.parent.parent)]
-    )
+    resource = "corpora/wordnet.zip/wordnet/" if path.suffix == ".zip" else "corpora/wordnet"
+    root = nltk.data.find(resource, paths=[str(path.parent.parent)])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The multilingual functions are not available")
         return EnglishReader(root, None)
 
 # %% ../../nbs/lib/05_metrics/05_wordnet.ipynb #cell-019
 @functools.cache
-def wordnet() -> (
-    tuple[object, str] | None
-):  # nltk's WordNet reader, loaded, and its source in a few words; None if there is none
+def wordnet() -> tuple[object, str] | None:  # nltk's WordNet reader, loaded, and its source; None if there is none
     "The WordNet that METEOR uses in this process. Never uses the network; `ensure_wordnet` does."
-    if (found := find_wordnet()) is None:
+    if (installed := find_wordnet()) is None:
         return None
+    path, source = installed
     try:
-        reader = _english_reader(found[0])
-        return reader, f"WordNet {reader.get_version()}, {found[1]}"
+        reader = _english_reader(path)
+        return reader, f"WordNet {reader.get_version()}, {source}"
     except Exception as e:  # nltk: LookupError, its own security errors, ValueError on a broken file
         announce(
             "meteor",
-            f"{found[0]} cannot be read by nltk ({type(e).__name__}): METEOR matches words and stems only, under another name",
+            f"{path} cannot be read by nltk ({type(e).__name__}): "
+            "METEOR matches words and stems only, under another name",
         )
         return None

@@ -60,17 +60,20 @@ def check_base(
         raise wrong(f"this is no name that a hub could have; allowed are {allowed}") from None
     if not hub_reachable():
         raise wrong(
-            f"it is not on this machine and the hub cannot be reached: fetch it where there is a network (`hf download {base_model}`) and copy the cache here, or use {NANO_NAME}"
+            "it is not on this machine and the hub cannot be reached: fetch it where there is a network "
+            f"(`hf download {base_model}`) and copy the cache here, or use {NANO_NAME}"
         )
     try:
         HfApi().auth_check(base_model)
     except GatedRepoError:
         raise wrong(
-            f"it is gated: accept its licence at https://huggingface.co/{base_model}, then `hf auth login` or set HF_TOKEN; {NANO_NAME} needs neither"
+            f"it is gated: accept its licence at https://huggingface.co/{base_model}, "
+            f"then `hf auth login` or set HF_TOKEN; {NANO_NAME} needs neither"
         ) from None
     except RepositoryNotFoundError:
         raise wrong(
-            f"the hub knows no such model, or hides it from you: check the spelling, or `hf auth login`; allowed are {allowed}"
+            "the hub knows no such model, or hides it from you: check the spelling, or `hf auth login`; "
+            f"allowed are {allowed}"
         ) from None
     except OSError as error:
         raise wrong(f"the hub does not answer ({type(error).__name__}): try again, or use {NANO_NAME}") from None

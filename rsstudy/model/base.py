@@ -50,7 +50,10 @@ def pick_device() -> torch.device:  # cuda where there is one
 def pick_dtype(
     precision: str,  # "auto", "float32" or "bfloat16"
 ) -> torch.dtype:
-    "bfloat16 where a GPU has it and the profile allows it, else float32. Never float16: Gemma's activations overflow it."
+    """bfloat16 where a GPU has it and the profile allows it, else float32.
+
+    Never float16: Gemma's activations overflow it.
+    """
     if precision == "auto":
         precision = "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
     return dict(float32=torch.float32, bfloat16=torch.bfloat16)[precision]
@@ -59,14 +62,14 @@ def pick_dtype(
 @functools.cache
 def base_version(
     base_model: str,  # As in the profile
-) -> str:  # Commit of a hub model; digest of the weights in a folder; `unknown` for a hub model that is not there yet
-    "What tells apart two bases of the same name."
+) -> str:  # Commit of a hub model; digest of the weights in a folder
+    "What tells apart two bases of the same name; `unknown` for a hub model that is not there yet."
     folder = NANO if base_model == NANO_NAME else Path(base_model)
     if folder.is_dir():
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for path in sorted(folder.glob("*.safetensors")):
-            found.update(path.read_bytes())
-        return found.hexdigest()[:16]
+            digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
     cached = try_to_load_from_cache(base_model, "config.json") if len(Path(base_model).parts) == 2 else None
     return Path(cached).parent.name if isinstance(cached, str) else "unknown"
 
@@ -76,18 +79,23 @@ def load_base(
     dtype: torch.dtype | None = None,  # Of the weights; the profile's precision by default
     **kwargs,  # Passed to `from_pretrained`, such as a quantisation config
 ):  # model in evaluation mode on `pick_device()`, processor
-    """The profile's base model and its processor. Raises `OSError` with what to do where gated weights cannot be had."""
+    """The profile's base model and its processor.
+
+    Raises `OSError` with what to do where gated weights cannot be had.
+    """
     check_base(P.base_model)
     source = NANO if P.base_model == NANO_NAME else P.base_model
-    here = Path(source).is_dir() or not hub_reachable()  # asked only for what may be fetched
+    local = Path(source).is_dir() or not hub_reachable()  # asked only for what may be fetched
     try:
-        processor = PaliGemmaProcessor.from_pretrained(source, local_files_only=here)
+        processor = PaliGemmaProcessor.from_pretrained(source, local_files_only=local)
         model = PaliGemmaForConditionalGeneration.from_pretrained(
-            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, local_files_only=here, **kwargs
+            source, dtype=dtype or pick_dtype(P.precision), use_safetensors=True, local_files_only=local, **kwargs
         )
     except (OSError, ValueError, SafetensorError) as error:  # parts missing or broken
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]:.200}"
         raise OSError(
-            f"base model '{P.base_model}' cannot be loaded: its files are incomplete or broken, fetch or copy them again ({type(error).__name__}: {str(error).strip().splitlines()[0]:.200})"
+            f"base model '{P.base_model}' cannot be loaded: its files are incomplete or broken, "
+            f"fetch or copy them again ({reason})"
         ) from error
     if "quantization_config" not in kwargs:
         model = model.to(pick_device())
@@ -95,6 +103,7 @@ def load_base(
     if model.model.language_model.config._attn_implementation == "eager":
         announce(
             "attention",
-            "the decoder caps its attention logits, which fused attention cannot: it runs the plain implementation, exact and hungrier for memory",
+            "the decoder caps its attention logits, which fused attention cannot: "
+            "it runs the plain implementation, exact and hungrier for memory",
         )
     return model.eval(), processor

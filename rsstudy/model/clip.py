@@ -31,14 +31,10 @@ class ClipScorer:
 
         self.name, self.device = model, device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.processor = AutoProcessor.from_pretrained(model, local_files_only=not hub_reachable())
-            self.model = (
-                AutoModel.from_pretrained(
-                    model, use_safetensors=True, dtype=torch.float32, local_files_only=not hub_reachable()
-                )
-                .eval()
-                .to(self.device)
-            )
+            local = not hub_reachable()
+            self.processor = AutoProcessor.from_pretrained(model, local_files_only=local)
+            loaded = AutoModel.from_pretrained(model, use_safetensors=True, dtype=torch.float32, local_files_only=local)
+            self.model = loaded.eval().to(self.device)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"cannot load {model!r} to compare captions with images: {reason}") from error
@@ -75,18 +71,11 @@ class ClipScorer:
         "Images in the space they share with texts."
         from PIL import Image
 
-        def pictures(rows):
-            return [
-                i.convert("RGB") if hasattr(i, "convert") else Image.fromarray(i) for i in (images[r] for r in rows)
-            ]
+        def inputs(rows):
+            batch = (images[row] for row in rows)
+            return dict(images=[i.convert("RGB") if hasattr(i, "convert") else Image.fromarray(i) for i in batch])
 
-        return self._unit(
-            self.model.get_image_features,
-            lambda rows: dict(images=pictures(rows)),
-            range(len(images)),
-            batch_size,
-            progress,
-        )
+        return self._unit(self.model.get_image_features, inputs, range(len(images)), batch_size, progress)
 
     def text_features(
         self,
@@ -95,46 +84,45 @@ class ClipScorer:
         progress: bool = False,  # Show a bar?
     ) -> np.ndarray:  # (n, d) float32, each of length 1
         "Texts in the space they share with images."
-        padding = (
-            True if self.model.config.model_type == "clip" else "max_length"
-        )  # CLIP reads up to the end token; SigLIP was trained on full rows, the last position counts
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # short ones together: little padding
-        return self._unit(
-            self.model.get_text_features,
-            lambda rows: dict(text=[texts[i] for i in rows], padding=padding, truncation=True),
-            order,
-            batch_size,
-            progress,
-        )
+        # CLIP reads up to the end token; SigLIP was trained on full rows, the last position counts
+        padding = True if self.model.config.model_type == "clip" else "max_length"
 
-    def _unit(
-        self, encode, inputs, order, batch_size, progress
-    ):  # Rows in the order of the input, whatever the order they were computed in
+        def inputs(rows):
+            return dict(text=[texts[i] for i in rows], padding=padding, truncation=True)
+
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # short ones together: little padding
+        return self._unit(self.model.get_text_features, inputs, order, batch_size, progress)
+
+    def _unit(self, encode, inputs, order, batch_size, progress):
+        "Rows in the order of the input, whatever the order they are computed in."
         import torch
         from tqdm import tqdm
 
-        found = [None] * len(order)
+        vectors = [None] * len(order)
         for start in tqdm(range(0, len(order), batch_size), desc=self.name, disable=not progress, leave=False):
             rows = order[start : start + batch_size]
             with torch.inference_mode():
                 out = encode(**self.processor(**inputs(rows), return_tensors="pt").to(self.device))
             out = torch.nn.functional.normalize(getattr(out, "pooler_output", out).float(), dim=-1).cpu().numpy()
             for row, values in zip(rows, out):
-                found[row] = values
-        return np.stack(found)
+                vectors[row] = values
+        return np.stack(vectors)
 
 # %% ../../nbs/lib/04_model/08_clip.ipynb #cell-007
 def tiny_clip(
     folder,  # Where to write it; made if missing
     seed: int = 0,  # Of the random weights
 ):  # The folder
-    "Writes a real `CLIPModel` with random weights and its processor, about 100 kB: to exercise the loading code, never to choose captions."
+    """Writes a real `CLIPModel` with random weights and its processor, about 100 kB.
+
+    It is there to exercise the loading code, never to choose captions.
+    """
     import torch
     import transformers as tf
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
-    words = letters + [l + "</w>" for l in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = tf.CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
     text = dict(
         vocab_size=len(words),

@@ -9,6 +9,7 @@ __all__ = ['sees_pixels', 'features_key', 'cache_features', 'tower_features', 'p
 import fcntl
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -34,14 +35,15 @@ def features_key(
     images_key: str,  # Stands for the images, in their order
 ) -> str:  # 24 hexadecimal digits
     "Digest of all that the features depend on."
-    model, found = core(captioner.model).model, hashlib.sha256()
+    model = core(captioner.model).model
+    digest = hashlib.sha256()
     for part in (model.vision_tower, model.multi_modal_projector):
         for name, tensor in part.state_dict().items():
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
-    found.update(json.dumps(captioner.processor.image_processor.to_dict(), sort_keys=True, default=str).encode())
-    found.update(f"{captioner.model.dtype} {images_key}".encode())
-    return found.hexdigest()[:24]
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    digest.update(json.dumps(captioner.processor.image_processor.to_dict(), sort_keys=True, default=str).encode())
+    digest.update(f"{captioner.model.dtype} {images_key}".encode())
+    return digest.hexdigest()[:24]
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-009
 @torch.no_grad()
@@ -53,44 +55,42 @@ def cache_features(
     batch_size: int = 64,  # Images a forward pass
     progress: bool = False,  # A bar with the remaining time?
 ) -> torch.Tensor:  # (images, N, d) on the CPU, in the model's dtype; with a folder a read-only map of the file
-    "What the frozen part of the model makes of the images. Raises `OSError` where the folder's disk has no room for them."
-    model = captioner.model
-    shape = (len(images), captioner.processor.image_seq_length, core(model).config.text_config.hidden_size)
-    numbers = shape[0] * shape[1] * shape[2]
+    """What the frozen part of the model makes of the images.
+
+    Raises `OSError` where the folder's disk has no room for it.
+    """
+    dtype = captioner.model.dtype
+    shape = (len(images), captioner.processor.image_seq_length, core(captioner.model).config.text_config.hidden_size)
+    numbers = math.prod(shape)
     if folder is None:
-        return _fill(captioner, images, torch.empty(shape, dtype=model.dtype), batch_size, progress)
+        return _fill(captioner, images, torch.empty(shape, dtype=dtype), batch_size, progress)
     path = Path(folder) / f"{features_key(captioner, images_key)}.features"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            room = shutil.disk_usage(folder).free
-            if numbers * model.dtype.itemsize > 0.95 * room:
-                raise OSError(
-                    f"{folder} has {room / 2**30:.1f} GiB left, the image features need {numbers * model.dtype.itemsize / 2**30:.1f}"
-                )
+            _check_room(folder, numbers * dtype.itemsize)
             with atomic_path(path) as temporary:
-                _fill(
-                    captioner,
-                    images,
-                    torch.from_file(str(temporary), shared=True, size=numbers, dtype=model.dtype).view(shape),
-                    batch_size,
-                    progress,
-                )
-    return torch.from_file(str(path), shared=False, size=numbers, dtype=model.dtype).view(shape)
+                features = torch.from_file(str(temporary), shared=True, size=numbers, dtype=dtype).view(shape)
+                _fill(captioner, images, features, batch_size, progress)
+    return torch.from_file(str(path), shared=False, size=numbers, dtype=dtype).view(shape)
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-010
 def _fill(captioner, images, features, batch_size, progress) -> torch.Tensor:
     from tqdm import tqdm
 
-    for start in tqdm(
-        range(0, len(images), batch_size), desc="image features", unit="batch", disable=not progress, mininterval=1
-    ):
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(starts, desc="image features", unit="batch", disable=not progress, mininterval=1):
         batch = [images[i] for i in range(start, min(start + batch_size, len(images)))]
-        features[start : start + len(batch)] = image_features(
-            captioner.model, pixel_tensor(captioner.processor, batch)
-        ).cpu()
+        pixels = pixel_tensor(captioner.processor, batch)
+        features[start : start + len(batch)] = image_features(captioner.model, pixels).cpu()
     return features
+
+# %% ../../nbs/lib/04_model/07_features.ipynb #a6ea60c1
+def _check_room(folder, size) -> None:  # bytes
+    room = shutil.disk_usage(folder).free
+    if size > 0.95 * room:
+        raise OSError(f"{folder} has {room / 2**30:.1f} GiB left, the image features need {size / 2**30:.1f}")
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-013
 @torch.no_grad()
@@ -103,16 +103,15 @@ def tower_features(
     "An image as the mean of what the vision tower makes of its patches."
     from tqdm import tqdm
 
-    model, found = core(captioner.model), []
+    model = core(captioner.model)
     tower = model.model.vision_tower
-    for start in tqdm(
-        range(0, len(images), batch_size), desc="image vectors", unit="batch", disable=not progress, mininterval=1
-    ):
-        pixels = pixel_tensor(
-            captioner.processor, [images[i] for i in range(start, min(start + batch_size, len(images)))]
-        )
-        found.append(tower(pixels.to(model.device, tower.dtype)).last_hidden_state.float().mean(1).cpu())
-    return torch.cat(found).numpy()
+    vectors = []
+    starts = range(0, len(images), batch_size)
+    for start in tqdm(starts, desc="image vectors", unit="batch", disable=not progress, mininterval=1):
+        batch = [images[i] for i in range(start, min(start + batch_size, len(images)))]
+        pixels = pixel_tensor(captioner.processor, batch)
+        vectors.append(tower(pixels.to(model.device, tower.dtype)).last_hidden_state.float().mean(1).cpu())
+    return torch.cat(vectors).numpy()
 
 # %% ../../nbs/lib/04_model/07_features.ipynb #cell-014
 def pooled_features(
@@ -122,6 +121,5 @@ def pooled_features(
     progress: bool = False,  # Show a bar?
 ) -> np.ndarray:  # (n, d) float32, each of length 1
     "`tower_features`, ready for cosines."
-    return torch.nn.functional.normalize(
-        torch.from_numpy(tower_features(captioner, images, batch_size, progress)), dim=-1
-    ).numpy()
+    features = torch.from_numpy(tower_features(captioner, images, batch_size, progress))
+    return torch.nn.functional.normalize(features, dim=-1).numpy()

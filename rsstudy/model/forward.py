@@ -22,17 +22,18 @@ def pixel_tensor(
 ) -> torch.Tensor:  # (B, 3, 224, 224) float32 in [-1, 1]
     """Images as the vision tower takes them: `processor.image_processor`'s values to the bit.
 
-    Images that have the tower's size already need no resizing; their arithmetic is done here on the whole batch, not image by image.
+    Images that have the tower's size already need no resizing; their arithmetic is done here on the whole batch, not
+    image by image.
     """
-    ready, images = processor.image_processor, list(images)
-    size = (ready.size["height"], ready.size["width"])
+    images = list(images)
+    library = processor.image_processor
+    size = (library.size["height"], library.size["width"])
     arrays = [np.asarray(image.convert("RGB") if hasattr(image, "convert") else image) for image in images]
     if any(array.shape != (*size, 3) or array.dtype != np.uint8 for array in arrays):
-        return ready(images=images, return_tensors="pt")["pixel_values"]
-    pixels = (
-        torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().float().mul_(ready.rescale_factor)
-    )  # bytes are moved before they are floats
-    mean, std = (torch.tensor(values)[:, None, None] for values in (ready.image_mean, ready.image_std))
+        return library(images=images, return_tensors="pt")["pixel_values"]
+    channels_first = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # while they are bytes
+    pixels = channels_first.float().mul_(library.rescale_factor)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (library.image_mean, library.image_std))
     return pixels.sub_(mean).div_(std)
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-006
@@ -51,7 +52,8 @@ def target_hidden(
 ) -> torch.Tensor:  # (T, d)
     """The decoder's last hidden states where a caption's token is predicted, and nowhere else.
 
-    The decoder is called itself: PaliGemma's own `forward` takes one mask, and Gemma 2 needs one for each kind of layer.
+    The decoder is called itself: PaliGemma's own `forward` takes one mask, and Gemma 2 needs one for each kind of
+    layer.
     """
     inner = core(model).model
     features = batch["features"] if "features" in batch else image_features(model, batch["pixel_values"])
@@ -63,9 +65,8 @@ def target_hidden(
         attention_mask=attention_masks(model, batch),
         use_cache=False,
     ).last_hidden_state
-    return hidden.flatten(0, 1).index_select(
-        0, batch["rows"]
-    )  # its gradient is added up in order; that of an index in brackets is not, with several threads
+    # its gradient is added up in order; that of an index in brackets is not, with several threads
+    return hidden.flatten(0, 1).index_select(0, batch["rows"])
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-008
 def head_logits(
@@ -96,37 +97,44 @@ def _summed_loss(model, hidden, targets, weights):
     return (losses * weights).sum()
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-012
-def _leaves(
-    value,
-):  # Parameters that a value was computed from, by the graph: a head may borrow some that are not its own (tied or tuned tokens)
-    found, seen, ahead = {}, set(), [value.grad_fn]
-    while ahead:
-        node = ahead.pop()
+def _leaves(value):
+    """Parameters that a value was computed from, by the graph.
+
+    A head may borrow some that are not its own (tied or tuned tokens).
+    """
+    leaves, seen = {}, set()
+    waiting = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        ahead += [before for before, _ in node.next_functions]
-    return list(found.values())
+            leaves[id(node.variable)] = node.variable
+        waiting += [before for before, _ in node.next_functions]
+    return list(leaves.values())
 
 # %% ../../nbs/lib/04_model/06_forward.ipynb #cell-013
 class ChunkedLoss(torch.autograd.Function):
-    "Sum of weighted cross-entropies, a chunk of targets at a time; gradients are computed in the forward pass and scaled in the backward pass."
+    """Sum of weighted cross-entropies, a chunk of targets at a time.
+
+    Gradients are computed in the forward pass and scaled in the backward pass.
+    """
 
     @staticmethod
     def forward(ctx, model, chunks, hidden, targets, weights, *parameters):
-        total, gradient = 0.0, torch.zeros_like(hidden)
+        total = 0.0
+        gradient = torch.zeros_like(hidden)
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        for piece, *rest, towards in zip(
-            *(whole.tensor_split(chunks) for whole in (hidden, targets, weights, gradient))
+        for hidden_chunk, targets_chunk, weights_chunk, gradient_chunk in zip(
+            *(tensor.tensor_split(chunks) for tensor in (hidden, targets, weights, gradient))
         ):
-            piece = piece.detach().requires_grad_()
+            hidden_chunk = hidden_chunk.detach().requires_grad_()
             with torch.enable_grad():
-                loss = _summed_loss(model, piece, *rest)
+                loss = _summed_loss(model, hidden_chunk, targets_chunk, weights_chunk)
             with torch.autocast(hidden.device.type, enabled=False):
-                found = torch.autograd.grad(loss, [piece, *parameters])
-            for summed, more in zip([towards, *sums], found):
+                gradients = torch.autograd.grad(loss, [hidden_chunk, *parameters])
+            for summed, more in zip([gradient_chunk, *sums], gradients):
                 summed += more
             total = total + loss.detach()
         ctx.save_for_backward(gradient, *(summed.to(p.dtype) for summed, p in zip(sums, parameters)))
@@ -145,7 +153,8 @@ def caption_loss(
     chunk: int | None = None,  # Targets whose logits exist at a time; None: as many as `LOGITS_BYTES` holds; 0: all
 ) -> tuple[torch.Tensor, torch.Tensor]:  # Sum of the targets' cross-entropy in nats, number of targets
     "Cross-entropy of the captions' tokens and `<eos>`, each caption as often as its image carries it."
-    model, weights = core(model), batch["weights"]
+    model = core(model)
+    weights = batch["weights"]
     hidden = target_hidden(model, batch)
     if chunk is None:
         chunk = max(1, LOGITS_BYTES // (model.config.get_text_config().vocab_size * max(4, hidden.dtype.itemsize)))
@@ -153,5 +162,5 @@ def caption_loss(
     if chunks > 1 and torch.is_grad_enabled():
         parameters = _leaves(_summed_loss(model, hidden[:1].detach(), batch["targets"][:1], weights[:1]))
         return ChunkedLoss.apply(model, chunks, hidden, batch["targets"], weights, *parameters), weights.sum()
-    parts = zip(*(whole.tensor_split(chunks) for whole in (hidden, batch["targets"], weights)))
+    parts = zip(*(tensor.tensor_split(chunks) for tensor in (hidden, batch["targets"], weights)))
     return sum(_summed_loss(model, *part) for part in parts), weights.sum()

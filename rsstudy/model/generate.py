@@ -43,6 +43,25 @@ class FinishedShare(StoppingCriteria):
         ended = (input_ids[:, self.start :] == self.eos).any(1)
         return torch.full_like(ended, bool(ended.float().mean() >= self.share))
 
+# %% ../../nbs/lib/04_model/09_generate.ipynb #c08bf52f
+def _fixed_inputs(model, pictures, static, top_p) -> dict:  # what `generate` is given beside the ids
+    if "features" in pictures:
+        features = BaseModelOutputWithPooling(pooler_output=pictures["features"].to(model.device))
+        inputs = dict(mm_encoder_outputs=dict(image=features))
+    else:
+        inputs = dict(pixel_values=pictures["pixel_values"].to(model.device, model.model.vision_tower.dtype))
+    if static:
+        inputs["cache_implementation"] = "static"
+    if top_p is not None:
+        inputs |= dict(top_p=top_p, top_k=0)
+    return inputs
+
+# %% ../../nbs/lib/04_model/09_generate.ipynb #6dbb1286
+def _going_on(inputs, cache, rows) -> dict:  # what `generate` is given when some rows of a batch go on from their cache
+    cache.batch_select_indices(rows)
+    read_already = ("pixel_values", "mm_encoder_outputs")
+    return {name: value for name, value in inputs.items() if name not in read_already} | dict(past_key_values=cache)
+
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-008
 def decode_batch(
     model,  # PaliGemma, bare
@@ -52,28 +71,21 @@ def decode_batch(
     pad: int = 0,  # Id of <pad>
     max_new_tokens: int = 30,  # Longest caption
     num_beams: int = 1,  # 1 is greedy
-    top_p: float
-    | None = None,  # Nucleus sampling: draw among the likeliest tokens that together have this probability, above 0 and at most 1; None draws nothing
+    top_p: float | None = None,  # Nucleus sampling from this much probability; None draws nothing
     compact: float = 0.0,  # Share of finished rows at which the others go on alone; 0: never. Not with beams
     static: bool = False,  # A cache of fixed size, with which `transformers` compiles the step on a GPU
 ) -> list[list[int]]:  # Ids of each caption, up to and without <eos>
-    "`model.generate` on one batch."
-    length, waiting, found = prefix.shape[1], list(range(len(prefix))), [None] * len(prefix)
-    if "features" in pictures:
-        given = dict(
-            mm_encoder_outputs=dict(
-                image=BaseModelOutputWithPooling(pooler_output=pictures["features"].to(model.device))
-            )
-        )
-    else:
-        given = dict(pixel_values=pictures["pixel_values"].to(model.device, model.model.vision_tower.dtype))
-    if static:
-        given["cache_implementation"] = "static"
+    """`model.generate` on one batch.
+
+    Nucleus sampling draws among the likeliest tokens that together have the probability `top_p`, above 0 and at most 1.
+    """
+    length = prefix.shape[1]
+    captions = [None] * len(prefix)
+    waiting = list(range(len(prefix)))
+    inputs = _fixed_inputs(model, pictures, static, top_p)
     compact = 0.0 if static or num_beams > 1 else compact
-    if top_p is not None:
-        given |= dict(top_p=top_p, top_k=0)
     if compact:
-        given["stopping_criteria"] = [FinishedShare(length, eos, compact)]
+        inputs["stopping_criteria"] = [FinishedShare(length, eos, compact)]
     ids = prefix
     while waiting:
         types = (torch.arange(ids.shape[1], device=ids.device) >= length).long().expand(ids.shape)
@@ -87,25 +99,20 @@ def decode_batch(
             eos_token_id=eos,
             pad_token_id=pad,
             return_dict_in_generate=bool(compact),
-            **given,
+            **inputs,
         )
         ids = out.sequences if compact else out
-        written = ids[:, length:].tolist()
-        ended = [eos in row or len(row) == max_new_tokens or not compact for row in written]
-        for i, row, done in zip(waiting, written, ended):
-            if done:
-                found[i] = row[: row.index(eos)] if eos in row else row
-        left = [k for k, done in enumerate(ended) if not done]
-        waiting = [waiting[k] for k in left]
-        if left:
-            left = torch.tensor(left, device=ids.device)
-            out.past_key_values.batch_select_indices(left)
-            ids, given = (
-                ids[left],
-                {k: v for k, v in given.items() if k not in ("pixel_values", "mm_encoder_outputs")}
-                | dict(past_key_values=out.past_key_values),
-            )
-    return found
+        unfinished = []
+        for k, row in enumerate(ids[:, length:].tolist()):
+            if eos in row or len(row) == max_new_tokens or not compact:
+                captions[waiting[k]] = row[: row.index(eos)] if eos in row else row
+            else:
+                unfinished.append(k)
+        waiting = [waiting[k] for k in unfinished]
+        if unfinished:
+            rows = torch.tensor(unfinished, device=ids.device)
+            ids, inputs = ids[rows], _going_on(inputs, out.past_key_values, rows)
+    return captions
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-010
 STATIC_IMAGES = 1024  # On a GPU, from so many images on, decoding steps are compiled
@@ -129,9 +136,11 @@ def decode_rows(
     from tqdm import tqdm
 
     model = core(model)
-    static = model.device.type == "cuda" and len(prefixes) >= STATIC_IMAGES if static is None else static
+    if static is None:
+        static = model.device.type == "cuda" and len(prefixes) >= STATIC_IMAGES
     order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))  # stable: one prompt keeps the rows' order
-    training, found = model.training, [None] * len(prefixes)
+    captions = [None] * len(prefixes)
+    training = model.training
     model.eval()
     with tqdm(total=len(prefixes), desc="captions", unit="image", disable=not progress, mininterval=1) as bar:
         while order:
@@ -141,31 +150,29 @@ def decode_rows(
             ids = torch.tensor([prefixes[i] for i in filled], device=model.device)
             written = decode_batch(model, ids, pictures(filled), eos, pad, static=static, compact=compact, **options)
             for i, row in zip(rows, written):
-                found[i] = row
+                captions[i] = row
             bar.update(len(rows))
     model.train(training)
-    return found
+    return captions
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-012
 def generate_ids(
     captioner: Captioner,  # Whose captions
     images,  # Sequence of PIL images or uint8 arrays (H, W, 3), decoded a batch at a time; with features it may be None
-    prompts: str
-    | list[str]
-    | None = None,  # Text before the captions: one for all, one for each, or the captioner's own
+    prompts: str | list[str] | None = None,  # Text before the captions: for all, for each, or the captioner's own
     max_new_tokens: int = 30,  # Longest caption
     num_beams: int = 1,  # 1 is greedy
     top_p: float | None = None,  # Nucleus sampling from this much probability; None draws nothing
     seed: int = 0,  # Of what is drawn
     batch_size: int = 64,  # Images decoded together; prompts of unlike lengths go in batches of their own
     progress: bool = False,  # A bar with the remaining time?
-    features: torch.Tensor
-    | None = None,  # (images, N, d) from `rsstudy.model.features.cache_features`; then no pixels are read
+    features: torch.Tensor | None = None,  # (images, N, d) from `cache_features`; then no pixels are read
     static: bool | None = None,  # Compiled steps? None: on a GPU with many images
     compact: float = COMPACT,  # Share of finished rows at which the others go on alone; 0: never
 ) -> list[list[int]]:  # Token ids of each caption, up to and without <eos>
     "Raises `ValueError` where the number of prompts, or of features, is not that of the images."
-    processor, count = captioner.processor, len(features if images is None else images)
+    processor = captioner.processor
+    count = len(features if images is None else images)
     if features is not None and len(features) != count:
         raise ValueError(f"{count} images need as many features, got {len(features)}")
     prompts = captioner.prompt if prompts is None else prompts
@@ -210,8 +217,7 @@ def generate_captions(
 def decode(
     processor,  # PaliGemma's
     ids: list[list[int]],  # Token ids
-    max_new_tokens: int
-    | None = None,  # Only so many of each: what decoding without beams would have given with that limit
+    max_new_tokens: int | None = None,  # Only so many of each: what decoding without beams gives with that limit
 ) -> list[str]:  # Text without special tokens and outer spaces
     "Token ids as text."
     rows = [row if max_new_tokens is None else row[:max_new_tokens] for row in ids]

@@ -25,8 +25,8 @@ def halve_until_it_fits(
 ) -> tuple[Result, int]:  # The result, and with how many images at once it was had
     """`compute(size)`, with the size halved as often as memory runs out, which is announced.
 
-    Raises what `compute` raises, out of memory included where `smallest` images do not fit. Source: the errors that count as out of memory
-    are accelerate's.
+    Raises what `compute` raises, out of memory included where `smallest` images do not fit. Source: the errors that
+    count as out of memory are accelerate's.
     """
     while True:
         try:

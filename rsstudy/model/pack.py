@@ -64,9 +64,8 @@ def block_mask(
     if window is not None:
         near = position_ids[:, :, None] - position_ids[:, None, :] < window
         sees &= near | (blocks[:, :, None] == 0)
-    return torch.zeros(sees.shape, dtype=dtype, device=blocks.device).masked_fill_(~sees, torch.finfo(dtype).min)[
-        :, None
-    ]
+    mask = torch.zeros(sees.shape, dtype=dtype, device=blocks.device)
+    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-012
 def attention_masks(
@@ -75,33 +74,35 @@ def attention_masks(
 ) -> torch.Tensor | dict[str, torch.Tensor]:  # One mask, or one for each kind of layer
     "The masks that the model's decoder takes for a packed batch."
     decoder = core(model).model.language_model
-    full, window = block_mask(batch["blocks"], decoder.dtype), getattr(decoder.config, "sliding_window", None)
+    full = block_mask(batch["blocks"], decoder.dtype)
+    window = getattr(decoder.config, "sliding_window", None)
     if window is None:
         return full
-    return dict(
-        full_attention=full, sliding_attention=block_mask(batch["blocks"], decoder.dtype, batch["position_ids"], window)
-    )
+    sliding = block_mask(batch["blocks"], decoder.dtype, batch["position_ids"], window)
+    return dict(full_attention=full, sliding_attention=sliding)
 
 # %% ../../nbs/lib/04_model/05_pack.ipynb #cell-013
 def pack(
     examples: list[Example],  # One a row
     eos: int,  # Id of <eos>
     pad: int = 0,  # Id of <pad>
-    multiple: int = 1,  # L is rounded up to a multiple of this: fewer shapes for compiled layers, aligned ones for a GPU
+    multiple: int = 1,  # L is rounded up to it: fewer shapes for compiled layers, aligned ones for a GPU
 ) -> dict[str, torch.Tensor]:  # See below
     """Packs examples into rows of one length L.
 
-    `input_ids`, `blocks`, `position_ids`: (B, L), positions from 1 as PaliGemma counts. `rows`: (T,) where in the flattened B x L hidden states each of the
-    T targets is predicted; `targets`: (T,) their ids; `weights`: (T,) how often the image carries the target's caption.
+    `input_ids`, `blocks`, `position_ids`: (B, L), positions from 1 as PaliGemma counts. `rows`: (T,) where in the
+    flattened B x L hidden states each of the T targets is predicted; `targets`: (T,) their ids; `weights`: (T,) how
+    often the image carries the target's caption.
     """
-    ids, blocks, positions, where, targets, weights = [], [], [], [], [], []
-    length = -(-max(e.length for e in examples) // multiple) * multiple
-    for row, e in enumerate(examples):
-        start = len(e.prefix)
-        row_ids, row_blocks, row_positions = list(e.prefix), [0] * start, list(range(1, start + 1))
-        for block, (caption, count) in enumerate(zip(e.captions, e.counts), 1):
+    ids, blocks, positions = [], [], []
+    predicted_at, targets, weights = [], [], []
+    length = -(-max(example.length for example in examples) // multiple) * multiple
+    for row, example in enumerate(examples):
+        start = len(example.prefix)
+        row_ids, row_blocks, row_positions = list(example.prefix), [0] * start, list(range(1, start + 1))
+        for block, (caption, count) in enumerate(zip(example.captions, example.counts), 1):
             first = row * length + len(row_ids)
-            where += [row * length + start - 1, *range(first, first + len(caption))]
+            predicted_at += [row * length + start - 1, *range(first, first + len(caption))]
             targets += [*caption, eos]
             weights += [count] * (len(caption) + 1)
             row_ids += caption
@@ -115,7 +116,7 @@ def pack(
         input_ids=torch.tensor(ids),
         blocks=torch.tensor(blocks),
         position_ids=torch.tensor(positions),
-        rows=torch.tensor(where),
+        rows=torch.tensor(predicted_at),
         targets=torch.tensor(targets),
         weights=torch.tensor(weights, dtype=torch.float32),
     )
@@ -125,8 +126,8 @@ def token_counts(
     examples: list[Example],
 ) -> dict[str, int]:  # shared, separate
     "Tokens that the decoder reads with a shared prefix, and a sequence for each caption."
-    shared = sum(e.length for e in examples)
-    separate = sum(
-        count * (len(e.prefix) + len(caption) + 1) for e in examples for caption, count in zip(e.captions, e.counts)
-    )
-    return dict(shared=shared, separate=separate)
+    separate = 0
+    for example in examples:
+        for caption, count in zip(example.captions, example.counts):
+            separate += count * (len(example.prefix) + len(caption) + 1)
+    return dict(shared=sum(example.length for example in examples), separate=separate)

@@ -6,6 +6,8 @@
 __all__ = ['PROJECTIONS', 'DECODER', 'VISION', 'PROJECTOR', 'linear_layers', 'core', 'enable_checkpointing', 'compile_layers']
 
 # %% ../../nbs/lib/04_model/04_parts.ipynb #cell-002
+import re
+
 import torch
 from transformers import PaliGemmaForConditionalGeneration
 
@@ -21,8 +23,6 @@ def linear_layers(
     pattern: str,  # One of the above, or several joined by |
 ) -> list[str]:  # Names of modules, in the model's order
     "The linear layers whose whole name the pattern matches. Raises `ValueError` when it matches none."
-    import re
-
     names = [
         name
         for name, module in model.named_modules()
@@ -43,11 +43,13 @@ def core(
 def enable_checkpointing(
     model,  # PaliGemma, bare or wrapped by peft; changed in place
 ):
-    "Gradient checkpointing of every layer of tower and decoder; in effect in training mode only. Source: Chen et al. 2016, sec. 3."
+    """Gradient checkpointing of every layer of tower and decoder; in effect in training mode only.
+
+    Source: Chen et al. 2016, sec. 3.
+    """
     model = core(model)
-    enable = getattr(
-        model, "activation_checkpointing_enable", model.gradient_checkpointing_enable
-    )  # the newer name, where transformers has it
+    # the newer name, where transformers has it
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable(dict(use_reentrant=False))
 
 # %% ../../nbs/lib/04_model/04_parts.ipynb #cell-011
@@ -55,7 +57,10 @@ def compile_layers(
     model,  # PaliGemma, bare or wrapped by peft, its method attached; changed in place
     backend: str = "inductor",  # Of `torch.compile`; inductor needs a C++ compiler on a CPU
 ):
-    "Compiles the decoder's layers, for batches of any shape. Parameters keep their names; what is compiled already stays as it is."
+    """Compiles the decoder's layers, for batches of any shape.
+
+    Parameters keep their names; what is compiled already stays as it is.
+    """
     for layer in core(model).model.language_model.layers:
         if "forward" not in vars(layer):
             layer.forward = _compiled_without_cache(layer.forward, backend)
