@@ -6,32 +6,43 @@
 __all__ = ['grammar']
 
 # %% ../../nbs/lib/18_commands/09_bench.ipynb #cell-002
+import functools
+
 from .options import add_profile_options, overrides
 from ..common.settings import load_profile
 
 # %% ../../nbs/lib/18_commands/09_bench.ipynb #cell-004
-def _bench(args) -> int:
-    from rsstudy.bench.metrics import bench_scoring
-    from rsstudy.bench.train import bench_gpu, bench_profile
+def _benchmark_of(what):
+    "The function that measures a profile in so many rounds."
+    if what == "xai":
+        from rsstudy.bench.xai import bench_explanations
 
+        return bench_explanations
+    if what == "metrics":
+        from rsstudy.bench.metrics import bench_scoring
+
+        return bench_scoring
+    if what == "caption":
+        from rsstudy.bench.caption import bench_folder_captions
+
+        return bench_folder_captions
+    from rsstudy.bench.train import bench_profile
+
+    return functools.partial(bench_profile, what)
+
+# %% ../../nbs/lib/18_commands/09_bench.ipynb #819b9a19
+def _bench(args) -> int:
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
-    if args.what in ("xai", "gpu"):
-        from rsstudy.bench.xai import bench_explanations
-        from rsstudy.bench.xai_gpu import bench_gpu_explanations
-    if args.what == "caption":
-        from rsstudy.bench.caption import bench_folder_captions
     if args.what == "gpu":
+        from rsstudy.bench.train import bench_gpu
+        from rsstudy.bench.xai_gpu import bench_gpu_explanations
+
         bench_gpu(rounds=args.rounds)
         bench_gpu_explanations(rounds=args.rounds)
-    elif args.what == "xai":
-        bench_explanations(load_profile(args.profile, **overrides(args)), args.rounds)
-    elif args.what == "metrics":
-        bench_scoring(load_profile(args.profile, **overrides(args)), args.rounds)
-    elif args.what == "caption":
-        bench_folder_captions(load_profile(args.profile, **overrides(args)), args.rounds)
-    else:
-        bench_profile(args.what, load_profile(args.profile, **overrides(args)), args.rounds)
+        return 0
+    measure = _benchmark_of(args.what)
+    measure(load_profile(args.profile, **overrides(args)), args.rounds)
     return 0
 
 # %% ../../nbs/lib/18_commands/09_bench.ipynb #cell-005

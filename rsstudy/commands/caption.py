@@ -26,20 +26,17 @@ def _engine(args):
 
     Raises `ValueError` for another engine's options, `RuntimeError` without Ray.
     """
-    given = {
-        option: value
-        for option in ("address", "workers", "cpus", "gpus")
-        if (value := getattr(args, option)) is not None
-    }
+    options = {name: getattr(args, name) for name in ("address", "workers", "cpus", "gpus")}
+    given = {name: value for name, value in options.items() if value is not None}
     if args.engine == "local":
         if given:
             raise ValueError(f"--{next(iter(given))} belongs to --engine ray")
         from rsstudy.imagery.captioning import run_local
 
         return run_local
-    for option, least in (("workers", 1), ("cpus", 1), ("gpus", 0)):
-        if given.get(option, least) < least:
-            raise ValueError(f"--{option} must be at least {least}, got {given[option]:g}")
+    for name, least in (("workers", 1), ("cpus", 1), ("gpus", 0)):
+        if given.get(name, least) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {given[name]:g}")
     from rsstudy.runner.ray import check_ray
 
     check_ray()
@@ -48,22 +45,28 @@ def _engine(args):
     return functools.partial(caption_on_ray, **given)
 
 # %% ../../nbs/lib/18_commands/04_caption.ipynb #cell-006
-def _caption(args) -> int:
-    if args.method is not None and args.explain is False:
-        raise ValueError("--method belongs to --explain")
-    more = dict(
+def _raster_settings(args):
+    "What the options of rasters and large images ask for."
+    stretched = args.percentiles != "none"
+    return dict(
         bands=_numbers(args.bands, "--bands", int, "give band numbers from 1 on, such as 4,3,2"),
         tile=args.tile,
         overlap=args.overlap,
         valid=args.valid,
-    )
-    if args.percentiles != "none":
-        more["percentiles"] = _numbers(
+        percentiles=_numbers(
             args.percentiles, "--percentiles", float, "give two numbers from 0 to 100, such as 2,98, or none"
         )
-    else:
-        more["percentiles"] = None
-    P, engine = load_profile(args.profile, **overrides(args)), _engine(args)
+        if stretched
+        else None,
+    )
+
+# %% ../../nbs/lib/18_commands/04_caption.ipynb #c8cd120f
+def _caption(args) -> int:
+    if args.method is not None and args.explain is False:
+        raise ValueError("--method belongs to --explain")
+    rasters = _raster_settings(args)
+    P = load_profile(args.profile, **overrides(args))
+    engine = _engine(args)
     from rsstudy.imagery.captioning import caption_paths
 
     done = caption_paths(
@@ -76,41 +79,14 @@ def _caption(args) -> int:
         args.method or "grad_cam",
         args.force,
         engine,
-        **more,
+        **rasters,
     )
     print(done.text(), file=sys.stderr if done.status else sys.stdout)
     return done.status
 
-# %% ../../nbs/lib/18_commands/04_caption.ipynb #cell-007
-def grammar(
-    commands,  # Of `argparse.ArgumentParser.add_subparsers`
-):
-    "Adds `caption`."
-    caption = commands.add_parser(
-        "caption",
-        help="caption images: files, folders, patterns, zip archives",
-        description="Writes a file with a caption for each image, or for each tile of a large raster. "
-        "A run that was stopped goes on where it was, with the same command. Exit status: "
-        "0 all captioned, 1 some images could not be read (they are listed), "
-        "2 the request cannot be carried out.",
-        epilog="examples: rsstudy caption photos/ more.zip --model lora --out captions.csv; "
-        "rsstudy caption scene.tif --bands 4,3,2 --out scene.geojson --explain",
-    )
-    caption.add_argument(
-        "paths",
-        nargs="+",
-        metavar="PATH",
-        help='image file, folder (with all folders in it), pattern in quotes such as "photos/**/*.jpg", '
-        "or zip archive; what is named twice is captioned once, in the order of paths",
-    )
-    add_model_options(caption)
-    caption.add_argument(
-        "--out",
-        default="captions.jsonl",
-        metavar="FILE",
-        help=".jsonl, .csv or .geojson (default: captions.jsonl); until it is complete its parts are in FILE.part",
-    )
-    caption.add_argument("--force", action="store_true", help="forget what was captioned before, and write over FILE")
+# %% ../../nbs/lib/18_commands/04_caption.ipynb #d19aae7f
+def _add_raster_options(caption):
+    "What is done with bands, values and sizes that a model does not take as they are."
     rasters = caption.add_argument_group("rasters and large images")
     rasters.add_argument(
         "--bands",
@@ -142,6 +118,10 @@ def grammar(
         metavar="SHARE",
         help="rasters and tiles with a smaller share of pixels with data are left out (default: 0.25)",
     )
+
+# %% ../../nbs/lib/18_commands/04_caption.ipynb #9a05afdf
+def _add_map_options(caption):
+    "Whether each caption is explained, and how."
     maps = caption.add_argument_group("heat maps")
     maps.add_argument(
         "--explain",
@@ -156,6 +136,10 @@ def grammar(
         metavar="M",
         help="attribution method of heat maps (default: grad_cam); `rsstudy explain --help` lists them",
     )
+
+# %% ../../nbs/lib/18_commands/04_caption.ipynb #a975d29c
+def _add_engine_options(caption):
+    "Where the model works."
     ray = caption.add_argument_group("several devices or machines")
     ray.add_argument(
         "--engine",
@@ -182,5 +166,39 @@ def grammar(
         metavar="N",
         help="GPUs, or the share of one, of each copy (default: 1 where the cluster has one)",
     )
+
+# %% ../../nbs/lib/18_commands/04_caption.ipynb #cell-007
+def grammar(
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
+):
+    "Adds `caption`."
+    caption = commands.add_parser(
+        "caption",
+        help="caption images: files, folders, patterns, zip archives",
+        description="Writes a file with a caption for each image, or for each tile of a large raster. "
+        "A run that was stopped goes on where it was, with the same command. Exit status: "
+        "0 all captioned, 1 some images could not be read (they are listed), "
+        "2 the request cannot be carried out.",
+        epilog="examples: rsstudy caption photos/ more.zip --model lora --out captions.csv; "
+        "rsstudy caption scene.tif --bands 4,3,2 --out scene.geojson --explain",
+    )
+    caption.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help='image file, folder (with all folders in it), pattern in quotes such as "photos/**/*.jpg", '
+        "or zip archive; what is named twice is captioned once, in the order of paths",
+    )
+    add_model_options(caption)
+    caption.add_argument(
+        "--out",
+        default="captions.jsonl",
+        metavar="FILE",
+        help=".jsonl, .csv or .geojson (default: captions.jsonl); until it is complete its parts are in FILE.part",
+    )
+    caption.add_argument("--force", action="store_true", help="forget what was captioned before, and write over FILE")
+    _add_raster_options(caption)
+    _add_map_options(caption)
+    _add_engine_options(caption)
     add_profile_options(caption)
     caption.set_defaults(run=_caption)

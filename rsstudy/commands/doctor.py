@@ -12,31 +12,29 @@ def _doctor(args) -> int:  # 0 if nothing is missing for the study under `nano`,
 
     from rsstudy.runner.doctor import examine, report
 
-    found = examine()
-    fine = all(f.fine for f in found if f.needed)
-    print(
-        json.dumps(dict(fine=fine, findings=[dataclasses.asdict(f) for f in found]), indent=1, ensure_ascii=False)
-        if args.json
-        else report(found)
-    )
+    findings = examine()
+    fine = all(f.fine for f in findings if f.needed)
+    if args.json:
+        machine_readable = dict(fine=fine, findings=[dataclasses.asdict(f) for f in findings])
+        print(json.dumps(machine_readable, indent=1, ensure_ascii=False))
+    else:
+        print(report(findings))
     return 0 if fine else 1
 
 # %% ../../nbs/lib/18_commands/10_doctor.ipynb #cell-004
 def _notebooks(args) -> int:
     from rsstudy.runner.notebooks import copy_study
 
-    copied = copy_study(args.folder)
+    settings, *notebooks = copy_study(args.folder)
     print(
-        f"{copied[0]} and {len(copied) - 1} notebooks in {copied[1].parent}: "
-        f"open them in JupyterLab, or run them with `rsstudy run` in {copied[0].parent}"
+        f"{settings} and {len(notebooks)} notebooks in {notebooks[0].parent}: "
+        f"open them in JupyterLab, or run them with `rsstudy run` in {settings.parent}"
     )
     return 0
 
-# %% ../../nbs/lib/18_commands/10_doctor.ipynb #cell-005
-def grammar(
-    commands,  # Of `argparse.ArgumentParser.add_subparsers`
-):
-    "Adds `doctor` and `notebooks`."
+# %% ../../nbs/lib/18_commands/10_doctor.ipynb #faf3986d
+def _add_doctor(commands):
+    "Adds `doctor`."
     doctor = commands.add_parser(
         "doctor",
         help="what is here, what is missing, and the command that mends it",
@@ -46,6 +44,10 @@ def grammar(
     )
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
+
+# %% ../../nbs/lib/18_commands/10_doctor.ipynb #ef489436
+def _add_notebooks(commands):
+    "Adds `notebooks`."
     notebooks = commands.add_parser(
         "notebooks",
         help="copy the study's notebooks and settings to a folder of your own",
@@ -55,3 +57,11 @@ def grammar(
     )
     notebooks.add_argument("folder", metavar="FOLDER", help="where to; made where it is missing")
     notebooks.set_defaults(run=_notebooks)
+
+# %% ../../nbs/lib/18_commands/10_doctor.ipynb #cell-005
+def grammar(
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
+):
+    "Adds `doctor` and `notebooks`."
+    _add_doctor(commands)
+    _add_notebooks(commands)

@@ -17,9 +17,8 @@ def profile_of(
 ) -> str:  # The profile that the folder lies under; nano where it is no such folder
     "Under which profile a run was tuned, where nobody says it."
     folder = Path(run).expanduser().resolve()
-    return (
-        folder.parent.parent.name if folder.parent.name == "weights" and folder.parent.parent.name in known else "nano"
-    )
+    profile = folder.parent.parent.name
+    return profile if folder.parent.name == "weights" and profile in known else "nano"
 
 # %% ../../nbs/lib/18_commands/07_export.ipynb #cell-006
 def _export(args) -> int:

@@ -14,19 +14,10 @@ import os
 import sys
 
 # %% ../../nbs/lib/18_commands/11_main.ipynb #cell-005
-COMMANDS = (
-    "run",
-    "tune",
-    "caption",
-    "explain",
-    "score",
-    "export",
-    "serve",
-    "bench",
-    "doctor",
-)  # modules of `rsstudy.commands`, in the order of the help
+# modules of `rsstudy.commands`, in the order of the help
+COMMANDS = ("run", "tune", "caption", "explain", "score", "export", "serve", "bench", "doctor")
 
-
+# %% ../../nbs/lib/18_commands/11_main.ipynb #55a31ebb
 class _Parser(argparse.ArgumentParser):
     "Says what cannot be understood in one sentence, too."
 
@@ -50,16 +41,17 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="on an error, show where in the code it arose")
     return top
 
+# %% ../../nbs/lib/18_commands/11_main.ipynb #fc3ebba5
+# what requests, files, devices and missing packages raise
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
+
+# %% ../../nbs/lib/18_commands/11_main.ipynb #80a13432
+def _out_of_memory(line):
+    "Do the words of a library say so? Those that begin with it are a sentence of ours."
+    line = line.lower()
+    return "can't allocate memory" in line or ("out of memory" in line and not line.startswith("out of memory"))
+
 # %% ../../nbs/lib/18_commands/11_main.ipynb #cell-009
-EXPECTED = (
-    ValueError,
-    OSError,
-    RuntimeError,
-    ImportError,
-    MemoryError,
-)  # what requests, files, devices and missing packages raise
-
-
 def sentence(
     error: BaseException,  # What was raised
 ) -> str:  # One line, with what to do where that is known
@@ -76,12 +68,7 @@ def sentence(
         return f"no permission for {error.filename}: choose another place or change its permissions"
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    lower = first.lower()
-    if (
-        isinstance(error, MemoryError)
-        or "can't allocate memory" in lower
-        or ("out of memory" in lower and not lower.startswith("out of memory"))
-    ):  # that is a sentence of ours
+    if isinstance(error, MemoryError) or _out_of_memory(first):
         return (
             "out of memory: take smaller portions "
             f"(--set generate_batch=8, --set micro_images=4) or a smaller model ({first:.120})"
@@ -90,7 +77,7 @@ def sentence(
         return f"{error.name} is not installed: `rsstudy doctor` says which command installs it"
     return first
 
-# %% ../../nbs/lib/18_commands/11_main.ipynb #cell-010
+# %% ../../nbs/lib/18_commands/11_main.ipynb #23409407
 def fails_expected(
     reason: str,  # Last line of a cell's traceback, such as "ValueError: ..."
 ) -> bool:

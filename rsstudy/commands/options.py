@@ -76,7 +76,7 @@ def overrides(
     args: argparse.Namespace,  # Parsed command line
 ) -> dict[str, str]:  # Setting -> value, as text
     "The settings that the command line overrides. Raises `ValueError` when one is malformed or given twice."
-    found = {}
+    chosen = {}
     given = [(key, getattr(args, key, None)) for key in ("data", "seeds", "track")]
     for word in args.settings:
         key, equals, value = word.partition("=")
@@ -86,12 +86,12 @@ def overrides(
     for key, value in given:
         if value is None:
             continue
-        if key in found:
-            raise ValueError(f"setting {key!r} is given twice: {found[key]!r} and {value!r}")
-        found[key] = value
-    return found
+        if key in chosen:
+            raise ValueError(f"setting {key!r} is given twice: {chosen[key]!r} and {value!r}")
+        chosen[key] = value
+    return chosen
 
-# %% ../../nbs/lib/18_commands/01_options.ipynb #cell-007
+# %% ../../nbs/lib/18_commands/01_options.ipynb #647678fb
 def listed(
     text: str | None,  # Such as "plane, runway"
 ) -> list[str] | None:  # The words between the commas; None for None

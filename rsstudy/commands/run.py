@@ -13,25 +13,22 @@ import os
 from .options import add_profile_options, overrides
 from ..common.settings import Profile, load_profile, profile_names
 
+# %% ../../nbs/lib/18_commands/02_run.ipynb #b54eb254
+def _as_typed(value):
+    "A setting's value as it stands in settings.ini."
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-005
 def profile_text(
     profiles: list[Profile],  # Columns
 ) -> str:
     "Every setting of the profiles, one a line."
-
-    def say(v):
-        return (
-            ",".join(map(str, v))
-            if isinstance(v, tuple)
-            else "none"
-            if v is None
-            else str(v).lower()
-            if isinstance(v, bool)
-            else str(v)
-        )
-
-    rows = [[f.name, *(say(getattr(P, f.name)) for P in profiles)] for f in dataclasses.fields(Profile)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [[f.name, *(_as_typed(getattr(P, f.name)) for P in profiles)] for f in dataclasses.fields(Profile)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-007
@@ -117,40 +114,13 @@ def _table(args) -> int:
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-013
 def _profiles(args) -> int:
-    print(
-        profile_text(
-            [load_profile(name, **overrides(args)) for name in ([args.profile] if args.profile else profile_names())]
-        )
-    )
+    names = [args.profile] if args.profile else profile_names()
+    print(profile_text([load_profile(name, **overrides(args)) for name in names]))
     return 0
 
-# %% ../../nbs/lib/18_commands/02_run.ipynb #cell-014
-def grammar(
-    commands,  # Of `argparse.ArgumentParser.add_subparsers`
-):
-    "Adds `run`, `table` and `profiles`."
-    run = commands.add_parser(
-        "run",
-        help="run the notebooks in order; goes on where the last run stopped",
-        description="Runs the study's notebooks "
-        "in order and prints the final table. Notebooks that were done before, with the same settings, "
-        "code and data, are skipped; a run that "
-        "was stopped goes on with the notebook that was not finished. Results go to results/PROFILE/.",
-        epilog="example: rsstudy run --profile riscm-nano --data ../riscm --only 03_lora --set lr=1e-4 --seeds 0,1,2",
-    )
-    run.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="NOTEBOOK",
-        help="run this notebook, such as 03_lora, and no other; can be repeated",
-    )
-    run.add_argument("--force", action="store_true", help="run the notebooks even if they were done before")
-    run.add_argument(
-        "--track",
-        choices=("none", "tensorboard", "wandb", "trackio"),
-        help="watch the training in a tracker; short for --set track=...",
-    )
+# %% ../../nbs/lib/18_commands/02_run.ipynb #9a685795
+def _add_engine_options(run):
+    "Whether notebooks wait for each other."
     ray = run.add_argument_group("many notebooks at a time")
     ray.add_argument(
         "--engine",
@@ -173,6 +143,38 @@ def grammar(
         help="GPUs, or the share of one, of each notebook that runs a model (default: 1 where the cluster has one)",
     )
 
+# %% ../../nbs/lib/18_commands/02_run.ipynb #ea8b6ec2
+def _add_run(commands):
+    "Adds `run`."
+    run = commands.add_parser(
+        "run",
+        help="run the notebooks in order; goes on where the last run stopped",
+        description="Runs the study's notebooks "
+        "in order and prints the final table. Notebooks that were done before, with the same settings, "
+        "code and data, are skipped; a run that "
+        "was stopped goes on with the notebook that was not finished. Results go to results/PROFILE/.",
+        epilog="example: rsstudy run --profile riscm-nano --data ../riscm --only 03_lora --set lr=1e-4 --seeds 0,1,2",
+    )
+    run.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NOTEBOOK",
+        help="run this notebook, such as 03_lora, and no other; can be repeated",
+    )
+    run.add_argument("--force", action="store_true", help="run the notebooks even if they were done before")
+    run.add_argument(
+        "--track",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+        help="watch the training in a tracker; short for --set track=...",
+    )
+    _add_engine_options(run)
+    add_profile_options(run, data=True, seeds=True)
+    run.set_defaults(run=_run)
+
+# %% ../../nbs/lib/18_commands/02_run.ipynb #d0ccd92c
+def _add_table(commands):
+    "Adds `table`."
     table = commands.add_parser(
         "table",
         help="print the final table again",
@@ -185,14 +187,26 @@ def grammar(
         help="text: for the terminal, with costs and findings (default); "
         "markdown, latex: quality with intervals and ties, for a paper",
     )
-    show = commands.add_parser(
+    add_profile_options(table)
+    table.set_defaults(run=_table)
+
+# %% ../../nbs/lib/18_commands/02_run.ipynb #cell-014
+def _add_profiles(commands):
+    "Adds `profiles`."
+    profiles = commands.add_parser(
         "profiles",
         help="print the profiles, or one resolved profile",
         description="Prints every setting of every profile of "
         "settings.ini, or with --profile of one, as a run with the same options would use it.",
     )
-    add_profile_options(run, data=True, seeds=True)
-    add_profile_options(table)
-    add_profile_options(show, default=None, data=True, seeds=True)
-    for command, function in ((run, _run), (table, _table), (show, _profiles)):
-        command.set_defaults(run=function)
+    add_profile_options(profiles, default=None, data=True, seeds=True)
+    profiles.set_defaults(run=_profiles)
+
+# %% ../../nbs/lib/18_commands/02_run.ipynb #36fcdf97
+def grammar(
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
+):
+    "Adds `run`, `table` and `profiles`."
+    _add_run(commands)
+    _add_table(commands)
+    _add_profiles(commands)

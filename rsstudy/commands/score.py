@@ -22,12 +22,11 @@ def _system_names(paths):
 
     if len(set(paths)) < len(paths):
         raise ValueError(f"predictions are given twice: {next(p for p in paths if paths.count(p) > 1)}")
-    short = [
-        lambda p: Path(p).stem,
-        lambda p: str(Path(p).with_suffix("")),
-        str,
-    ]  # the first that tells the files apart
-    return next(names for say in short if len(set((names := {p: say(p) for p in paths}).values())) == len(paths))
+    for shortened in (lambda path: Path(path).stem, lambda path: str(Path(path).with_suffix(""))):
+        names = {path: shortened(path) for path in paths}
+        if len(set(names.values())) == len(paths):
+            return names
+    return {path: path for path in paths}
 
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-005
 def _targets(names, references, out):
@@ -44,6 +43,45 @@ def _targets(names, references, out):
         raise ValueError(f"--out {out} would write over {wrong[0]}, which is to be read")
     return targets
 
+# %% ../../nbs/lib/18_commands/06_score.ipynb #866db237
+def _interval_text(row):
+    "A value with its interval, as far as there are any."
+    from rsstudy.stats.intervals import Interval
+
+    if row["value"] is None:
+        return "-"
+    if row["low"] is None:
+        return f"{row['value']:.4f}"
+    return str(Interval(row["value"], row["low"], row["high"], row["n"]))
+
+# %% ../../nbs/lib/18_commands/06_score.ipynb #45471124
+def _metric_table(columns):
+    "Pairs of a column's title and a row of scores -> a table with a line a metric."
+    import pandas as pd
+
+    cells = {}
+    for title, row in columns:
+        cells.setdefault(title, {})[row["metric"]] = _interval_text(row)
+    return pd.DataFrame(cells).fillna("-").to_string()
+
+# %% ../../nbs/lib/18_commands/06_score.ipynb #b9bebf84
+def _difference_table(differences):
+    "How far the systems are apart, a line a pair and metric."
+    import pandas as pd
+
+    lines = pd.DataFrame(
+        [
+            dict(
+                difference=f"{d['method']} - {d['against']}",
+                metric=d["metric"],
+                value=_interval_text(d),
+                verdict=d["verdict"],
+            )
+            for d in differences
+        ]
+    )
+    return "Paired differences: tie where the interval contains 0\n\n" + lines.to_string(index=False)
+
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-006
 def scores_text(
     rows: list[dict],  # `rsstudy.stats.rows.system_rows`
@@ -53,43 +91,24 @@ def scores_text(
 
     For one system a column a source; for several a table a source and the paired differences.
     """
-    import pandas as pd
-
-    from rsstudy.stats.intervals import Interval
-
-    def say(r):
-        return (
-            "-"
-            if r["value"] is None
-            else f"{r['value']:.4f}"
-            if r["low"] is None
-            else str(Interval(*(r[k] for k in ("value", "low", "high", "n"))))
-        )
-
-    def table(rows, column):
-        cells = {}
-        for r in rows:
-            cells.setdefault(r[column] if column == "method" else f"{r['source']} ({r['n']:,} images)", {})[
-                r["metric"]
-            ] = say(r)
-        return pd.DataFrame(cells).fillna("-").to_string()
-
     systems, sources = (list(dict.fromkeys(r[k] for r in rows)) for k in ("method", "source"))
     if len(systems) == 1:
-        return f"{systems[0]}, 95 % intervals\n\n" + table(rows, "source")
+        columns = [(f"{r['source']} ({r['n']:,} images)", r) for r in rows]
+        return f"{systems[0]}, 95 % intervals\n\n" + _metric_table(columns)
     parts = []
     for source in sources:
-        mine = [r for r in rows if r["source"] == source]
-        parts.append(f"{source}: {mine[0]['n']:,} images, 95 % intervals\n\n" + table(mine, "method"))
-    lines = pd.DataFrame(
-        [
-            dict(difference=f"{d['method']} - {d['against']}", metric=d["metric"], value=say(d), verdict=d["verdict"])
-            for d in differences
-        ]
-    )
-    return "\n\n".join(
-        [*parts, "Paired differences: tie where the interval contains 0\n\n" + lines.to_string(index=False)]
-    )
+        columns = [(r["method"], r) for r in rows if r["source"] == source]
+        parts.append(f"{source}: {columns[0][1]['n']:,} images, 95 % intervals\n\n" + _metric_table(columns))
+    return "\n\n".join([*parts, _difference_table(differences)])
+
+# %% ../../nbs/lib/18_commands/06_score.ipynb #fa08a6a2
+def _check_metrics(names):
+    "Raises `ValueError` for an unknown metric, or one that needs images or training captions: files have neither."
+    from rsstudy.metrics.registry import METRICS
+
+    allowed = [name for name, metric in METRICS.items() if not {"images", "training"} & set(metric.needs)]
+    if unknown := [name for name in names if name not in allowed]:
+        raise ValueError(f"unknown metric {unknown[0]!r}: allowed are {', '.join(allowed)}")
 
 # %% ../../nbs/lib/18_commands/06_score.ipynb #cell-007
 def score_files(
@@ -106,39 +125,36 @@ def score_files(
     from pathlib import Path
 
     from rsstudy.data.captionfiles import match_captions, read_predictions, read_references
-    from rsstudy.metrics.registry import METRICS, score_captions
+    from rsstudy.metrics.registry import score_captions
     from rsstudy.report.paper import paper_table
     from rsstudy.report.tuning import write_scores
     from rsstudy.stats.rows import system_differences, system_rows
 
     if resamples < 1:
         raise ValueError(f"--resamples must be at least 1, got {resamples}")
-    # files of captions have neither images nor training captions
-    allowed = [name for name, known in METRICS.items() if not {"images", "training"} & set(known.needs)]
-    if unknown := [m for m in metrics or () if m not in allowed]:
-        raise ValueError(f"unknown metric {unknown[0]!r}: allowed are {', '.join(allowed)}")
+    _check_metrics(metrics or ())
     names = _system_names(paths)
     targets = _targets(names, references, Path(out)) if out else {}
-    m = match_captions(
-        {name: read_predictions(path) for path, name in names.items()}, read_references(references, split), partial
-    )
+    predictions = {name: read_predictions(path) for path, name in names.items()}
+    matched = match_captions(predictions, read_references(references, split), partial)
     chosen = dict(metrics=metrics) if metrics else {}
     systems = {
-        name: score_captions(captions, m.references, progress=sys.stderr.isatty(), **chosen)
-        for name, captions in m.predictions.items()
+        name: score_captions(captions, matched.references, progress=sys.stderr.isatty(), **chosen)
+        for name, captions in matched.predictions.items()
     }
-    rows, differences = system_rows(systems, m.sources, resamples), system_differences(systems, resamples=resamples)
+    rows = system_rows(systems, matched.sources, resamples)
+    differences = system_differences(systems, resamples=resamples)
     for path, file in targets.items():
         name = names[path]
         write_scores(
             file,
             systems[name],
-            m.predictions[name],
-            m.references,
-            m.image_ids,
-            m.sources,
+            matched.predictions[name],
+            matched.references,
+            matched.image_ids,
+            matched.sources,
             rows=[r for r in rows if r["method"] == name],
-            left_out=m.left_out,
+            left_out=matched.left_out,
             resamples=resamples,
             files=dict(predictions=Path(path).name, references=Path(references).name, split=split),
         )
@@ -162,20 +178,9 @@ def _score(args) -> int:
     )
     return 0
 
-# %% ../../nbs/lib/18_commands/06_score.ipynb #cell-011
-def grammar(
-    commands,  # Of `argparse.ArgumentParser.add_subparsers`
-):
-    "Adds `score`."
-    score = commands.add_parser(
-        "score",
-        help="score anyone's captions",
-        description="Scores files of captions against human ones and prints every metric with its interval; "
-        "several files are systems, "
-        "compared on the same images by paired differences.",
-        epilog="example: rsstudy score mine.jsonl theirs.jsonl --references riscm/captions.csv --split test --table "
-        "latex",
-    )
+# %% ../../nbs/lib/18_commands/06_score.ipynb #bfdc683d
+def _add_files(score):
+    "What is read."
     score.add_argument(
         "predictions",
         nargs="+",
@@ -190,6 +195,10 @@ def grammar(
         help="captions.csv in the layout of RISC, .json of COCO captions, or .jsonl with image and captions",
     )
     score.add_argument("--split", metavar="SPLIT", help="only images of this split of the references, such as test")
+
+# %% ../../nbs/lib/18_commands/06_score.ipynb #40a51f70
+def _add_scoring_options(score):
+    "Which scores, and where they go."
     metrics = score.add_argument(
         "--metrics", metavar="M,M,...", help="of %(names)s (default: all that run offline without Java)"
     )
@@ -208,4 +217,21 @@ def grammar(
     score.add_argument(
         "--resamples", type=int, default=1000, metavar="N", help="bootstrap resamples of the intervals (default: 1000)"
     )
+
+# %% ../../nbs/lib/18_commands/06_score.ipynb #cell-011
+def grammar(
+    commands,  # Of `argparse.ArgumentParser.add_subparsers`
+):
+    "Adds `score`."
+    score = commands.add_parser(
+        "score",
+        help="score anyone's captions",
+        description="Scores files of captions against human ones and prints every metric with its interval; "
+        "several files are systems, "
+        "compared on the same images by paired differences.",
+        epilog="example: rsstudy score mine.jsonl theirs.jsonl --references riscm/captions.csv --split test --table "
+        "latex",
+    )
+    _add_files(score)
+    _add_scoring_options(score)
     score.set_defaults(run=_score)
