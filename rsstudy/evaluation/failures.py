@@ -14,7 +14,7 @@ import pandas as pd
 
 from .claims import check_references, check_scene, count_claims, named
 from ..metrics.tokens import tokenize
-from ..stats.intervals import share_wrong
+from ..stats.intervals import error_rate
 
 # %% ../../nbs/lib/07_evaluation/02_failures.ipynb #cell-005
 TRUTH_SCORES = (
@@ -50,7 +50,7 @@ def failure_scores(
         each |= dict(
             zip(TRUTH_SCORES, np.stack([count_claims(check_scene(p, f)) for p, f in zip(predictions, facts)], 1))
         )
-    corpus = {name: share for name, counts in each.items() if (share := share_wrong(counts)) is not None}
+    corpus = {name: share for name, counts in each.items() if (share := error_rate(counts)) is not None}
     corpus |= {
         name.replace("hallucinated", "hallucinated_any"): float((counts[:, 0] > 0).mean())
         for name, counts in each.items()
@@ -172,7 +172,7 @@ def failure_table(
         for g, at in parts.items() if len(parts) > 1 else ():
             if len(at) < smallest:
                 continue
-            mean = float(values[at].mean()) if values.ndim == 1 else share_wrong(values[at])
+            mean = float(values[at].mean()) if values.ndim == 1 else error_rate(values[at])
             rows.append([name, g, len(at), mean] + ([interval(values[at])] if interval else []))
     return pd.DataFrame(rows, columns=["by", "group", "images", "mean"] + ["interval"] * bool(interval)).set_index(
         ["by", "group"]

@@ -19,7 +19,7 @@ from ..common.code import main_process, measured
 from ..common.files import locked
 from ..model.generate import Captioner, generate_captions
 from ..model.parts import compile_layers, enable_checkpointing
-from .checkpoint import assign_value, full_value, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import copy_into, full_value, latest_checkpoint, load_checkpoint, save_checkpoint
 from .guard import CAUSES, RunHistory, diagnose
 from .loader import CaptionRows
 from .plan import TrainingPlan, training_arguments
@@ -125,7 +125,7 @@ class Watch(TrainerCallback):
     def put_best(self):
         parameters = self.trainable()
         for name, value in self.best_state.items():
-            assign_value(parameters[name], value)
+            copy_into(parameters[name], value)
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-007
 def fit(

@@ -16,7 +16,7 @@ from ..common.files import announce
 from ..model.forward import caption_loss
 from ..model.memory import halve_until_it_fits
 from rsstudy.training.checkpoint import (
-    assign_value,
+    copy_into,
     full_value,
     optimizer_tensors,
     random_tensors,
@@ -182,7 +182,7 @@ class CaptionTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         tensors, _ = self.saved
         for name, parameter in self.watch.trainable().items():
-            assign_value(parameter, tensors[f"model/{name}"])
+            copy_into(parameter, tensors[f"model/{name}"])
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
