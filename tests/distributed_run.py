@@ -11,7 +11,7 @@ import torch
 from rsstudy.model import features
 from rsstudy.model.generate import Captioner
 from rsstudy.model.nano import nano_model, nano_processor
-from rsstudy.training.checkpoint import whole
+from rsstudy.training.checkpoint import full_value
 from rsstudy.training.fit import fit
 from rsstudy.training.loader import CaptionRows
 from rsstudy.training.plan import TrainingPlan
@@ -49,7 +49,7 @@ plan = TrainingPlan(
 )
 history = fit(captioner, rows, rows.first(3), plan, here / out)
 weights = {
-    n: whole(p) for n, p in captioner.model.named_parameters() if p.requires_grad
+    n: full_value(p) for n, p in captioner.model.named_parameters() if p.requires_grad
 }  # together, where the model is sharded
 if int(os.environ.get("RANK", 0)) == 0:
     weights = {n: p.tolist() for n, p in weights.items()}

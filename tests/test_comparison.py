@@ -9,7 +9,7 @@ from toys import ROOT, rsstudy
 from rsstudy.metrics.bleu import bleu_from_counts
 from rsstudy.report.tidy import compare_results
 from rsstudy.stats.intervals import paired_difference
-from rsstudy.stats.rows import turned
+from rsstudy.stats.rows import swap_sides
 from rsstudy.tuning.methods import compared_methods
 
 LEVELS = dict(none=0.2, lora=0.9, lora_vision=1.0, qlora=0.88, prompt=0.6, adapter=0.95, adapter_pfeiffer=0.9, full=1.1)
@@ -260,7 +260,7 @@ def test_more_than_scores(tmp_path):
     assert (
         error["lora", "none"]["value"] < 0
         and error["lora", "none"]["verdict"] == "better"
-        and turned(error["lora", "none"])["verdict"] == "worse"
+        and swap_sides(error["lora", "none"])["verdict"] == "worse"
     )  # fewer errors are better
     assert len(error) == 5 + 10 + 2  # against the base, with each other, variants against their method
 

@@ -9,7 +9,7 @@ from toys import NO_RISCM, RISCM
 
 from rsstudy.evaluation.claims import RISC_WORDS, check_references, named
 from rsstudy.evaluation.failures import class_of, failure_scores, failure_table
-from rsstudy.stats.intervals import bootstrap_interval, share_wrong, wrong_share
+from rsstudy.stats.intervals import bootstrap_interval, error_rate, weighted_error_rate
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,16 @@ def test_an_interval_of_a_share_of_claims():
     claims = rng.integers(0, 3, (2, 300))
     counts = np.stack([rng.binomial(claims, 0.3), claims], -1)
     assert np.isclose(
-        bootstrap_interval(counts, 100, statistic=wrong_share).value, np.mean([share_wrong(c) for c in counts])
+        bootstrap_interval(counts, 100, statistic=weighted_error_rate).value, np.mean([error_rate(c) for c in counts])
     )  # two seeds
-    found = bootstrap_interval(counts[0], 400, statistic=wrong_share)
+    found = bootstrap_interval(counts[0], 400, statistic=weighted_error_rate)
     assert (
-        found.value == share_wrong(counts[0]) and found.low < 0.3 < found.high and 0.07 < found.high - found.low < 0.14
+        found.value == error_rate(counts[0]) and found.low < 0.3 < found.high and 0.07 < found.high - found.low < 0.14
     )  # 1.96 x 2 x sqrt(.3 x .7 / 300) = .10
     table = failure_table(
-        counts[0], {"half": ["a", "b"] * 150}, interval=lambda v: bootstrap_interval(v, 100, statistic=wrong_share)
+        counts[0],
+        {"half": ["a", "b"] * 150},
+        interval=lambda v: bootstrap_interval(v, 100, statistic=weighted_error_rate),
     )
     assert table.loc[("half", "a"), "interval"].value == table.loc[("half", "a"), "mean"]
 

@@ -13,6 +13,7 @@ from PIL import Image
 import rsstudy.evaluation.tasks as tasks
 from rsstudy.common.settings import load_profile
 from rsstudy.evaluation.answers import normalise_answer, vqa_accuracy
+from rsstudy.evaluation.task_files import TASK_FILES, read_spec, task_names
 from rsstudy.model.base import load_base
 from rsstudy.model.generate import Captioner, generate_captions
 
@@ -49,9 +50,9 @@ def write_folder(folder, rows):
 
 
 def test_every_task_file_is_sound():
-    assert tasks.task_names() == NAMES
+    assert task_names() == NAMES
     for name in NAMES:
-        spec = tasks.read_spec(tasks.TASK_FILES / f"{name}.json")
+        spec = read_spec(TASK_FILES / f"{name}.json")
         reported = spec["reported"]
         assert spec["name"] == name and spec["version"] >= 1 and reported["note"]
         if reported["value"] is not None:  # a number has a source, and says of which model it is
@@ -60,14 +61,14 @@ def test_every_task_file_is_sound():
 
 
 def test_a_broken_task_file_names_itself_and_the_key(tmp_path):
-    sound = json.loads((tasks.TASK_FILES / "vqav2.json").read_text())
+    sound = json.loads((TASK_FILES / "vqav2.json").read_text())
 
     def error(change):
         spec = copy.deepcopy(sound)
         change(spec)
         (tmp_path / "vqav2.json").write_text(json.dumps(spec))
         with pytest.raises(ValueError, match=r"task file vqav2\.json: ") as caught:
-            tasks.read_spec(tmp_path / "vqav2.json")
+            read_spec(tmp_path / "vqav2.json")
         return str(caught.value)
 
     def without(key, part=None):
@@ -87,7 +88,7 @@ def test_a_broken_task_file_names_itself_and_the_key(tmp_path):
     assert "needs hub and columns" in error(lambda spec: spec.update(hub=None))
     (tmp_path / "vqav2.json").write_text("{")
     with pytest.raises(ValueError, match=r"vqav2\.json: not JSON"):
-        tasks.read_spec(tmp_path / "vqav2.json")
+        read_spec(tmp_path / "vqav2.json")
 
 
 @pytest.mark.parametrize(

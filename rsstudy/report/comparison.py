@@ -12,7 +12,7 @@ from ..attribution.attributions import controls
 from ..metrics.registry import compared_metrics
 from ..metrics.scores import family
 from .tidy import FAILURES
-from ..stats.rows import metric_named, turned
+from ..stats.rows import metric_named, swap_sides
 from ..tuning.methods import compared_methods
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-007
@@ -114,7 +114,7 @@ def _difference(result, method, against, metric, source="all"):
         if (r["method"], r["against"]) == (method, against):
             return r
         if (r["method"], r["against"]) == (against, method):
-            return turned(r)
+            return swap_sides(r)
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-016
 def quality_findings(

@@ -18,7 +18,7 @@ from ..common.form import SCORES_SCHEMA, captions_digest, check_form
 from ..metrics.registry import metric_label
 from ..metrics.scores import Scores, find_metric
 from ..stats.intervals import bootstrap_interval
-from ..stats.rows import behind, system_rows
+from ..stats.rows import per_image_values, system_rows
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-005
 COLUMNS = ("bleu4", "meteor", "meteor15", "rouge_l", "cider", "spice", "bertscore_f1")
@@ -38,9 +38,9 @@ def score_table(
                 key = find_metric(method["runs"][0]["scores"], stem)
             except ValueError:
                 continue  # a metric that could not be had here is missing from the result, and the manifest says why
-            values, statistic = behind(method["runs"], key)
-            found = bootstrap_interval(values, resamples, statistic=statistic)
-            row[metric_label(key)] = f"{found.value:.3f} [{found.low:.2f}, {found.high:.2f}]"
+            values, statistic = per_image_values(method["runs"], key)
+            score = bootstrap_interval(values, resamples, statistic=statistic)
+            row[metric_label(key)] = f"{score.value:.3f} [{score.low:.2f}, {score.high:.2f}]"
         rows[method["label"]] = row | {"seeds": len(method["runs"])}
     return pd.DataFrame(rows).T.rename_axis("method")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Interval', 'verdict', 'image_weights', 'seed_weights', 'mean_over_images', 'of_counts', 'corpus_bleu', 'resample',
-           'interval_of', 'bootstrap_interval', 'paired_difference', 'share_wrong', 'wrong_share']
+           'interval_of', 'bootstrap_interval', 'paired_difference', 'error_rate', 'weighted_error_rate']
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-002
 import dataclasses
@@ -31,8 +31,8 @@ class Interval:
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-006
 def verdict(
     difference: Interval,  # Of a score of A minus that of B
-    # p-value of the same difference, corrected for the number of differences looked at; 0 leaves the interval to decide
-    # alone
+    # p-value of the same difference, corrected for the number of differences looked at;
+    # 0 leaves the interval to decide alone
     p: float = 0.0,
     alpha: float = 0.05,  # What `p` must stay under
 ) -> str:  # `tie` unless 0 lies outside the interval and p < alpha; else `higher` or `lower`: A against B
@@ -88,8 +88,8 @@ def of_counts(
 
     def statistic(weights, counts):
         sums = weights @ counts.transpose(1, 0, 2).reshape(counts.shape[1], -1)  # one product for all runs
-        found = function(sums.reshape(len(weights), len(counts), -1))
-        return found if column is None else found[..., column]
+        scores = function(sums.reshape(len(weights), len(counts), -1))
+        return scores if column is None else scores[..., column]
 
     return statistic
 
@@ -103,7 +103,8 @@ def corpus_bleu(
     return of_counts(bleu_from_counts, order - 1)
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-018
-def _seeds_first(values, statistic):  # one seed may come without its axis
+def _seeds_first(values, statistic):
+    "The values with all axes: one seed may come without its own."
     values = np.asarray(values, float)
     axes = 2 if statistic is mean_over_images else 3
     if values.ndim == axes - 1:
@@ -120,7 +121,8 @@ def _seeds_first(values, statistic):  # one seed may come without its axis
     return values
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-019
-def _same_images(systems, statistic):  # name -> values with all axes, and the number of images
+def _same_images(systems, statistic):
+    "Name -> values with all axes; the number of images."
     values = {
         key: _seeds_first(v, statistic[key] if isinstance(statistic, dict) else statistic) for key, v in systems.items()
     }
@@ -134,7 +136,8 @@ def _same_images(systems, statistic):  # name -> values with all axes, and the n
     return values, one.shape[1]
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-020
-def _slices(rounds, n):  # row counts that keep a matrix of weights under 32 MB
+def _slices(rounds, n):
+    "Counts of rows that keep a matrix of weights under 32 MB."
     if not isinstance(rounds, (int, np.integer)) or rounds < 1:
         raise ValueError(f"resamples {rounds!r}: at least 1 is needed")
     step = max(1, 4_000_000 // n)
@@ -142,43 +145,41 @@ def _slices(rounds, n):  # row counts that keep a matrix of weights under 32 MB
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-021
 def resample(
-    # Name -> (images,) or (seeds, images) values; counts (..., images, c) for BLEU and its like; the same images in the
-    # same order for all
+    # Name -> (images,) or (seeds, images) values; counts (..., images, c) for BLEU and its like;
+    # the same images in the same order for all
     systems: dict,
     resamples: int = 1_000,  # R, bootstrap resamples
     rng=0,  # Seed or np.random.Generator
     statistic=mean_over_images,  # One for all systems, or name -> statistic
-) -> dict[
-    object, np.ndarray
-]:  # Name -> (R + 1, seeds): row 0 on the images as they are, then on R resamples, the same ones for all systems
-    """Scores of many systems on the same resamples.
+) -> dict[object, np.ndarray]:  # Name -> (R + 1, seeds): row 0 on the images as they are, then on R resamples
+    """Scores of many systems on the same resamples, the same ones for all.
 
     Raises `ValueError` on values of another shape, not finite, or of other numbers of images.
     """
     values, n = _same_images(systems, statistic)
-    rng, whole, parts = np.random.default_rng(rng), np.ones((1, n)), {}
-    for key in values:
-        parts.setdefault(statistic[key] if isinstance(statistic, dict) else statistic, []).append(key)
-    stacked = {
-        function: np.concatenate([values[key] for key in keys]) for function, keys in parts.items()
-    }  # all runs of all systems side by side
-    out = {function: [function(whole, s)] for function, s in stacked.items()}
+    rng = np.random.default_rng(rng)
+    names = {}  # statistic -> the systems that it is for
+    for name in values:
+        names.setdefault(statistic[name] if isinstance(statistic, dict) else statistic, []).append(name)
+    # all runs of all systems side by side
+    stacked = {function: np.concatenate([values[name] for name in own]) for function, own in names.items()}
+    scores = {function: [function(np.ones((1, n)), runs)] for function, runs in stacked.items()}
     for rows in _slices(resamples, n):
         weights = image_weights(n, rows, rng)
-        for function, s in stacked.items():
-            out[function].append(function(weights, s))
-    columns = {
-        function: np.split(np.concatenate(out[function]), np.cumsum([len(values[k]) for k in keys])[:-1], axis=1)
-        for function, keys in parts.items()
-    }
-    return {key: column for function, keys in parts.items() for key, column in zip(keys, columns[function])}
+        for function, runs in stacked.items():
+            scores[function].append(function(weights, runs))
+    drawn = {}
+    for function, own in names.items():
+        ends = np.cumsum([len(values[name]) for name in own])
+        drawn.update(zip(own, np.split(np.concatenate(scores[function]), ends[:-1], axis=1)))
+    return drawn
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-024
-def _noise(
-    drawn,
-    # (R + 1, seeds) -> variance of the mean over seeds as the seeds show it; the part of it that is image-under-seed
-    # noise; degrees of freedom
-):
+def _noise(drawn):  # (R + 1, seeds)
+    """Of the mean over seeds: its variance as the seeds show it, and the part that is image-under-seed noise.
+
+    Third come the degrees of freedom.
+    """
     s = drawn.shape[1]
     if s == 1:
         return 0.0, 0.0, 1
@@ -186,14 +187,12 @@ def _noise(
     return drawn[0].var(ddof=1) / s, rest.var(0).sum() / (s - 1) / s, s - 1
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-025
-def _parts(
-    a, b
-):  # the value; its resamples over images; v and r of the text above; the sum under the degrees of freedom
+def _parts(a, b):
+    "The value; its resamples over images; v and r of the text above; the sum under the degrees of freedom."
     groups = [a] if b is None else [a, b]
     over_images = sum(sign * g.mean(1) for sign, g in zip((1, -1), groups))
-    over_images[np.abs(over_images) < 1e-12 * np.abs(a).max()] = (
-        0  # equal systems differ by rounding in one matrix product
-    )
+    # equal systems differ by rounding in one matrix product
+    over_images[np.abs(over_images) < 1e-12 * np.abs(a).max()] = 0
     noise = [_noise(g) for g in groups]
     return (
         float(over_images[0]),
@@ -281,18 +280,18 @@ def _images(values, statistic):
     return np.shape(values)[-1 if statistic is mean_over_images else -2]
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-038
-def share_wrong(
+def error_rate(
     counts: np.ndarray,  # (n, 2): wrong and claims
 ) -> float | None:  # 0..1; None where nothing was claimed
-    "Wrong claims among all."
+    "The share of wrong claims among all."
     wrong, claims = np.asarray(counts).reshape(-1, 2).sum(0)
     return float(wrong / claims) if claims else None
 
 # %% ../../nbs/lib/06_stats/01_intervals.ipynb #cell-039
-def wrong_share(
+def weighted_error_rate(
     weights: np.ndarray,  # (resamples, n): how often each image counts
     counts: np.ndarray,  # (seeds, n, 2): wrong and claims
 ) -> np.ndarray:  # (resamples, seeds) in 0..1; 0 where nothing was claimed
-    "`share_wrong` of weighted images: a statistic for `rsstudy.stats.intervals`."
+    "`error_rate` of weighted images: a statistic for `rsstudy.stats.intervals`."
     wrong, claims = np.moveaxis(np.stack([weights @ np.asarray(c, float) for c in counts], 1), -1, 0)
     return np.divide(wrong, claims, out=np.zeros_like(wrong), where=claims > 0)

@@ -24,35 +24,34 @@ from rsstudy.stats.intervals import (
 )
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-005
-def _exchanged_p(pairs, rounds, rng, statistic):  # [(a, b)] of (n,) or (n, c) -> p of each, all with the same exchanges
-    a, b = (
-        np.round(np.stack(side) * 2**24) / 2**24 if statistic is not mean_over_images else np.stack(side)
-        for side in zip(*pairs)
-    )  # (pairs, n[, c]); counts add up without rounding
-    n, rng, d = a.shape[1], np.random.default_rng(rng), a - b
-    # what A has after an exchange: all of B's, and A - B where kept; as one more image of weight 1 and n images of
-    # weight 0 or 1
-    behind = [np.concatenate([x, y.sum(1, keepdims=True)], 1) for x, y in ((d, b), (-d, a))]
+def _exchanged_p(pairs, rounds, rng, statistic):  # [(a, b)] of (n,) or (n, c)
+    "p of each pair, all with the same exchanges."
+    a, b = (np.stack(side) for side in zip(*pairs))  # (pairs, n[, c])
+    if statistic is not mean_over_images:
+        a, b = (np.round(side * 2**24) / 2**24 for side in (a, b))  # counts add up without rounding
+    n, d = a.shape[1], a - b
+    rng = np.random.default_rng(rng)
+    # what a side has after an exchange: all of the other's, and the difference where an image stays;
+    # as one more image of weight 1 and n images of weight 0 or 1
+    sides = [np.concatenate([apart, other.sum(1, keepdims=True)], 1) for apart, other in ((d, b), (-d, a))]
 
-    def difference(kept):
+    def difference(stays):  # (rounds, n): 1 where an image stays, 0 where it is exchanged
         if statistic is mean_over_images:
-            return (2 * kept - 1) @ d.T
-        return np.subtract(*(statistic(np.hstack([kept, np.ones((len(kept), 1))]), side) for side in behind))
+            return (2 * stays - 1) @ d.T
+        weights = np.hstack([stays, np.ones((len(stays), 1))])
+        return np.subtract(*(statistic(weights, side) for side in sides))
 
-    seen, count = np.abs(difference(np.ones((1, n)))[0]), np.zeros(len(pairs))
+    seen = np.abs(difference(np.ones((1, n)))[0])
+    count = np.zeros(len(pairs))
     for rows in _slices(rounds, n):
-        kept = (
-            np.unpackbits(np.frombuffer(rng.bytes(-(-rows * n // 8)), np.uint8), count=rows * n)
-            .reshape(rows, n)
-            .astype(float)
-        )
-        count += rows - (np.abs(difference(kept)) < seen * (1 - 1e-9) - 1e-12).sum(0)
+        bits = np.frombuffer(rng.bytes(-(-rows * n // 8)), np.uint8)
+        stays = np.unpackbits(bits, count=rows * n).reshape(rows, n).astype(float)
+        count += rows - (np.abs(difference(stays)) < seen * (1 - 1e-9) - 1e-12).sum(0)
     return (1 + count) / (1 + rounds)
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-006
-def _student_p(
-    a, b
-):  # from `resample`: the p of images and seeds; 0 with one run each, where the exchange decides alone
+def _student_p(a, b):  # from `resample`
+    "The p of images and seeds; 0 with one run each, where the exchange decides alone."
     value, images, v, r, under = _parts(a, b)
     if v == 0:
         return 0.0
@@ -97,17 +96,16 @@ def holm(
     p = np.array(p_values, float)
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p-values {p_values}: each must lie in 0..1")
-    order, out = np.argsort(p, kind="stable"), np.empty(len(p))
-    out[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
-    return out.tolist()
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted.tolist()
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-016
 def effect_size(
     a: np.ndarray,  # Per-image values of system A: (images,) or (seeds, images), averaged over seeds
     b: np.ndarray,  # Of system B on the same images
-) -> tuple[
-    float, float
-]:  # Cohen's d_z, any sign, infinite where every image differs by the same; share of images won by A, 0..1
+) -> tuple[float, float]:  # Cohen's d_z, infinite where every image differs by the same; share of images won by A
     """The paired difference of A and B in units of its spread over images, and how often A is higher.
 
     Raises `ValueError` as `paired_difference` does. Source: Cohen 1988, Statistical power analysis, sec. 2.3.5; Grissom
@@ -115,10 +113,12 @@ def effect_size(
     """
     values, _ = _same_images(dict(A=a, B=b), mean_over_images)
     d = values["A"].mean(0) - values["B"].mean(0)
-    mean, spread = d.mean(), d.std(ddof=1) if len(d) > 1 else 0.0
-    return float(mean / spread if spread > 1e-12 * abs(mean) else np.sign(mean) * np.inf if mean else 0.0), float(
-        ((d > 0) + 0.5 * (d == 0)).mean()
-    )
+    mean = d.mean()
+    spread = d.std(ddof=1) if len(d) > 1 else 0.0
+    without_spread = np.sign(mean) * np.inf if mean else 0.0  # every image differs by the same
+    effect = mean / spread if spread > 1e-12 * abs(mean) else without_spread
+    wins = (d > 0) + 0.5 * (d == 0)
+    return float(effect), float(wins.mean())
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-019
 @dataclasses.dataclass(frozen=True)
@@ -134,16 +134,15 @@ class Difference:
 
 # %% ../../nbs/lib/06_stats/02_tests.ipynb #cell-020
 def compare_systems(
-    systems: dict[
-        str, np.ndarray
-    ],  # Name -> values: (images,) or (seeds, images); counts (..., images, c) for BLEU and its like; at least one
+    # Name -> values: (images,) or (seeds, images); counts (..., images, c) for BLEU and its like; at least one
+    systems: dict[str, np.ndarray],
     resamples: int = 1_000,  # Bootstrap resamples
     rounds: int = 10_000,  # Random exchanges
     rng=0,  # Seed or np.random.Generator
     statistic=mean_over_images,  # `mean_over_images`, `corpus_bleu(order)` or `of_counts(function)`
     level: float = 0.95,  # Nominal coverage, in 0..1
-    pairs: list[tuple[str, str]]
-    | None = None,  # (A, B), which differences to take; None: all, the later system minus the earlier
+    # (A, B), which differences to take; None: all, the later system minus the earlier
+    pairs: list[tuple[str, str]] | None = None,
 ) -> tuple[dict[str, Interval], dict[tuple[str, str], Difference]]:  # Of each system; of each pair
     """Scores and paired differences of many systems on the same resamples, p-values corrected over the pairs.
 
@@ -158,16 +157,17 @@ def compare_systems(
     if not pairs:
         return scores, {}
     means = {name: v.mean(0) for name, v in values.items()}
-    p = dict(zip(pairs, _exchanged_p([(means[a], means[b]) for a, b in pairs], rounds, rng, statistic)))
-    p = {(a, b): max(float(p[a, b]), _student_p(drawn[a], drawn[b])) for a, b in pairs}
-    corrected, differences = holm(p), {}
-    each = {
+    exchanged = _exchanged_p([(means[a], means[b]) for a, b in pairs], rounds, rng, statistic)
+    p = {(a, b): max(float(p), _student_p(drawn[a], drawn[b])) for (a, b), p in zip(pairs, exchanged)}
+    p_holm = holm(p)
+    each = {  # every image a corpus of its own
         name: statistic(np.ones((1, 1)), v.reshape(-1, 1, *v.shape[2:])).reshape(v.shape[:2])
         for name, v in values.items()
-    }  # every image a corpus of its own
+    }
+    differences = {}
     for a, b in pairs:
-        found = interval_of(drawn[a], drawn[b], n, level)
-        differences[a, b] = Difference(
-            found, p[a, b], corrected[a, b], *effect_size(each[a], each[b]), verdict(found, corrected[a, b], 1 - level)
-        )
+        interval = interval_of(drawn[a], drawn[b], n, level)
+        effect, wins = effect_size(each[a], each[b])
+        shown = verdict(interval, p_holm[a, b], 1 - level)
+        differences[a, b] = Difference(interval, p[a, b], p_holm[a, b], effect, wins, shown)
     return scores, differences

@@ -7,6 +7,7 @@ __all__ = ['Watch', 'fit']
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-002
 import dataclasses
+import math
 import tempfile
 import time
 from contextlib import nullcontext
@@ -18,8 +19,8 @@ from ..common.code import main_process, measured
 from ..common.files import locked
 from ..model.generate import Captioner, generate_captions
 from ..model.parts import compile_layers, enable_checkpointing
-from .checkpoint import latest_checkpoint, load_checkpoint, put, save_checkpoint, whole
-from .guard import CAUSES, diagnose
+from .checkpoint import copy_into, full_value, latest_checkpoint, load_checkpoint, save_checkpoint
+from .guard import CAUSES, RunHistory, diagnose
 from .loader import CaptionRows
 from .plan import TrainingPlan, training_arguments
 from .step import CaptionTrainer
@@ -40,25 +41,13 @@ class Watch(TrainerCallback):
     ):
         self.captioner, self.val_rows, self.plan, self.progress = captioner, val_rows, plan, progress
         self.best_state, self.bar, self.start = {}, None, time.perf_counter()
-        self.seen = dict(
-            losses=[],
-            evaluations=[],
-            skipped_steps=[],
-            best=None,
-            best_step=0,
-            worse=0,
-            symptom=None,
-            collapse=None,
-            nonfinite=0,
-            micro_images=plan.micro_images,
-            seconds=0.0,
-        )
+        self.history = RunHistory(micro_images=plan.micro_images)
 
     def trainable(self):
         return {n: p for n, p in self.captioner.model.named_parameters() if p.requires_grad}
 
-    def facts(self) -> dict:  # JSON values: all that a run that goes on must know
-        return self.seen | dict(seconds=self.seen["seconds"] + time.perf_counter() - self.start)
+    def history_now(self) -> RunHistory:  # All that a run that goes on must know
+        return dataclasses.replace(self.history, seconds=self.history.seconds + time.perf_counter() - self.start)
 
     def on_train_begin(self, args, state, control, **kwargs):
         from tqdm import tqdm
@@ -74,50 +63,60 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(1)
-        if self.seen["collapse"]:
+        if self.history.collapse:
             control.should_training_stop = True
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
-            self.seen["losses"].append(logs["loss"])
+            self.history.losses.append(logs["loss"])
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
+        history, step, loss = self.history, state.global_step, metrics["eval_loss"]
+        samples = self.validation_samples()
+        score = self.score(samples) if samples else None
+        history.evaluations.append(dict(step=step, val_loss=loss, val_cider=score, samples=samples[:8]))
+        self.look_for_collapse(step, loss, samples)
+        if step:  # the untuned state is recorded, and never the outcome
+            self.keep_if_best(step, loss, score or 0.0)
+        else:
+            history.worse = 0
+        if history.collapse or history.worse >= self.plan.patience:
+            control.should_training_stop = True
+
+    def validation_samples(self) -> list[str]:  # Captions of the first validation images; none where none are asked for
+        rows, count = self.val_rows, min(self.plan.val_captions, len(self.val_rows))
+        if not count:
+            return []
+        if rows.features is None:
+            pictures = dict(images=[rows.images[i] for i in range(count)])
+        else:
+            pictures = dict(images=None, features=rows.features[:count])
+        return generate_captions(
+            self.captioner, prompts=rows.prompts[:count], max_new_tokens=self.plan.max_new_tokens, **pictures
+        )
+
+    def score(self, samples) -> float:
         from rsstudy.metrics.cider import cider  # known to a run's key by its version, not by its code
 
-        seen, loss, count = self.seen, metrics["eval_loss"], min(self.plan.val_captions, len(self.val_rows))
-        pictures = (
-            dict(images=[self.val_rows.images[i] for i in range(count)])
-            if self.val_rows.features is None
-            else dict(images=None, features=self.val_rows.features[:count])
-        )
-        samples = (
-            generate_captions(
-                self.captioner,
-                prompts=self.val_rows.prompts[:count],
-                max_new_tokens=self.plan.max_new_tokens,
-                **pictures,
-            )
-            if count
-            else []
-        )
-        score = float(cider(samples, self.val_rows.captions[:count]).mean()) if count else 0.0
-        seen["evaluations"].append(
-            dict(step=state.global_step, val_loss=loss, val_cider=score if count else None, samples=samples[:8])
-        )
-        symptom = diagnose(samples, seen["losses"]) if state.global_step else None
-        if symptom and symptom == seen["symptom"]:
-            seen["collapse"] = CAUSES[symptom]
-        if not abs(loss) < float("inf"):
-            seen["collapse"] = "the validation loss is not a number: the learning rate is too high"
-        tuned = state.global_step > 0  # the untuned state is recorded, and never the outcome
-        improved = tuned and abs(loss) < float("inf") and (seen["best"] is None or [score, -loss] > seen["best"])
-        if improved:
-            seen.update(best=[score, -loss], best_step=state.global_step)
-            self.best_state = {n: whole(p).to("cpu", copy=True) for n, p in self.trainable().items()}
-        seen.update(symptom=symptom, worse=0 if improved or not tuned else seen["worse"] + 1)
-        if seen["collapse"] or seen["worse"] >= self.plan.patience:
-            control.should_training_stop = True
+        return float(cider(samples, self.val_rows.captions[: len(samples)]).mean())
+
+    def look_for_collapse(self, step, loss, samples):  # one odd evaluation can pass, two alike end the run
+        history = self.history
+        symptom = diagnose(samples, history.losses) if step else None
+        if symptom and symptom == history.symptom:
+            history.collapse = CAUSES[symptom]
+        if not math.isfinite(loss):
+            history.collapse = "the validation loss is not a number: the learning rate is too high"
+        history.symptom = symptom
+
+    def keep_if_best(self, step, loss, score):
+        history, rank = self.history, [score, -loss]
+        if math.isfinite(loss) and (history.best is None or rank > history.best):
+            history.best, history.best_step, history.worse = rank, step, 0
+            self.best_state = {n: full_value(p).to("cpu", copy=True) for n, p in self.trainable().items()}
+        else:
+            history.worse += 1
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -126,7 +125,7 @@ class Watch(TrainerCallback):
     def put_best(self):
         parameters = self.trainable()
         for name, value in self.best_state.items():
-            put(parameters[name], value)
+            copy_into(parameters[name], value)
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-007
 def fit(
@@ -153,47 +152,50 @@ def fit(
     if not any(p.requires_grad for p in captioner.model.parameters()):
         raise ValueError(f"method '{captioner.method}' left no parameter to train")
     with locked(folder) if folder and main_process() else nullcontext(), measured() as cost:
-        watch, run_key = Watch(captioner, val_rows, plan, progress), f"{run_key} {plan}"
+        watch = Watch(captioner, val_rows, plan, progress)
+        run_key = f"{run_key} {plan}"
         last = latest_checkpoint(folder, run_key) if folder else None
-        kept = load_checkpoint(last) if last else None
-        ended = _resume(watch, last, *kept) if last else False
+        saved = load_checkpoint(last) if last else None
+        ended = _resume(watch, last, *saved) if last else False
         if not ended:
-            _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, kept, about, logs)
-        facts = watch.seen if ended else watch.facts()
+            _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, saved, about, logs)
+        history = watch.history if ended else watch.history_now()
         if folder and main_process() and not (last and last.name == "finished"):
-            save_checkpoint(
-                folder,
-                "finished",
-                {f"best/{n}": v for n, v in watch.best_state.items()},
-                dict(run_key=run_key, seen=facts),
-            )
+            best_state = {f"best/{n}": v for n, v in watch.best_state.items()}
+            facts = dict(run_key=run_key, seen=dataclasses.asdict(history))
+            save_checkpoint(folder, "finished", best_state, facts)
     captioner.model.eval()
-    best = (
-        next(e for e in facts["evaluations"] if e["step"] == facts["best_step"])
-        if facts["best"]
-        else dict(val_loss=None, val_cider=None)
-    )
+    return _outcome(plan, history, cost)
+
+# %% ../../nbs/lib/08_training/08_fit.ipynb #149c3b2c
+def _outcome(plan, history, cost) -> dict:
+    best = dict(val_loss=None, val_cider=None)
+    if history.best:
+        best = next(e for e in history.evaluations if e["step"] == history.best_step)
     return dict(
         plan=dataclasses.asdict(plan),
         best_val_loss=best["val_loss"],
         best_val_cider=best["val_cider"],
-        cost=dataclasses.replace(cost, seconds=facts["seconds"]),
-        **{k: facts[k] for k in ("losses", "evaluations", "best_step", "skipped_steps", "micro_images", "collapse")},
+        cost=dataclasses.replace(cost, seconds=history.seconds),
+        losses=history.losses,
+        evaluations=history.evaluations,
+        best_step=history.best_step,
+        skipped_steps=history.skipped_steps,
+        micro_images=history.micro_images,
+        collapse=history.collapse,
     )
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-008
 def _resume(watch, last, tensors, facts) -> bool:  # Had the run already ended?
-    watch.best_state, watch.seen = (
-        {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")},
-        facts["seen"],
-    )
-    ended = last.name == "finished" or bool(watch.seen["collapse"]) or watch.seen["worse"] >= watch.plan.patience
+    watch.best_state = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+    watch.history = history = RunHistory(**facts["seen"])
+    ended = last.name == "finished" or bool(history.collapse) or history.worse >= watch.plan.patience
     if ended:
         watch.put_best()
     return ended
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-009
-def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, kept, about, logs):
+def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, saved, about, logs):
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
 
@@ -213,7 +215,7 @@ def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, 
             plan,
             folder,
             run_key,
-            kept,
+            saved,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=val_rows,

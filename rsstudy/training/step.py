@@ -15,13 +15,13 @@ from transformers import Trainer
 from ..model.forward import caption_loss
 from ..model.memory import halve_until_it_fits
 from rsstudy.training.checkpoint import (
+    copy_into,
+    full_value,
     optimizer_tensors,
-    put,
     random_tensors,
     restore_optimizer,
     restore_random,
     save_checkpoint,
-    whole,
 )
 from .guard import CAUSES
 from .loader import StepLoader, StepSampler, at_most
@@ -47,22 +47,23 @@ class CaptionLoss(torch.nn.Module):
 class CaptionTrainer(Trainer):
     "The library's trainer with this study's step, evaluation and checkpoints."
 
-    def __init__(self, captioner, watch, plan, folder, run_key, kept, **kwargs):
-        self.watch, self.plan, self.folder, self.run_key, self.kept = (
-            watch,
-            plan,
-            folder,
-            run_key,
-            kept,
-        )  # kept: what `load_checkpoint` gave, if anything
+    def __init__(
+        self,
+        captioner,  # In training
+        watch,  # A `Watch`
+        plan,  # How
+        folder,  # Of the run's checkpoints; None keeps none
+        run_key,  # What the run is
+        saved,  # What `load_checkpoint` gave, if anything
+        **kwargs,  # Of the library's trainer
+    ):
+        self.watch, self.plan = watch, plan
+        self.folder, self.run_key, self.saved = folder, run_key, saved
         super().__init__(model=CaptionLoss(captioner.model), callbacks=[watch], **kwargs)
 
     def get_train_dataloader(self):
-        rows, plan, multiple = (
-            self.train_dataset,
-            self.plan,
-            8 if self.args.device.type == "cuda" else 1,
-        )  # what tensor cores take at once
+        rows, plan = self.train_dataset, self.plan
+        multiple = 8 if self.args.device.type == "cuda" else 1  # what tensor cores take at once
         sampler = StepSampler(
             rows.lengths(), plan.batch_images, plan.seed, plan.bucket, self.args.process_index, self.args.world_size
         )
@@ -72,7 +73,7 @@ class CaptionTrainer(Trainer):
             num_workers=plan.loader_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=plan.loader_workers > 0,
-            collate_fn=lambda part: dict(micro=rows.collate_step(part, self.watch.seen["micro_images"], multiple)),
+            collate_fn=lambda part: dict(micro=rows.collate_step(part, self.watch.history.micro_images, multiple)),
         )
 
     def create_optimizer(self, model=None):
@@ -92,8 +93,8 @@ class CaptionTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
-        seen = self.watch.seen
-        micro = at_most(self._prepare_inputs(inputs)["micro"], seen["micro_images"])
+        history = self.watch.history
+        micro = at_most(self._prepare_inputs(inputs)["micro"], history.micro_images)
         weight = self.accelerator.reduce(sum(batch["weights"].sum() for batch in micro), reduction="sum")
         largest = max(len(batch["input_ids"]) for batch in micro)
 
@@ -109,7 +110,7 @@ class CaptionTrainer(Trainer):
             remark=f", the step stays {self.plan.batch_images}",
         )
         if size < largest:
-            seen["micro_images"] = size
+            history.micro_images = size
         return loss
 
     def accumulate(self, model, micro, weight):  # -> the step's loss, so that the mean over processes is the whole's
@@ -122,25 +123,24 @@ class CaptionTrainer(Trainer):
         return total
 
     def _clip_grad_norm(self, model):
-        norm, seen = super()._clip_grad_norm(model), self.watch.seen
+        norm = super()._clip_grad_norm(model)
+        history = self.watch.history
         if torch.isfinite(norm):
-            seen["nonfinite"] = 0
+            history.nonfinite = 0
         else:
             for parameter in model.parameters():
                 parameter.grad = None  # AdamW leaves alone what has no gradient
-            seen["nonfinite"] += 1
-            seen["skipped_steps"].append(self.state.global_step + 1)
-            if seen["nonfinite"] == 3:
-                seen["collapse"] = CAUSES["nonfinite"]
+            history.nonfinite += 1
+            history.skipped_steps.append(self.state.global_step + 1)
+            if history.nonfinite == 3:
+                history.collapse = CAUSES["nonfinite"]
         return norm
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        rows, size, sums = (
-            self.eval_dataset,
-            self.watch.seen["micro_images"] or 2 * self.plan.batch_images,
-            torch.zeros(2, dtype=torch.float64),
-        )
+        rows = self.eval_dataset
+        size = self.watch.history.micro_images or 2 * self.plan.batch_images
+        sums = torch.zeros(2, dtype=torch.float64)  # losses, weights
         self.model.eval()
         for start in range(0, len(rows), size):
             batch = self._prepare_inputs(rows.collate([rows[i] for i in range(start, min(start + size, len(rows)))]))
@@ -157,11 +157,12 @@ class CaptionTrainer(Trainer):
         if self.folder is None:
             return
         best = {f"best/{n}": v for n, v in self.watch.best_state.items()}
-        state = {f"model/{n}": whole(p) for n, p in self.watch.trainable().items()}
+        state = {f"model/{n}": full_value(p) for n, p in self.watch.trainable().items()}
         tensors = best | state | optimizer_tensors(self.model_wrapped, self.optimizer) | self.every_random()
         if not self.args.should_save:
             return
-        facts = dict(run_key=self.run_key, seen=self.watch.facts(), scheduler=self.lr_scheduler.state_dict())
+        seen = dataclasses.asdict(self.watch.history_now())
+        facts = dict(run_key=self.run_key, seen=seen, scheduler=self.lr_scheduler.state_dict())
         save_checkpoint(
             self.folder,
             f"step-{self.state.global_step:08d}",
@@ -178,14 +179,14 @@ class CaptionTrainer(Trainer):
         return {f"{k}/{rank}": v for k, values in stacked.items() for rank, v in enumerate(values)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        tensors, _ = self.kept
+        tensors, _ = self.saved
         for name, parameter in self.watch.trainable().items():
-            put(parameter, tensors[f"model/{name}"])
+            copy_into(parameter, tensors[f"model/{name}"])
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
             return
-        tensors, facts = self.kept
+        tensors, facts = self.saved
         restore_optimizer(self.model_wrapped, self.optimizer, tensors)
         self.lr_scheduler.load_state_dict(facts["scheduler"])
         for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
@@ -194,8 +195,11 @@ class CaptionTrainer(Trainer):
     def _load_rng_state(self, checkpoint):
         if checkpoint is None:
             return
+        tensors, _ = self.saved
         mine = "" if self.args.world_size == 1 else f"/{self.args.process_index}"
-        restore_random(
-            {k.removesuffix(mine): v for k, v in self.kept[0].items() if k.startswith("random/") and k.endswith(mine)},
-            self.args.device,
-        )
+        states = {
+            name.removesuffix(mine): state
+            for name, state in tensors.items()
+            if name.startswith("random/") and name.endswith(mine)
+        }
+        restore_random(states, self.args.device)

@@ -15,7 +15,7 @@ import torch
 from ..common.settings import Profile
 from ..model.base import load_base
 from ..model.generate import Captioner
-from ..training.checkpoint import whole
+from ..training.checkpoint import full_value
 
 # %% ../../nbs/lib/09_tuning/01_method.ipynb #cell-004
 FORMS = (
@@ -55,7 +55,9 @@ class Method:
     def tensors(self, model) -> dict[str, torch.Tensor]:  # Name -> value
         "What must be saved to have the tuned model again."
         return {
-            name: whole(p).contiguous().cpu() for name, p in model.named_parameters() if re.fullmatch(self.trains, name)
+            name: full_value(p).contiguous().cpu()
+            for name, p in model.named_parameters()
+            if re.fullmatch(self.trains, name)
         }
 
     def loaded(self) -> "Method":
