@@ -9,25 +9,18 @@ __all__ = ['profile_text', 'results_text', 'study_table', 'grammar']
 import dataclasses
 import functools
 import os
+import sys
 
 from .options import add_profile_options, overrides
-from ..common.settings import Profile, load_profile, profile_names
-
-# %% ../../nbs/lib/18_commands/02_run.ipynb #b54eb254
-def _as_typed(value):
-    "A setting's value as it stands in settings.ini."
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)
+from ..common.settings import Profile, default_settings, load_profile, profile_names
+from ..common.show import setting_text
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-005
 def profile_text(
     profiles: list[Profile],  # Columns
 ) -> str:
     "Every setting of the profiles, one a line."
-    rows = [[f.name, *(_as_typed(getattr(P, f.name)) for P in profiles)] for f in dataclasses.fields(Profile)]
+    rows = [[f.name, *(setting_text(getattr(P, f.name)) for P in profiles)] for f in dataclasses.fields(Profile)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
@@ -98,18 +91,33 @@ def _engine(args):
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-011
 def _run(args) -> int:
+    from rsstudy.runner.published import compare_with_published, published_text
     from rsstudy.runner.study import check_request, run_study
 
     chosen = overrides(args)
     P, notebooks = check_request(args.profile, chosen, args.only)
     run_study(args.profile, chosen, args.only, args.force, engine=_engine(args))
+    comparison = compare_with_published(P)
     if "07_comparison" in notebooks:
         print("\n" + results_text(P))
+    if comparison and (comparison["runs"] or "07_comparison" in notebooks):
+        print("\n" + published_text(comparison))
     return 0
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-012
+def _own_or_published(P: Profile) -> Profile:  # results of one's own, else those published, which is said
+    from rsstudy.runner.published import published_folder
+
+    usual = P.results == default_settings()["results"]
+    if usual and not (P.results_dir / "07_comparison.json").is_file() and published_folder(P):
+        print(f"nothing in {os.path.relpath(P.results_dir)}: these are the published results", file=sys.stderr)
+        return dataclasses.replace(P, results="results")
+    return P
+
+# %% ../../nbs/lib/18_commands/02_run.ipynb #738f9a05
 def _table(args) -> int:
-    print(results_text(load_profile(args.profile, **overrides(args)), args.style))
+    P = _own_or_published(load_profile(args.profile, **overrides(args)))
+    print(results_text(P, args.style))
     return 0
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-013
@@ -152,7 +160,8 @@ def _add_run(commands):
         description="Runs the study's notebooks "
         "in order and prints the final table. Notebooks that were done before, with the same settings, "
         "code and data, are skipped; a run that "
-        "was stopped goes on with the notebook that was not finished. Results go to results/PROFILE/.",
+        "was stopped goes on with the notebook that was not finished. Results go to results/local/PROFILE/, "
+        "and are compared with the published ones in results/PROFILE/.",
         epilog="example: rsstudy run --profile riscm-nano --data ../riscm --only 03_lora --set lr=1e-4 --seeds 0,1,2",
     )
     run.add_argument(
@@ -178,7 +187,8 @@ def _add_table(commands):
     table = commands.add_parser(
         "table",
         help="print the final table again",
-        description="Prints the final table from results/PROFILE/07_comparison.json, and the figures that are there.",
+        description="Prints the final table from results/local/PROFILE/07_comparison.json, or the published one where "
+        "there is none, and the figures that are there.",
     )
     table.add_argument(
         "--style",

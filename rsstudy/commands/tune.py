@@ -29,7 +29,7 @@ def grammar(
         help="tune one method, on several devices with accelerate launch",
         description="Chooses the learning rate of a method, trains "
         "with every seed, scores the test split and leaves the weights in runs/PROFILE/weights and the scores in "
-        "results/PROFILE/tune_METHOD.json.",
+        "results/local/PROFILE/tune_METHOD.json.",
         epilog="on four GPUs: accelerate launch --num_processes 4 $(which rsstudy) tune lora --profile paligemma",
     )
     method = tune.add_argument("method", metavar="METHOD", help="one of %(names)s")

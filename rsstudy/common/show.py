@@ -6,8 +6,6 @@
 __all__ = ['WHERE', 'setting_text', 'settings_table', 'version_line']
 
 # %% ../../nbs/lib/01_common/06_show.ipynb #872ed238
-import pandas as pd
-
 from .code import versions
 from .settings import Profile, default_settings
 
@@ -28,8 +26,10 @@ WHERE = ("results", "work")  # folders, which change nothing
 
 def settings_table(
     P: Profile,  # The resolved settings
-) -> pd.DataFrame:  # A row a setting that differs from [DEFAULT] of settings.ini: this run, default
+):  # DataFrame, a row a setting that differs from [DEFAULT] of settings.ini: this run, default
     "What is not as usual in this run."
+    import pandas as pd
+
     rows = {}
     for key, usual in default_settings().items():
         value = getattr(P, key)
