@@ -279,7 +279,7 @@ def _means(noun):
 # %% ../../nbs/lib/07_evaluation/01_claims.ipynb #cell-022
 def check_scene(
     caption: str,  # Any text
-    scene: dict,  # What is true, see `rsstudy.scenes.world.truth`
+    scene: dict,  # What is true, see `rsstudy.scenes.truth.truth`
 ) -> list[Claim]:  # One "hallucinated" an object named, at most one "count_error" an object, ..., and one "missed"
     "Every claim of a caption held against the truth of its scene."
     words = caption_words(caption)
