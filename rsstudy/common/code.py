@@ -85,11 +85,11 @@ def _version():
 def _library() -> Path:
     return Path(importlib.util.find_spec("rsstudy").origin).parent
 
-
+# %% ../../nbs/lib/01_common/03_code.ipynb #f40ef5e0
 def _module_file(name) -> Path:
     return _library().joinpath(*name.split(".")[1:]).with_suffix(".py")
 
-
+# %% ../../nbs/lib/01_common/03_code.ipynb #e2b2c0ec
 def imported_modules(
     code: ast.AST,  # Of a module or of a cell
     package: str = "rsstudy",  # Where relative imports start, such as `rsstudy.common`
@@ -118,7 +118,7 @@ class _Bare(ast.NodeTransformer):
     def visit_Expr(self, node):
         return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
-
+# %% ../../nbs/lib/01_common/03_code.ipynb #6715642f
 def bare_code(
     source: str | bytes,  # Python
 ) -> str:  # What it computes, for a digest

@@ -45,9 +45,10 @@ def beach(c: Canvas):
     if kind == "house":
         xs = range(-130, 131, 34)
         for x in xs:
-            x, angle = x + r.uniform(-4, 4), r.normal(0, 0.15)
+            shift = r.uniform(-4, 4)
+            angle = r.normal(0, 0.15)
             roof = c.tone("roof", str(r.choice(["red", "white", "gray"])))
-            house(c, x, back + 24, angle, 20, 15, roof)
+            house(c, x + shift, back + 24, angle, 20, 15, roof)
         c.fact("also", "house", len(xs), None)
     if kind == "forest":
         side_trees(c, 420, lambda p: p[:, 1] > back + 8)

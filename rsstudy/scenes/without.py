@@ -76,7 +76,8 @@ class TwoCanvases(Canvas):
 
     def finish_both(self) -> tuple[np.ndarray, np.ndarray]:  # (size, size, 3) uint8 each
         "The picture and the picture without the noun, under the same texture and noise."
-        self.bare.rng, self.bare.rough = deepcopy(self.rng), self.rough
+        self.bare.rng = deepcopy(self.rng)
+        self.bare.rough = self.rough
         return self.finish(), self.bare.finish()
 
 # %% ../../nbs/lib/02_scenes/16_without.ipynb #cell-006
