@@ -21,9 +21,10 @@ from rsstudy.faithfulness.masks import energy_in_mask, iou_at_area, pointing_gam
 from rsstudy.faithfulness.randomised import randomisation_scores, randomisation_test
 from rsstudy.faithfulness.removal import area, removal_curves, removal_scores
 from rsstudy.faithfulness.road import impute, impute_blocks, road_scores
+from rsstudy.scenes.scene import draw_scene
 from rsstudy.scenes.text import NOUNS
 from rsstudy.scenes.without import scene_pairs
-from rsstudy.scenes.world import draw_scene, ensure_world
+from rsstudy.scenes.world import ensure_world
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from rsstudy.model.forward import caption_loss, image_features, pixel_tensor, ta
 from rsstudy.model.generate import Captioner, generate_captions
 from rsstudy.model.pack import encode_example, pack
 from rsstudy.model.parts import compile_layers, enable_checkpointing
-from rsstudy.scenes.world import draw_scene
+from rsstudy.scenes.scene import draw_scene
 from rsstudy.tuning.method import attach
 from rsstudy.tuning.methods import methods
 

@@ -25,7 +25,8 @@ from .files import announce
 from .settings import package_files
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-005
-# How names of modules begin that change no result of the study: those that run or measure it, and those that serve people who use the package
+# How names of modules begin that change no result of the study: those that run or measure it, and those that serve
+# people who use the package
 RUNNER = tuple(
     f"rsstudy.{part}"
     for part in ("_modidx", "tuning.captioners", "runner.", "explain.", "imagery.", "sharing.", "bench.", "commands.")
@@ -37,39 +38,42 @@ def main_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-006
-PACKAGES = "torch transformers peft bitsandbytes datasets accelerate captum shap bert-score nltk numpy scikit-image papermill".split()
+PACKAGES = (
+    "torch transformers peft bitsandbytes datasets accelerate captum shap bert-score nltk numpy scikit-image papermill"
+).split()
 
 
 def versions() -> dict[str, str]:  # Package -> version
     "Versions of Python and of the packages that can change a number; a package that is not installed is left out."
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-007
 @functools.cache
 def code_revision() -> str:  # Commit, with "+changes" where the tree differs from it; or such as "rsstudy 0.1.0"
-    "The commit of the checkout that the package lies in; the package's version where it lies in none. The repository of the current folder says nothing about the package."
+    """The commit of the checkout that the package lies in; the package's version where it lies in none.
+
+    The repository of the current folder says nothing about the package.
+    """
     checkout = package_files()
 
     def git(*words):
         return subprocess.run(["git", *words], cwd=checkout, capture_output=True, text=True)
 
     try:
-        top, head, dirty = (
-            git("rev-parse", "--show-toplevel"),
-            git("rev-parse", "HEAD"),
-            git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "rsstudy", "settings.ini"),
-        )
+        top = git("rev-parse", "--show-toplevel")
+        head = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "rsstudy", "settings.ini")
     except OSError:
         return _version()  # no git here
     if head.returncode or Path(top.stdout.strip()).resolve() != checkout:
         return _version()
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-008
 def _version():
@@ -81,25 +85,26 @@ def _version():
 def _library() -> Path:
     return Path(importlib.util.find_spec("rsstudy").origin).parent
 
-
+# %% ../../nbs/lib/01_common/03_code.ipynb #f40ef5e0
 def _module_file(name) -> Path:
     return _library().joinpath(*name.split(".")[1:]).with_suffix(".py")
 
-
+# %% ../../nbs/lib/01_common/03_code.ipynb #e2b2c0ec
 def imported_modules(
     code: ast.AST,  # Of a module or of a cell
     package: str = "rsstudy",  # Where relative imports start, such as `rsstudy.common`
 ) -> set[str]:  # Modules of rsstudy, such as `rsstudy.common.files`
     "What some code imports of the package, also inside functions."
-    root, found = _library().parent, set()
+    root = _library().parent
+    names = set()
     for node in ast.walk(code):
         if not isinstance(node, ast.ImportFrom):
             continue
         above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
         base = ".".join([*above, *filter(None, [node.module])])
         if base.split(".")[0] == "rsstudy":
-            found |= {base, *(f"{base}.{name.name}" for name in node.names)}
-    return {name for name in found if root.joinpath(*name.split(".")).with_suffix(".py").is_file()}
+            names |= {base, *(f"{base}.{name.name}" for name in node.names)}
+    return {name for name in names if root.joinpath(*name.split(".")).with_suffix(".py").is_file()}
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-010
 class _Bare(ast.NodeTransformer):
@@ -113,7 +118,7 @@ class _Bare(ast.NodeTransformer):
     def visit_Expr(self, node):
         return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
-
+# %% ../../nbs/lib/01_common/03_code.ipynb #6715642f
 def bare_code(
     source: str | bytes,  # Python
 ) -> str:  # What it computes, for a digest
@@ -134,14 +139,15 @@ def dependencies(
     *modules: str,  # Such as `rsstudy.training.fit`
 ) -> tuple[str, ...]:  # These and all they import, directly or not, also inside functions; in alphabetical order
     "The modules that a result depends on: what only runs, measures or serves (`RUNNER`) is left out."
-    waiting, found = list(modules), set()
+    waiting = list(modules)
+    reached = set()
     while waiting:
         name = waiting.pop()
-        if name in found or name.startswith(RUNNER):
+        if name in reached or name.startswith(RUNNER):
             continue
-        found.add(name)
+        reached.add(name)
         waiting += module_code(name)[1]
-    return tuple(sorted(found))
+    return tuple(sorted(reached))
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-013
 @functools.cache
@@ -182,10 +188,8 @@ def _energy() -> float | None:
         import pynvml
 
         pynvml.nvmlInit()
-        return (
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device()))
-            / 1e3
-        )
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
     except Exception as reason:
         announce("energy", f"the GPU does not tell its energy ({type(reason).__name__}): not recorded")
 
@@ -204,7 +208,8 @@ def measured():
     "Measures the block: yields a `Cost` that is filled when the block ends."
     import torch
 
-    cost, gpu = Cost(), torch.cuda.is_available()
+    cost = Cost()
+    gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -212,7 +217,8 @@ def measured():
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         except OSError:
             announce("memory", "the peak of memory cannot be reset here: it is the whole process's")
-    joules, start = _energy(), time.perf_counter()
+    joules = _energy()
+    start = time.perf_counter()
     try:
         yield cost
     finally:

@@ -26,9 +26,8 @@ def atomic_path(
     "A temporary path to write to; it takes the name `path` when the block ends well and is removed when it does not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{os.getpid()}-{threading.get_ident()}-{path.name}"
-    )  # keeps the suffix, which savers go by
+    # keeps the suffix, which savers go by
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -97,8 +96,9 @@ def locked(
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
+            process = file.read().strip() or "unknown"
             raise RuntimeError(
-                f"{folder} is in use by another run (process {file.read().strip() or 'unknown'}): wait for it or stop it"
+                f"{folder} is in use by another run (process {process}): wait for it or stop it"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()}\n")

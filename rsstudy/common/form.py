@@ -17,10 +17,8 @@ def captions_digest(
     captions: list,  # A text or a list of texts for each image, n
 ) -> str:  # SHA-256, hex
     "Digest of the captions of a set of images; their order does not count."
-    rows = sorted(
-        json.dumps([image, texts], ensure_ascii=False) for image, texts in zip(image_ids, captions, strict=True)
-    )
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+    rows = [json.dumps([image, texts], ensure_ascii=False) for image, texts in zip(image_ids, captions, strict=True)]
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
 
 # %% ../../nbs/lib/01_common/05_form.ipynb #cell-008
 def _part(description, **rules):
@@ -161,30 +159,36 @@ def _validator():
 
     return validators.extend(Draft, {"items": items}, type_checker=Draft.TYPE_CHECKER.redefine("number", number))
 
+# %% ../../nbs/lib/01_common/05_form.ipynb #b4cd9dd2
+def _check_schema(data, schema, where):
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator()(schema).iter_errors(data))
+    if error is None:
+        return
+    key = ".".join(map(str, error.absolute_path)) or "the top"
+    wanted = error.schema["description"]
+    if error.validator == "required":
+        lacking = ", ".join(k for k in error.validator_value if k not in error.instance)
+        raise ValueError(f"{where}: {key} lacks {lacking}: it must be {wanted}")
+    if error.schema is _NAME:
+        key = f"the keys of {key}"
+    raise ValueError(f"{where}: {key} must be {wanted}, got {json.dumps(error.instance, default=str):.60}")
+
 # %% ../../nbs/lib/01_common/05_form.ipynb #cell-013
 def check_form(
     data,  # JSON value
     schema: dict,  # `RUN_SCHEMA` or `SCORES_SCHEMA`
     where: str,  # File, or file and place, for the message
 ):
-    "Raises `ValueError` with one sentence: where, which key, what is allowed there and what is there, or which images lack a value."
-    from jsonschema.exceptions import best_match
+    """Raises `ValueError` with one sentence.
 
-    if error := best_match(_validator()(schema).iter_errors(data)):
-        key = ".".join(map(str, error.absolute_path)) or "the top"
-        if error.validator == "required":
-            raise ValueError(
-                f"{where}: {key} lacks {', '.join(k for k in error.validator_value if k not in error.instance)}: it must be {error.schema['description']}"
-            )
-        if error.schema is _NAME:
-            key = f"the keys of {key}"
-        raise ValueError(
-            f"{where}: {key} must be {error.schema['description']}, got {json.dumps(error.instance, default=str):.60}"
-        )
+    It says where, which key, what is allowed there and what is there, or which images lack a value.
+    """
+    _check_schema(data, schema, where)
     n = data["info"]["images"]
-    sizes = {k: len(data[k]) for k in ("predictions", "image_ids", "sources") if k in schema["properties"]} | {
-        f"per_image.{k}": len(v) for k, v in data["per_image"].items()
-    }
+    sizes = {k: len(data[k]) for k in ("predictions", "image_ids", "sources") if k in schema["properties"]}
+    sizes |= {f"per_image.{k}": len(v) for k, v in data["per_image"].items()}
     if wrong := [k for k, size in sizes.items() if size != n]:
         raise ValueError(
             f"{where}: {wrong[0]} must have one entry for each of the {n} images (info.images), got {sizes[wrong[0]]}"
@@ -197,12 +201,15 @@ def check_result(
     result: dict,  # A chapter's JSON; one without "methods" has nothing to check
     where: str,  # Its file, for the message
 ) -> dict:  # The same result
-    "Checks the form of every run of a chapter. Raises `ValueError` as `check_form`, also where a run has more or fewer images than the chapter."
+    """Checks the form of every run of a chapter.
+
+    Raises `ValueError` as `check_form`, also where a run has more or fewer images than the chapter.
+    """
     for name, method in result.get("methods", {}).items():
         for i, run in enumerate(method["runs"]):
-            check_form(run, RUN_SCHEMA, place := f"{where}: methods.{name}.runs.{i}")
-            if run["info"]["images"] != len(result["image_ids"]):
-                raise ValueError(
-                    f"{place}: info.images must be the {len(result['image_ids'])} of image_ids, got {run['info']['images']}"
-                )
+            place = f"{where}: methods.{name}.runs.{i}"
+            check_form(run, RUN_SCHEMA, place)
+            images, in_chapter = run["info"]["images"], len(result["image_ids"])
+            if images != in_chapter:
+                raise ValueError(f"{place}: info.images must be the {in_chapter} of image_ids, got {images}")
     return result

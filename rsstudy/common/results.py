@@ -24,7 +24,8 @@ class Run:
         profile: Profile,  # The resolved settings
         notebook: str,  # The notebook's name without suffix, such as "03_lora"
     ):
-        self.profile, self.notebook = profile, notebook
+        self.profile = profile
+        self.notebook = notebook
         self.start = time.perf_counter()
 
     @property
@@ -50,7 +51,10 @@ class Run:
         data: dict,  # What the notebook found; see `write_json`
         **facts,  # More lines of the manifest: digest of the data, revision of the base model
     ) -> dict:  # The same as `read_result` gives
-        "Writes the notebook's JSON, manifest first, and reads it back: what is drawn from here on is what was written. Raises `ValueError` where scores have not their form."
+        """Writes the notebook's JSON, manifest first, and reads it back.
+
+        What is drawn from here on is what was written. Raises `ValueError` where scores have not their form.
+        """
         from rsstudy.common.form import check_result  # the form of scores builds on this module
 
         write_json(self.path, dict(manifest=self.manifest() | facts, **check_result(data, self.path.name)))
@@ -87,7 +91,11 @@ def read_result(
     profile: Profile,  # The resolved settings
     notebook: str,  # Such as "03_lora"
 ) -> dict:  # The notebook's JSON
-    "What an earlier notebook wrote. Raises `FileNotFoundError` naming the command that makes it, `ValueError` where the file is not JSON or scores have not their form."
+    """What an earlier notebook wrote.
+
+    Raises `FileNotFoundError` naming the command that makes it, `ValueError` where the file is not JSON or scores have
+    not their form.
+    """
     from rsstudy.common.form import check_result
 
     path = profile.results_dir / f"{notebook}.json"

@@ -271,7 +271,8 @@ class _Index:
 
 # %% ../../nbs/lib/03_data/06_captionfiles.ipynb #8173d122
 def _placed(entries, references, index, partial):  # position of a reference -> the entry about it; entries about none
-    placed, unknown = {}, 0
+    placed = {}
+    unknown = 0
     for entry in entries:
         i = index.place(entry)
         if i is None and not partial:
@@ -309,7 +310,8 @@ def match_captions(
     what `partial` leaves out.
     """
     index = _Index(references)
-    captions, unknown = {}, 0
+    captions = {}
+    unknown = 0
     for name, entries in systems.items():
         captions[name], unknown_here = _placed(entries, references, index, partial)
         unknown += unknown_here

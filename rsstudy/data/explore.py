@@ -182,12 +182,11 @@ def pair_rows(
     result: dict,  # 01_eda.json
 ) -> list[dict]:  # kind, splits, sources, pairs
     "The leaks' counts as the rows of a table."
-    return [
-        dict(kind=kind, splits=splits, sources=sources, pairs=n)
-        for kind, of in result["leakage"]["pairs"].items()
-        for splits, between in of.items()
-        for sources, n in between.items()
-    ]
+    rows = []
+    for kind, of_kind in result["leakage"]["pairs"].items():
+        for splits, between in of_kind.items():
+            rows += [dict(kind=kind, splits=splits, sources=sources, pairs=n) for sources, n in between.items()]
+    return rows
 
 # %% ../../nbs/lib/03_data/08_explore.ipynb #bf2cec1a
 def _source_findings(result, sources):  # what the sources lack and repeat

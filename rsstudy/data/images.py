@@ -31,7 +31,8 @@ def jpeg_size(
     """
     if data[:2] != b"\xff\xd8":
         raise ValueError("not a JPEG")
-    at, size = 2, None
+    at = 2
+    size = None
     try:
         while True:
             if data[at] != 0xFF:

@@ -90,7 +90,8 @@ def judge_rows(
     clean: bool,  # Clean the captions?
 ) -> tuple[list[Row], int]:  # The good rows, and how many captions cleaning changed
     "Finds empty captions, unreadable images, unknown splits, images that are there twice."
-    good, changed = [], 0
+    good = []
+    changed = 0
     by_name, by_bytes = {}, {}
     bad = {b.row for b in report}
     for row in rows:

@@ -84,7 +84,8 @@ def _records(reader, columns):
         except StopIteration:
             return
         except csv.Error as error:
-            fields, wrong = [""], str(error)
+            fields = [""]
+            wrong = str(error)
         else:
             if not fields:
                 continue  # a blank line

@@ -147,7 +147,7 @@ def _check_relations(words, found, starts, here, scene):
 # %% ../../nbs/lib/07_evaluation/02_claims.ipynb #cell-022
 def check_scene(
     caption: str,  # Any text
-    scene: dict,  # What is true, see `rsstudy.scenes.world.truth`
+    scene: dict,  # What is true, see `rsstudy.scenes.truth.truth`
 ) -> list[Claim]:  # One "hallucinated" an object named, at most one "count_error" an object, ..., and one "missed"
     "Every claim of a caption held against the truth of its scene."
     words, facts = caption_words(caption), scene["facts"]

@@ -31,7 +31,7 @@ def failure_scores(
     predictions: list[str],  # One caption per image, n >= 1
     references: list[list[str]],  # References of each image
     facts: list[dict]
-    | None = None,  # What is true of each image (`rsstudy.scenes.world.scene_facts`), where it is known
+    | None = None,  # What is true of each image (`rsstudy.scenes.truth.scene_facts`), where it is known
 ) -> tuple[dict, dict, dict]:  # Per image: name -> (n, 2) int64, wrong and claims; corpus: name -> 0..1; info
     """How often claims are wrong. A name whose captions claim nothing of the kind has counts of 0 and no corpus value.
 

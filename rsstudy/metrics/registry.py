@@ -185,12 +185,12 @@ def _cider_values(c):
     )
     return Values({name: values for name, values in both.items() if family(name) in c.metrics}, info)
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #c6bab689
 @metric(dict(cider="CIDEr"), compared=("cider",))
 def _cider(c):
     return _cider_values(c)
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #38cc0623
 @metric(dict(cider_plain="CIDEr (plain)"))
 def _cider_plain(c):
     return Values({}) if "cider" in c.metrics else _cider_values(c)
@@ -200,24 +200,24 @@ def _named(values, info, **counts):
     "Of a metric whose name depends on what there is, such as WordNet."
     return Values({info["name"]: values} | counts, {k: v for k, v in info.items() if k != "name"})
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #dc0729dc
 @metric(dict(meteor="METEOR"), compared=("meteor",))
 def _meteor(c):
     return _named(*meteor(c.predictions, c.references))
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #397b0dd7
 @metric(dict(chrf="chrF"))
 def _chrf(c):
     values, info = chrf(c.predictions, c.references)
     return Values({CHRF: values}, info)
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #d27ed5f6
 @metric(dict(sacrebleu="sacreBLEU"))
 def _sacrebleu(c):
     values, counts, info = sacrebleu(c.predictions, c.references)
     return Values({SACREBLEU: values, "sacrebleu_counts": counts}, info)
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #232f6361
 @metric(
     dict(bertscore_f1="BERTScore F1", bertscore_f1_rescaled="BERTScore F1 (rescaled)"),
     compared=("bertscore_f1",),
@@ -242,7 +242,7 @@ def _shares(c):
     shared, values = shares(c.predictions)
     return Values(values, corpus=shared)
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #5a3c5964
 @metric(dict(self_bleu="self-BLEU"), better="lower")
 def _self_bleu(c):
     variant = "BLEU-4 against all other captions of the set, as in Texygen (smoothing method1)"
@@ -257,19 +257,19 @@ def _meteor15(c):
     values, counts, info = result
     return _named(values, info, meteor15_counts=counts)
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #248601b3
 @metric(dict(spice="SPICE"), needs=("java",))
 def _spice(c):
     result = spice(c.predictions, c.references)
     return result and _named(*result)
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #1c89e387
 @metric(dict(clipscore="CLIPScore", refclipscore="RefCLIPScore"), needs=("images",))
 def _clipscore(c):
     result = clipscore(c.predictions, c.references, c.images, progress=c.progress)
     return result and Values(*result)
 
-
+# %% ../../nbs/lib/05_metrics/10_registry.ipynb #9abbe562
 @metric(dict(copied="copied"), better="lower", needs=("training",))
 def _copied(c):
     return Values({COPIED: copied(c.predictions, c.training)}, dict(training_captions=len(c.training)))
@@ -306,7 +306,7 @@ def score_captions(
     if training is not None:
         metrics += ("copied",)
     captions = Captions(predictions, references, metrics, images, training, progress)
-    shared, each = {}, {}
+    shared, each = {}, {}  # corpus values that are no means; values per image
     info = dict(images=len(predictions), tokenizer=TOKENIZER)
     for name in tqdm([m for m in METRICS if m in metrics], desc="metrics", disable=not progress, leave=False):
         values = METRICS[name].score(captions)

@@ -53,7 +53,8 @@ def rouge_l(
         words = tokenize(prediction)
         if not words:
             continue
-        places, n = _positions(words), len(words)
+        places = _positions(words)
+        n = len(words)
         pairs = [(_common(places, n, r), len(r)) for r in {tokenize(r) for r in refs} if r]
         precision = max((common / n for common, _ in pairs), default=0)
         recall = max((common / length for common, length in pairs), default=0)

@@ -29,7 +29,8 @@ class ClipScorer:
         import torch  # heavy: only those who choose by similarity pay for it
         from transformers import AutoModel, AutoProcessor
 
-        self.name, self.device = model, device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.name = model
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             local = not hub_reachable()
             self.processor = AutoProcessor.from_pretrained(model, local_files_only=local)

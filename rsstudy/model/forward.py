@@ -102,7 +102,8 @@ def _leaves(value):
 
     A head may borrow some that are not its own (tied or tuned tokens).
     """
-    leaves, seen = {}, set()
+    leaves = {}
+    seen = set()
     waiting = [value.grad_fn]
     while waiting:
         node = waiting.pop()

@@ -37,7 +37,9 @@ class FinishedShare(StoppingCriteria):
         eos: int,  # Id of <eos>
         share: float,  # Of the rows, above 0 and at most 1
     ):
-        self.start, self.eos, self.share = start, eos, share
+        self.start = start
+        self.eos = eos
+        self.share = share
 
     def __call__(self, input_ids, scores, **kwargs):
         ended = (input_ids[:, self.start :] == self.eos).any(1)
@@ -111,7 +113,8 @@ def decode_batch(
         waiting = [waiting[k] for k in unfinished]
         if unfinished:
             rows = torch.tensor(unfinished, device=ids.device)
-            ids, inputs = ids[rows], _going_on(inputs, out.past_key_values, rows)
+            ids = ids[rows]
+            inputs = _going_on(inputs, out.past_key_values, rows)
     return captions
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-010

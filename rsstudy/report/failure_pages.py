@@ -95,7 +95,7 @@ def failure_page(
 def failure_pages(
     run: dict,  # Of a result: predictions, scores, per_image
     dataset,  # The test images with their captions, as they were scored
-    facts: list[dict] | None = None,  # What is true of them (`rsstudy.scenes.world.scene_facts`): they are scenes
+    facts: list[dict] | None = None,  # What is true of them (`rsstudy.scenes.truth.scene_facts`): they are scenes
     k: int | None = None,  # Images a page; by default 20 scenes, or 6 images of a data set
 ) -> dict:  # "best" and "worst" -> matplotlib figure
     "The two ends of a test split by CIDEr, with what the captions claim wrongly."

@@ -26,7 +26,7 @@ from ..attribution.attributions import label
 from ..common.settings import Profile, load_profile
 from ..explain.image import USUAL
 from ..runner.study import terminable
-from ..scenes.world import draw_scene
+from ..scenes.scene import draw_scene
 from rsstudy.sharing.serving import (
     KEPT,
     MOST_MB,

@@ -18,10 +18,10 @@ from ..training.data import StudyData
 def known_facts(
     P: Profile,  # Whose data may be the built-in world
     image_ids: tuple[str, ...],  # Scenes
-) -> list[dict] | None:  # What is true of each, `rsstudy.scenes.world.scene_facts`; None for other data
+) -> list[dict] | None:  # What is true of each, `rsstudy.scenes.truth.scene_facts`; None for other data
     "The truth about the images, read once for all runs."
     from rsstudy.data.load import draw_world
-    from rsstudy.scenes.world import scene_facts
+    from rsstudy.scenes.truth import scene_facts
 
     return scene_facts(draw_world(P, progress=False), image_ids) if P.data == "scenes" else None
 
