@@ -174,7 +174,7 @@ def check_scene(
 # %% ../../nbs/lib/07_evaluation/02_claims.ipynb #cell-024
 KINDS = ("hallucinated", "count_error", "colour_error", "relation_error", "missed")
 
-
+# %% ../../nbs/lib/07_evaluation/02_claims.ipynb #dcab3803
 def count_claims(
     claims: list[Claim],  # Of one caption
 ) -> np.ndarray:  # (5, 2) int64: wrong and all, in the order of `KINDS`

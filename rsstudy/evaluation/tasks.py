@@ -209,7 +209,8 @@ def _features(captioner, files, batch_size):
 def _said(captioner, task, batch_size, progress):
     from tqdm import tqdm
 
-    model, training, said = captioner.model, captioner.model.training, []
+    model, said = captioner.model, []
+    training = model.training
     model.eval()
     with tqdm(total=len(task.items), desc=task.spec["name"], unit="item", disable=not progress, mininterval=1) as bar:
         for start in range(0, len(task.items), ROWS):

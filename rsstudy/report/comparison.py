@@ -22,7 +22,7 @@ SUBSETS = {
     "subset:caption_unseen": "test images none of whose captions stands in training",
 }
 
-
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #402a530f
 def short_number(
     value: float | None,  # Any number
     unit: str = "",  # Written after the magnitude
@@ -61,10 +61,14 @@ def mean_faithfulness(
     stem: str,  # A key of FAITHFULNESS
 ) -> float | None:  # Mean over attribution methods, controls left out; None when there is none
     "How faithful a method's explanations are on average."
-    found = [
+    values = [
         r["value"] for r in rows if r["method"] == method and measures(r, stem) and r["attribution"] not in controls()
     ]
-    return sum(found) / len(found) if found else None
+    return sum(values) / len(values) if values else None
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #523539ba
+def _decimals(value, digits=3):
+    return "-" if value is None else f"{value:.{digits}f}"
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-012
 def main_table(
@@ -74,40 +78,33 @@ def main_table(
     "The study's table: quality x cost x faithfulness."
     import pandas as pd
 
-    rows, costs = list(result["scores"]), list(result["cost"])
+    rows, costs = result["scores"], result["cost"]
     if variants:
         rows, costs = rows + result["variants"]["scores"], costs + result["variants"]["cost"]
-    quality, cost = {stem: whole_scores(rows, stem) for stem in compared_metrics()}, {r["method"]: r for r in costs}
-
-    def say(value, digits=3):
-        return "-" if value is None else f"{value:.{digits}f}"
-
+    quality = {stem: whole_scores(rows, stem) for stem in compared_metrics()}
     lines = {}
-    for name in cost:
+    for cost in costs:
+        name = cost["method"]
         line = dict(
-            trained=short_number(cost[name]["trainable_parameters"]),
-            seconds=short_number(cost[name]["seconds"]),
-            memory=short_number(cost[name]["peak_memory_bytes"], "B"),
-            file=short_number(cost[name]["adapter_bytes"], "B"),
+            trained=short_number(cost["trainable_parameters"]),
+            seconds=short_number(cost["seconds"]),
+            memory=short_number(cost["peak_memory_bytes"], "B"),
+            file=short_number(cost["adapter_bytes"], "B"),
         )
         for stem, title in compared_metrics().items():
-            if name not in quality[stem]:
-                continue
-            score = quality[stem][name]
-            line[title] = say(score["value"]) + (
-                f" [{say(score['low'], 2)}, {say(score['high'], 2)}]"
-                if stem == "cider" and score["low"] is not None
-                else ""
-            )
-        line |= {
-            title: say(mean_faithfulness(result["faithfulness"], name, stem), 2) for stem, title in FAITHFULNESS.items()
-        }
+            if name in quality[stem]:
+                score = quality[stem][name]
+                line[title] = _decimals(score["value"])
+                if stem == "cider" and score["low"] is not None:
+                    line[title] += f" [{_decimals(score['low'], 2)}, {_decimals(score['high'], 2)}]"
+        for stem, title in FAITHFULNESS.items():
+            line[title] = _decimals(mean_faithfulness(result["faithfulness"], name, stem), 2)
         lines[result["labels"][name]] = line
     return pd.DataFrame.from_dict(lines, orient="index").fillna("-")
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-015
 def _difference(result, method, against, metric, source="all"):
-    "The row that compares two methods, turned round where the other order is in the file."
+    "The row that compares two methods, its sides swapped where the other order is in the file."
     for r in result["differences"]:
         if r["metric"] != metric or r["source"] != source:
             continue
@@ -116,114 +113,148 @@ def _difference(result, method, against, metric, source="all"):
         if (r["method"], r["against"]) == (against, method):
             return swap_sides(r)
 
-# %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-016
-def quality_findings(
-    result: dict,  # 07_comparison.json
-) -> list[str]:  # Sentences in Markdown
-    "Who beats the untuned base, who is best, and who cannot be told from the best; by CIDEr."
-    scores, label = (
-        whole_scores(result["scores"], "cider"),
-        result["labels"].get,
-    )
-    tuned = [name for name in scores if name != "none"]
-    if not tuned:
-        return ["No tuned method has been run."]
-    metric, said = scores["none"]["metric"], []
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #7d8e087e
+def _differences(result, methods, against, metric, source="all"):
+    "The rows of those methods that were compared with another one."
+    rows = (_difference(result, name, against, metric, source) for name in methods if name != against)
+    return [row for row in rows if row]
 
-    def span(r):
-        return f"{r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]"
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #295ac363
+def _change(row, digits=3):
+    return f"{row['value']:+.{digits}f} [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
 
-    for kind, words in (
-        ("better", "Better than the untuned base"),
-        ("tie", "Tied with the untuned base"),
-        ("worse", "Worse than the untuned base"),
-    ):
-        rows = [r for name in tuned if (r := _difference(result, name, "none", metric)) and r["verdict"] == kind]
-        if rows:
-            said.append(
-                f"**{words}** ({metric}, all test images): "
-                + "; ".join(f"{label(r['method'])} {span(r)}" for r in rows)
-                + "."
-            )
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #c07d62d8
+def _against_base(result, tuned, metric, label):
+    "A sentence for each verdict that a method has got."
+    rows = _differences(result, tuned, "none", metric)
+    sentences = []
+    for verdict, words in dict(better="Better than", tie="Tied with", worse="Worse than").items():
+        alike = [f"{label(r['method'])} {_change(r)}" for r in rows if r["verdict"] == verdict]
+        if alike:
+            sentences.append(f"**{words} the untuned base** ({metric}, all test images): {'; '.join(alike)}.")
+    return sentences
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #9c75132d
+def _best_method(result, scores, tuned, metric, label):
     best = max(tuned, key=lambda name: scores[name]["value"])
-    rows = [r for name in tuned if name != best and (r := _difference(result, name, best, metric))]
-    tied = [r["method"] for r in rows if r["verdict"] == "tie"]
-    said.append(
-        f"**Best**: {label(best)} with {scores[best]['value']:.3f}"
-        + (
-            ", a tie with " + ", ".join(map(label, tied))
-            if tied
-            else ", ahead of all others by more than the interval"
-            if rows
-            else ""
-        )
-        + "."
-    )
+    rows = _differences(result, tuned, best, metric)
+    tied = [label(r["method"]) for r in rows if r["verdict"] == "tie"]
+    sentence = f"**Best**: {label(best)} with {scores[best]['value']:.3f}"
+    if tied:
+        sentence += f", a tie with {', '.join(tied)}"
+    elif rows:
+        sentence += ", ahead of all others by more than the interval"
+    return sentence + "."
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #ca9f595f
+def _with_verdicts(rows, label):
+    return "; ".join(f"{label(r['method'])} {_change(r)} ({r['verdict']})" for r in rows)
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #4f22b21e
+def _variants_against_methods(result, metric, label):
     rows = [
         r
         for r in result["differences"]
         if r["method"] not in compared_methods() and r["metric"] == metric and r["source"] == "all"
     ]
-    if rows:
-        said.append(
-            "Variants against their method: "
-            + "; ".join(f"{label(r['method'])} {span(r)} ({r['verdict']})" for r in rows)
-            + "."
-        )
+    return [f"Variants against their method: {_with_verdicts(rows, label)}."] if rows else []
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #e815711b
+def _parts_against_base(result, tuned, metric, label):
+    "A sentence for each source and subset of the test images."
+    sentences = []
     for source in sorted({r["source"] for r in result["differences"]} - {"all"}):
-        rows = [r for name in tuned if (r := _difference(result, name, "none", metric, source))]
-        where = source if source not in SUBSETS else f"{SUBSETS[source]} ({rows[0]['n']} images)" if rows else ""
+        rows = _differences(result, tuned, "none", metric, source)
         if rows:
-            said.append(
-                f"On {where} against the untuned base: "
-                + "; ".join(f"{label(r['method'])} {span(r)} ({r['verdict']})" for r in rows)
-                + "."
-            )
-    return said
+            where = f"{SUBSETS[source]} ({rows[0]['n']} images)" if source in SUBSETS else source
+            sentences.append(f"On {where} against the untuned base: {_with_verdicts(rows, label)}.")
+    return sentences
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-016
+def quality_findings(
+    result: dict,  # 07_comparison.json
+) -> list[str]:  # Sentences in Markdown
+    "Who beats the untuned base, who is best, and who cannot be told from the best; by CIDEr."
+    label = result["labels"].get
+    scores = whole_scores(result["scores"], "cider")
+    tuned = [name for name in scores if name != "none"]
+    if not tuned:
+        return ["No tuned method has been run."]
+    metric = scores["none"]["metric"]
+    return [
+        *_against_base(result, tuned, metric, label),
+        _best_method(result, scores, tuned, metric, label),
+        *_variants_against_methods(result, metric, label),
+        *_parts_against_base(result, tuned, metric, label),
+    ]
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #39c1eb6b
+def _beaten(name, others, scores, cost):
+    "Has another method as high a score with fewer trained parameters?"
+    return any(
+        scores[other]["value"] >= scores[name]["value"]
+        and cost[other]["trainable_parameters"] < cost[name]["trainable_parameters"]
+        for other in others
+    )
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-017
 def cost_findings(
     result: dict,  # 07_comparison.json
 ) -> list[str]:  # Sentences in Markdown
     "What the best quality costs at least, and which methods nothing beats in both quality and trained parameters."
-    scores, label = (
-        whole_scores(result["scores"], "cider"),
-        result["labels"].get,
-    )
+    label = result["labels"].get
+    scores = whole_scores(result["scores"], "cider")
     cost = {r["method"]: r for r in result["cost"]}
     tuned = [name for name in scores if name != "none" and cost.get(name, {}).get("trainable_parameters")]
     if not tuned:
         return []
-    metric, best = scores[tuned[0]]["metric"], max(tuned, key=lambda name: scores[name]["value"])
-    as_good = [best] + [
-        name
-        for name in tuned
-        if name != best and (r := _difference(result, name, best, metric)) and r["verdict"] == "tie"
-    ]
-    said = []
+    best = max(tuned, key=lambda name: scores[name]["value"])
+    rows = _differences(result, tuned, best, scores[tuned[0]]["metric"])
+    as_good = [best, *(r["method"] for r in rows if r["verdict"] == "tie")]
+    sentences = []
     for key, words in (("trainable_parameters", "trained parameters"), ("seconds", "seconds")):
         known = [name for name in as_good if cost[name].get(key) is not None]
         if not known:
             continue
-        least, most = min(known, key=lambda n: cost[n][key]), max(tuned, key=lambda n: cost[n].get(key) or 0)
-        said.append(
-            f"The best quality for the fewest {words}: {label(least)} with {short_number(cost[least][key])}"
-            + (f", where {label(most)} takes {short_number(cost[most][key])}" if most != least else "")
-            + "."
-        )
-    front = [
-        a
-        for a in tuned
-        if not any(
-            scores[b]["value"] >= scores[a]["value"]
-            and cost[b]["trainable_parameters"] < cost[a]["trainable_parameters"]
-            for b in tuned
-        )
+        least = min(known, key=lambda name: cost[name][key])
+        most = max(tuned, key=lambda name: cost[name].get(key) or 0)
+        sentence = f"The best quality for the fewest {words}: {label(least)} with {short_number(cost[least][key])}"
+        if most != least:
+            sentence += f", where {label(most)} takes {short_number(cost[most][key])}"
+        sentences.append(sentence + ".")
+    front = ", ".join(label(name) for name in tuned if not _beaten(name, tuned, scores, cost))
+    return [*sentences, f"No method has both a higher score and fewer trained parameters than: {front}."]
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #ff090221
+def _against_random_map(result, stem, title, label):
+    above_zero = {}  # method -> for each attribution method: is its interval above zero?
+    for r in result["faithfulness"]:
+        if measures(r, stem) and r["attribution"] not in controls() and r["low"] is not None:
+            above_zero.setdefault(r["method"], []).append(r["low"] > 0)
+    counts = [
+        f"{label(name)} {sum(above_zero[name])} of {len(above_zero[name])}"
+        for name in compared_methods()
+        if name in above_zero
     ]
-    said.append(
-        "No method has both a higher score and fewer trained parameters than: " + ", ".join(map(label, front)) + "."
-    )
-    return said
+    if not counts:
+        return []
+    return [
+        f"**{title.capitalize()}**: explanations that beat a random map (interval above zero): {'; '.join(counts)}."
+    ]
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #284c8d4b
+def _explained_otherwise(result, stem, title, label):
+    rows = [r for r in result["explanations"] if r["metric"].rpartition(".v")[0] == stem]
+    if not rows:
+        return []
+    clear = [f"{label(r['method'])} {_change(r, 2)}" for r in rows if r["verdict"] != "tie"]
+    if not clear:
+        who = "none: all are ties."
+    else:
+        who = ", ".join(clear) + ("; the rest are ties." if len(clear) < len(rows) else ".")
+    return [
+        f"Against the untuned base, {title} averaged over the attribution methods changes beyond the noise for {who}"
+    ]
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-018
 def faithfulness_findings(
@@ -231,40 +262,12 @@ def faithfulness_findings(
 ) -> list[str]:  # Sentences in Markdown
     "Whether explanations beat a random map, and whether tuning changed that."
     label = result["labels"].get
-    said = []
+    sentences = []
     for stem, title in FAITHFULNESS.items():
-        here = [
-            r
-            for r in result["faithfulness"]
-            if measures(r, stem) and r["attribution"] not in controls() and r["low"] is not None
-        ]
-        beat = {
-            m: [r["low"] > 0 for r in here if r["method"] == m]
-            for m in compared_methods()
-            if any(r["method"] == m for r in here)
-        }
-        if stem.endswith("gain") and beat:
-            said.append(
-                f"**{title.capitalize()}**: explanations that beat a random map (interval above zero): "
-                + "; ".join(f"{label(m)} {sum(v)} of {len(v)}" for m, v in beat.items())
-                + "."
-            )
-        rows = [r for r in result["explanations"] if r["metric"].rpartition(".v")[0] == stem]
-        clear = [
-            f"{label(r['method'])} {r['value']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"
-            for r in rows
-            if r["verdict"] != "tie"
-        ]
-        if rows:
-            said.append(
-                f"Against the untuned base, {title} averaged over the attribution methods changes beyond the noise for "
-                + (
-                    ", ".join(clear) + ("; the rest are ties." if len(clear) < len(rows) else ".")
-                    if clear
-                    else "none: all are ties."
-                )
-            )
-    return said
+        if stem.endswith("gain"):
+            sentences += _against_random_map(result, stem, title, label)
+        sentences += _explained_otherwise(result, stem, title, label)
+    return sentences
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-019
 def forgetting_findings(
@@ -272,44 +275,34 @@ def forgetting_findings(
 ) -> list[str]:  # Sentences in Markdown
     "What each method has forgotten of the base's own tasks."
     label = result["labels"].get
-    said = []
+    sentences = []
     for task in dict.fromkeys(r["task"] for r in result["forgetting"]):
         rows = [r for r in result["forgetting"] if r["task"] == task]
-        said.append(
-            f"**{task.replace('_', ' ')}** ({rows[0]['metric']}; base {rows[0]['before']:.3f}): "
-            + "; ".join(
-                f"{label(r['method'])} {r['after']:.3f} ({r['value']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}], "
-                f"{r['verdict']})"
-                for r in rows
-            )
-            + "."
-        )
-    return said
+        head = f"**{task.replace('_', ' ')}** ({rows[0]['metric']}; base {rows[0]['before']:.3f})"
+        after = [f"{label(r['method'])} {r['after']:.3f} ({_change(r)}, {r['verdict']})" for r in rows]
+        sentences.append(f"{head}: {'; '.join(after)}.")
+    return sentences
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #b95b8867
+def _differing_settings(result):
+    differing = [
+        f"{key} ({', '.join(f'{chapter} {value}' for chapter, value in values.items())})"
+        for key, values in result["settings_that_differ"].items()
+    ]
+    return [f"**Careful**: the chapters ran with different settings: {'; '.join(differing)}."] if differing else []
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-020
 def findings(
     result: dict,  # 07_comparison.json
 ) -> list[str]:  # Sentences in Markdown
     "What the comparison shows."
-    differ = (
-        [
-            "**Careful**: the chapters ran with different settings: "
-            + "; ".join(
-                f"{key} ({', '.join(f'{n} {v}' for n, v in values.items())})"
-                for key, values in result["settings_that_differ"].items()
-            )
-            + "."
-        ]
-        if result["settings_that_differ"]
-        else []
-    )
-    return (
-        differ
-        + quality_findings(result)
-        + cost_findings(result)
-        + forgetting_findings(result)
-        + faithfulness_findings(result)
-    )
+    return [
+        *_differing_settings(result),
+        *quality_findings(result),
+        *cost_findings(result),
+        *forgetting_findings(result),
+        *faithfulness_findings(result),
+    ]
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-022
 def table_text(
@@ -318,13 +311,16 @@ def table_text(
     "The table and what it shows, for a terminal."
     first = next(iter(whole_scores(result["scores"], "cider").values()), dict(n=0))
     seeds = len({r["seed"] for r in result["scores"]} - {None})
-    head = (
-        f"Quality, cost and faithfulness: {first['n']} test images, {seeds} seed{'s' if seeds != 1 else ''}, "
-        "95 % intervals"
-    )
-    return "\n".join(
-        [head, "", main_table(result).to_string(), "", *("- " + line.replace("**", "") for line in findings(result))]
-    )
+    count = f"{first['n']} test images, {seeds} seed{'s' if seeds != 1 else ''}"
+    head = f"Quality, cost and faithfulness: {count}, 95 % intervals"
+    sentences = [f"- {line.replace('**', '')}" for line in findings(result)]
+    return "\n".join([head, "", main_table(result).to_string(), "", *sentences])
+
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #cf2383a3
+def _with_interval(row):  # None: there is no such row
+    if row is None or row["value"] is None:
+        return "-"
+    return f"{row['value']:.3f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-024
 def floor_table(
@@ -333,29 +329,15 @@ def floor_table(
     "Where the methods stand between captions that need no look at the image, and people."
     import pandas as pd
 
-    found = {
-        kind: {stem: whole_scores(result["scores"], stem, kind=kind) for stem in compared_metrics()}
-        for kind in ("floor", "method")
-    }
-
-    def span(r):
-        return (
-            "-"
-            if r is None or r["value"] is None
-            else f"{r['value']:.3f}" + ("" if r["low"] is None else f" [{r['low']:.2f}, {r['high']:.2f}]")
-        )
-
-    rows = [(kind, name) for kind in found for name in found[kind]["cider"]]
-    rows.sort(key=lambda at: found[at[0]]["cider"][at[1]]["value"])
-    return pd.DataFrame.from_dict(
-        {
-            result["labels"][name]: {
-                title: span(found[kind][stem].get(name)) for stem, title in compared_metrics().items()
-            }
-            for kind, name in rows
-        },
-        orient="index",
-    )
+    metrics = compared_metrics()
+    lines = []
+    for kind in ("floor", "method"):
+        scores = {stem: whole_scores(result["scores"], stem, kind=kind) for stem in metrics}
+        for name, cider in scores["cider"].items():
+            cells = {title: _with_interval(scores[stem].get(name)) for stem, title in metrics.items()}
+            lines.append((cider["value"], result["labels"][name], cells))
+    lines.sort(key=lambda line: line[0])
+    return pd.DataFrame.from_dict({label: cells for _, label, cells in lines}, orient="index")
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-025
 def wrong_claims_table(
@@ -364,17 +346,17 @@ def wrong_claims_table(
     "Share of claims that are wrong, lower is better, with intervals; a star where it differs from the base."
     import pandas as pd
 
-    base = {
+    against_base = {
         (r["method"], r["metric"]): r["verdict"]
         for r in result["differences"]
         if r["against"] == "none" and r["source"] == "all"
     }
-    rows = {}
+    lines = {}
     for r in result["scores"]:
         if family(r["metric"]) not in FAILURES or r["source"] != "all" or r["seed"] is not None or r["low"] is None:
             continue
-        star = " *" if base.get((r["method"], r["metric"]), "tie") != "tie" else ""
-        rows.setdefault(result["labels"].get(r["method"], r["method"]), {})[
-            r["metric"].split(".")[0].replace("_", " ")
-        ] = f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]{star}"
-    return pd.DataFrame.from_dict(rows, orient="index").fillna("-")
+        line = lines.setdefault(result["labels"].get(r["method"], r["method"]), {})
+        star = " *" if against_base.get((r["method"], r["metric"]), "tie") != "tie" else ""
+        title = r["metric"].split(".")[0].replace("_", " ")
+        line[title] = f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]{star}"
+    return pd.DataFrame.from_dict(lines, orient="index").fillna("-")

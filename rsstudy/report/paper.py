@@ -14,16 +14,8 @@ from .tuning import COLUMNS
 from ..stats.rows import system_differences, system_rows
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-005
-_FACTS = (
-    "empty",
-    "repeated",
-    "distinct",
-    "distinct1",
-    "distinct2",
-    "length",
-    "copied",
-    "self_bleu",
-)  # no value of these is the best
+# no value of these is the best
+_FACTS = ("empty", "repeated", "distinct", "distinct1", "distinct2", "length", "copied", "self_bleu")
 _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -36,71 +28,115 @@ _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "±": r"$\pm$",
 }
 
-
+# %% ../../nbs/lib/12_report/03_paper.ipynb #f0af3b82
 def _latex(text):
     return "".join(_LATEX.get(c, c) for c in " ".join(str(text).split()))
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-006
 def _markdown(text):
-    return re.sub(
-        r"[\\|*`<\[]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split())
-    )  # an underscore inside a word is only that
+    special = r"[\\|*`<\[]|(?<!\w)_|_(?!\w)"  # an underscore inside a word is only that
+    return re.sub(special, r"\\\g<0>", " ".join(str(text).split()))
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-007
 def _columns(rows, metrics):
     "Full names of the metrics shown."
-    found = list(dict.fromkeys(r["metric"] for r in rows))
-    if metrics is None:
-        return [find_metric(found, stem) for stem in COLUMNS if any(family(m) == stem for m in found)]
-    return [m if m in found else find_metric(found, m) for m in ((metrics,) if isinstance(metrics, str) else metrics)]
+    there = list(dict.fromkeys(r["metric"] for r in rows))
+    if isinstance(metrics, str):
+        metrics = (metrics,)
+    if metrics is not None:
+        columns = [m if m in there else find_metric(there, m) for m in metrics]
+    else:
+        columns = [find_metric(there, stem) for stem in COLUMNS if any(family(m) == stem for m in there)]
+    if not columns:
+        raise ValueError(f"none of the metrics {', '.join(COLUMNS)} is there: name some of {', '.join(there)}")
+    return columns
+
+# %% ../../nbs/lib/12_report/03_paper.ipynb #c6856d35
+def _rows_shown(rows, source):
+    "The rows of a source that stand for all seeds together."
+    shown = [r for r in rows if r["seed"] is None and r["source"] == source]
+    if not shown:
+        sources = ", ".join(sorted({r["source"] for r in rows})) or "none"
+        raise ValueError(f"no rows for all seeds together of source {source!r}: the sources are {sources}")
+    return shown
+
+# %% ../../nbs/lib/12_report/03_paper.ipynb #9220b1ec
+def _count_images(rows, columns):
+    sizes = {r["n"] for r in rows if r["metric"] in columns}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"rows of one table must be about the same images: they are about {', '.join(map(str, sorted(sizes)))}"
+        )
+    return min(sizes)
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-008
-def _marks(cells, metric, names, differences, source):
+def _marks(rows, metric, names, differences, source):
     "System -> `best` or `tie`, for the systems that compete."
-    values = {
-        n: cells[n, metric]["value"] for n in names if (n, metric) in cells and cells[n, metric]["value"] is not None
-    }
+    values = {r["method"]: r["value"] for r in rows if r["metric"] == metric and r["value"] is not None}
+    values = {name: values[name] for name in names if name in values}
     if not values or family(metric) in _FACTS:
         return {}
     best = max(values, key=values.get)
-    spans = {
-        frozenset((d["method"], d["against"])): d
+    verdicts = {
+        frozenset((d["method"], d["against"])): d["verdict"]
         for d in differences
         if d["metric"] == metric and d["source"] == source
     }
-    tied = [n for n in values if (d := spans.get(frozenset((n, best)))) and d["verdict"] == "tie"]
-    return dict.fromkeys(tied, "tie") | {n: "best" for n, v in values.items() if v == values[best]}
+    tied = [name for name in values if verdicts.get(frozenset((name, best))) == "tie"]
+    return dict.fromkeys(tied, "tie") | {name: "best" for name, v in values.items() if v == values[best]}
+
+# %% ../../nbs/lib/12_report/03_paper.ipynb #17510672
+def _caption(title, n, source, seeds, intervals, ties):
+    "What the table is about. `seeds`: how many each method has; `ties`: how they are marked, if they are."
+    caption = f"{title or 'Quality of captions'}: {n:,} test images"
+    if source != "all":
+        caption += f" of {source}"
+    if len(seeds) > 1:
+        caption += f", {seeds[0]} to {seeds[-1]} seeds"
+    elif seeds:
+        caption += f", {seeds[0]} seed{'s' * (seeds[0] > 1)}"
+    if intervals:
+        caption += ", 95 % intervals"
+    caption += ". Bold: the best"
+    if ties:
+        caption += f"; {ties}: a tie with it"
+    return caption + "."
+
+# %% ../../nbs/lib/12_report/03_paper.ipynb #b6d1e8da
+def _cell(row, mark, intervals):  # None: there is no such row
+    "Value, interval and mark of one cell, as text."
+    if row is None or row["value"] is None:
+        return "--", "", None
+    interval = f"[{row['low']:.3f}, {row['high']:.3f}]" if intervals and row["low"] is not None else ""
+    return f"{row['value']:.3f}", interval, mark
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-009
 def _markdown_table(head, groups, caption, note):
-    mark = dict(best="**{}**", tie="_{}_").get
+    marks = dict(best="**{}**", tie="_{}_")
 
     def line(words):
         return "| " + " | ".join(words) + " |"
 
-    out = [_markdown(caption), "", line(["", *map(_markdown, head)]), line(["---"] + ["---:"] * len(head))]
+    def cell(value, span, mark):
+        marked = marks.get(mark, "{}").format(value)
+        return f"{marked} {span}" if span else marked
+
+    lines = [_markdown(caption), "", line(["", *map(_markdown, head)]), line(["---"] + ["---:"] * len(head))]
     for i, group in enumerate(groups):
         if i:
-            out.append(line(["_floors and ceilings_"] + [""] * len(head)))
-        out += [
-            line(
-                [
-                    _markdown(label),
-                    *((mark(m) or "{}").format(value) + (f" {span}" if span else "") for value, span, m in cells),
-                ]
-            )
-            for label, cells in group
-        ]
-    return "\n".join([*out, "", _markdown(note)])
+            lines.append(line(["_floors and ceilings_"] + [""] * len(head)))
+        for label, cells in group:
+            lines.append(line([_markdown(label), *(cell(*parts) for parts in cells)]))
+    return "\n".join([*lines, "", _markdown(note)])
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-010
 def _latex_table(head, groups, caption, note):
-    mark = dict(best=r"\textbf{%s}", tie=r"\underline{%s}").get
+    marks = dict(best=r"\textbf{%s}", tie=r"\underline{%s}")
 
     def line(words):
         return " & ".join(words) + r" \\"
 
-    out = [
+    lines = [
         r"\begin{table}[t]",
         r"\centering",
         rf"\caption{{{_latex(caption)}}}",
@@ -109,28 +145,27 @@ def _latex_table(head, groups, caption, note):
         line(["", *map(_latex, head)]),
     ]
     for group in groups:
-        out.append(r"\midrule")
+        lines.append(r"\midrule")
         for label, cells in group:
-            out.append(line([_latex(label), *((mark(m) or "%s") % value for value, _, m in cells)]))
+            lines.append(line([_latex(label), *(marks.get(mark, "%s") % value for value, _, mark in cells)]))
             if any(span for _, span, _ in cells):
-                out.append(line(["", *(rf"{{\scriptsize {span}}}" if span else "" for _, span, _ in cells)]))
-    return "\n".join(
-        [*out, r"\bottomrule", r"\end{tabular}", rf"\par\smallskip{{\footnotesize {_latex(note)}}}", r"\end{table}"]
-    )
+                lines.append(line(["", *(rf"{{\scriptsize {span}}}" if span else "" for _, span, _ in cells)]))
+    end = [r"\bottomrule", r"\end{tabular}", rf"\par\smallskip{{\footnotesize {_latex(note)}}}", r"\end{table}"]
+    return "\n".join(lines + end)
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-011
 STYLES = dict(markdown=_markdown_table, latex=_latex_table)  # LaTeX needs the package booktabs
 
-
+# %% ../../nbs/lib/12_report/03_paper.ipynb #2480f2f7
 def paper_table(
-    systems: dict[str, Scores]
-    | list[dict],  # System -> scores on the same images, or rows of `system_rows` or of the comparison's `scores`
+    # System -> scores on the same images, or rows of `system_rows` or of the comparison's `scores`
+    systems: dict[str, Scores] | list[dict],
     style: str = "markdown",  # `markdown` or `latex` (with the package booktabs)
-    metrics: tuple[str, ...]
-    | None = None,  # Families (`cider`) or full names; by default those of `COLUMNS` that are there
+    # Families (`cider`) or full names; by default those of `COLUMNS` that are there
+    metrics: tuple[str, ...] | None = None,
     intervals: bool = True,  # Intervals beside (LaTeX: below) the values?
-    differences: list[dict]
-    | None = None,  # Paired differences that tell ties, as in the comparison; computed where `systems` are scores
+    # Paired differences that tell ties, as in the comparison; computed where `systems` are scores
+    differences: list[dict] | None = None,
     below: tuple[str, ...] = (),  # Systems that stand below a rule, beside rows of kind `floor`
     labels: dict[str, str] | None = None,  # System -> its name in the table
     source: str = "all",  # Rows of this source
@@ -143,61 +178,27 @@ def paper_table(
     """
     if style not in STYLES:
         raise ValueError(f"style {style!r}: allowed are {', '.join(STYLES)}")
-    rows = system_rows(systems, resamples=resamples) if isinstance(systems, dict) else list(systems)
-    whole = [r for r in rows if r["seed"] is None and r["source"] == source]
-    if not whole:
-        raise ValueError(
-            f"no rows for all seeds together of source {source!r}: the sources are "
-            f"{', '.join(sorted({r['source'] for r in rows})) or 'none'}"
-        )
-    columns, names = _columns(whole, metrics), list(dict.fromkeys(r["method"] for r in whole))
-    if not columns:
-        raise ValueError(
-            f"none of the metrics {', '.join(COLUMNS)} is there: name some of "
-            f"{', '.join(dict.fromkeys(r['metric'] for r in whole))}"
-        )
-    below = {*below, *(r["method"] for r in whole if r.get("kind") == "floor")}
-    if unknown := [n for n in below if n not in names]:
+    scored = isinstance(systems, dict)
+    rows = system_rows(systems, resamples=resamples) if scored else list(systems)
+    shown = _rows_shown(rows, source)
+    columns = _columns(shown, metrics)
+    names = list(dict.fromkeys(r["method"] for r in shown))
+    below = {*below, *(r["method"] for r in shown if r.get("kind") == "floor")}
+    if unknown := [name for name in below if name not in names]:
         raise ValueError(f"no system {unknown[0]!r}: the rows have {', '.join(names)}")
-    if len(sizes := {r["n"] for r in whole if r["metric"] in columns}) > 1:
-        raise ValueError(
-            f"rows of one table must be about the same images: they are about {', '.join(map(str, sorted(sizes)))}"
-        )
+    n = _count_images(shown, columns)
     if differences is None:
-        differences = system_differences(systems, columns, resamples) if isinstance(systems, dict) else []
-    cells, above = {(r["method"], r["metric"]): r for r in whole}, [n for n in names if n not in below]
-    marks = {metric: _marks(cells, metric, above, differences, source) for metric in columns}
-
-    def cell(name, metric):
-        r = cells.get((name, metric), dict(value=None, low=None))
-        if r["value"] is None:
-            return "--", "", None
-        return (
-            f"{r['value']:.3f}",
-            f"[{r['low']:.3f}, {r['high']:.3f}]" if intervals and r["low"] is not None else "",
-            marks[metric].get(name),
-        )
-
-    groups = [
-        [((labels or {}).get(n, n), [cell(n, metric) for metric in columns]) for n in group]
-        for group in (above, [n for n in names if n in below])
-        if group
-    ]
-    seeds = sorted({len({r["seed"] for r in rows if r["method"] == n} - {None}) for n in above} - {0})
-    caption = (
-        (title or "Quality of captions")
-        + f": {min(sizes):,} test images"
-        + ("" if source == "all" else f" of {source}")
-        + (
-            f", {seeds[0]} to {seeds[-1]} seeds"
-            if len(seeds) > 1
-            else f", {seeds[0]} seed{'s' * (seeds[0] > 1)}"
-            if seeds
-            else ""
-        )
-        + (", 95 % intervals" if intervals else "")
-        + ". Bold: the best"
-        + (f"; {'underlined' if style == 'latex' else 'italic'}: a tie with it" if differences else "")
-        + "."
-    )
+        differences = system_differences(systems, columns, resamples) if scored else []
+    above = [name for name in names if name not in below]
+    marks = {metric: _marks(shown, metric, above, differences, source) for metric in columns}
+    of = {(r["method"], r["metric"]): r for r in shown}
+    lines = {
+        name: [_cell(of.get((name, metric)), marks[metric].get(name), intervals) for metric in columns]
+        for name in names
+    }
+    under = [name for name in names if name in below]
+    groups = [[((labels or {}).get(name, name), lines[name]) for name in group] for group in (above, under) if group]
+    seeds = sorted({len({r["seed"] for r in rows if r["method"] == name} - {None}) for name in above} - {0})
+    ties = dict(latex="underlined", markdown="italic")[style] if differences else ""
+    caption = _caption(title, n, source, seeds, intervals, ties)
     return STYLES[style]([metric_label(m) for m in columns], groups, caption, "Metrics: " + ", ".join(columns) + ".")

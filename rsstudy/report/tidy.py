@@ -65,7 +65,7 @@ EXPLAINING = {
     "noise_samples",
 }  # read by 06_xai alone
 
-
+# %% ../../nbs/lib/12_report/06_tidy.ipynb #17578ddc
 def settings_that_differ(
     results: dict[str, dict],  # Notebook -> its JSON with a manifest
 ) -> dict[str, dict]:  # Setting -> notebook -> value, where not all have the same
@@ -95,12 +95,10 @@ def families(
     """
     main = [name for name in compared_methods() if name in names and name != "none"]
     varied = {name: compared_with(name) for name in names}
-    found = [
-        [(a, "none") for a in main if "none" in names],
-        [(a, b) for b, a in itertools.combinations(main, 2)],
-        [(a, method) for a, method in varied.items() if method in main],
-    ]
-    return [pairs for pairs in found if pairs]
+    against_base = [(a, "none") for a in main if "none" in names]
+    with_each_other = [(a, b) for b, a in itertools.combinations(main, 2)]
+    with_their_method = [(a, method) for a, method in varied.items() if method in main]
+    return [pairs for pairs in (against_base, with_each_other, with_their_method) if pairs]
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #e563e7d5
 def _values_of(methods, metric, positions):
@@ -146,19 +144,55 @@ def difference_rows(
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-018
 def item_values(
-    found: dict,  # One task of a run's `transfer`: metric, value, per_item; types and images where items have them
+    result: dict,  # One task of a run's `transfer`: metric, value, per_item; types and images where items have them
 ) -> np.ndarray:  # (images,), or (items,) where no images are named; their mean is the task's value
     "Values whose mean is the task's. Raises `ValueError` where the value is not the mean of its items."
-    values = np.array(found["per_item"], float)
-    if "by_type" in found["metric"]:
-        kinds, which, sizes = np.unique(found["types"], return_inverse=True, return_counts=True)
+    values, metric = np.array(result["per_item"], float), result["metric"]
+    if "by_type" in metric:
+        kinds, which, sizes = np.unique(result["types"], return_inverse=True, return_counts=True)
         values = values * len(values) / (len(kinds) * sizes[which])
-    if abs(values.mean() - found["value"]) > 1e-4 * max(1, abs(found["value"])):
-        raise ValueError(f"{found['metric']}: the value {found['value']} is not the mean of its items, {values.mean()}")
-    if not found.get("images"):
+    if abs(values.mean() - result["value"]) > 1e-4 * max(1, abs(result["value"])):
+        raise ValueError(f"{metric}: the value {result['value']} is not the mean of its items, {values.mean()}")
+    if not result.get("images"):
         return values
-    names, which = np.unique(found["images"], return_inverse=True)
+    names, which = np.unique(result["images"], return_inverse=True)
     return np.bincount(which, values) * len(names) / len(values)
+
+# %% ../../nbs/lib/12_report/06_tidy.ipynb #1f1ad4ad
+def _results_of(task, transfers):  # of a method's runs; those that could not ask the task have none
+    return [transfer[task] for transfer in transfers if "per_item" in transfer.get(task, {})]
+
+# %% ../../nbs/lib/12_report/06_tidy.ipynb #cea54fc7
+def _check_items(task, first, results):
+    "Raises `ValueError` where a method was not asked what the untuned base was asked first."
+
+    def items(result):
+        return result["metric"], result.get("images"), len(result["per_item"])
+
+    for name, own in results.items():
+        if any(items(result) != items(first) for result in own):
+            raise ValueError(
+                f"task '{task}': '{name}' was asked other items than the untuned base: "
+                "run both again with the same settings"
+            )
+
+# %% ../../nbs/lib/12_report/06_tidy.ipynb #c6747f39
+def _task_rows(task, first, results, resamples, rounds):  # first: the untuned base's result
+    values = {name: np.array([item_values(result) for result in own]) for name, own in results.items() if own}
+    pairs = [(name, "none") for name in values if name != "none"]
+    scores, differences = compare_systems(values, resamples, rounds, [1, values["none"].shape[1]], pairs=pairs)
+    return [
+        dict(
+            method=name,
+            task=task,
+            metric=first["metric"],
+            before=scores["none"].value,
+            after=scores[name].value,
+            items=len(first["per_item"]),
+        )
+        | difference_columns(difference)
+        for (name, _), difference in differences.items()
+    ]
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-019
 def forgetting_rows(
@@ -174,48 +208,15 @@ def forgetting_rows(
 
     Raises `ValueError` as `item_values`, and naming task and method where other items were asked after than before.
     """
-    rows, asked = (
-        [],
-        {name: [run["transfer"] for run in entry["runs"] if run.get("transfer")] for name, entry in methods.items()},
-    )
+    asked = {name: [run["transfer"] for run in entry["runs"] if run.get("transfer")] for name, entry in methods.items()}
     if not asked.get("none"):
         return []
+    rows = []
     for task, first in asked["none"][0].items():
-        runs = {
-            name: [found[task] for found in runs if "per_item" in found.get(task, {})] for name, runs in asked.items()
-        }
-        if not runs["none"]:
-            continue
-        for name, found in runs.items():
-            if any(
-                (f["metric"], f.get("images"), len(f["per_item"]))
-                != (first["metric"], first.get("images"), len(first["per_item"]))
-                for f in found
-            ):
-                raise ValueError(
-                    f"task '{task}': '{name}' was asked other items than the untuned base: "
-                    "run both again with the same settings"
-                )
-        values = {name: np.array([item_values(f) for f in found]) for name, found in runs.items() if found}
-        scores, found = compare_systems(
-            values,
-            resamples,
-            rounds,
-            [1, values["none"].shape[1]],
-            pairs=[(name, "none") for name in values if name != "none"],
-        )
-        rows += [
-            dict(
-                method=a,
-                task=task,
-                metric=first["metric"],
-                before=scores["none"].value,
-                after=scores[a].value,
-                items=len(first["per_item"]),
-            )
-            | difference_columns(d)
-            for (a, _), d in found.items()
-        ]
+        results = {name: _results_of(task, transfers) for name, transfers in asked.items()}
+        if results["none"]:
+            _check_items(task, first, results)
+            rows += _task_rows(task, first, results, resamples, rounds)
     return rows
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-022
@@ -223,13 +224,9 @@ def cost_rows(
     methods: dict[str, dict],  # Method -> its entry
 ) -> list[dict]:  # method, trainable_parameters, seconds, peak_memory_bytes, adapter_bytes
     "What each method cost; None where its chapter did not say."
+    costs = ("trainable_parameters", "seconds", "peak_memory_bytes", "adapter_bytes")
     return [
-        dict(method=name)
-        | {
-            k: entry.get("cost", {}).get(k)
-            for k in ("trainable_parameters", "seconds", "peak_memory_bytes", "adapter_bytes")
-        }
-        for name, entry in methods.items()
+        dict(method=name) | {key: entry.get("cost", {}).get(key) for key in costs} for name, entry in methods.items()
     ]
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-023
@@ -237,10 +234,10 @@ def floor_entries(
     results: dict[str, dict],  # Notebook -> its JSON; 02 brings `floors`
 ) -> dict[str, dict]:  # Floor -> an entry as a method's, with one run and no seed
     "Floors and ceilings in the form of methods: label, scores, per_image."
-    found = {name: floor for result in results.values() for name, floor in result.get("floors", {}).items()}
     return {
         name: dict(label=floor["label"], runs=[dict(seed=None, scores=floor["scores"], per_image=floor["per_image"])])
-        for name, floor in found.items()
+        for result in results.values()
+        for name, floor in result.get("floors", {}).items()
     }
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-024
@@ -255,11 +252,11 @@ def compare_results(
 
     Raises `ValueError` as `gather` and `forgetting_rows`, and when the untuned base is missing.
     """
-    found, sources = gather(results)
-    if "none" not in found:
+    entries, sources = gather(results)
+    if "none" not in entries:
         raise ValueError("no scores of the untuned base ('none'): run 02_baseline first")
-    methods = {name: found[name] for name in compared_methods() if name in found}
-    variants = {name: entry for name, entry in found.items() if name not in methods}
+    methods = {name: entries[name] for name in compared_methods() if name in entries}
+    variants = {name: entry for name, entry in entries.items() if name not in methods}
     floors = floor_entries(results)
     ids = next(result["image_ids"] for result in results.values() if "methods" in result)
     leakage = next((result["leakage"] for result in results.values() if "leakage" in result), {})
@@ -275,5 +272,5 @@ def compare_results(
         forgetting=forgetting_rows(methods, resamples, rounds),
         variants=dict(scores=score_rows(variants, groups, resamples), cost=cost_rows(variants)),
         settings_that_differ=settings_that_differ(results),
-        labels={name: entry.get("label", name) for name, entry in (found | floors).items()},
+        labels={name: entry.get("label", name) for name, entry in (entries | floors).items()},
     )

@@ -62,6 +62,48 @@ def cost_table(
         }
     ).T.rename_axis("method")
 
+# %% ../../nbs/lib/12_report/02_tuning.ipynb #6201eb6c
+def _draw_rates(ax, methods, colors):
+    "CIDEr of the validation captions at each learning rate tried."
+    for color, method in zip(colors, methods.values()):
+        tried = [run for run in method["sweep"] if run["val_cider"] is not None]
+        rates, scores = [run["lr"] for run in tried], [run["val_cider"] for run in tried]
+        ax.plot(rates, scores, "o-", color=color, label=method["label"])
+    ax.set(
+        xscale="log", xlabel="learning rate", ylabel="CIDEr of validation captions", title="Choice of the learning rate"
+    )
+    rates = sorted({run["lr"] for method in methods.values() for run in method["sweep"]})
+    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    ax.minorticks_off()
+
+# %% ../../nbs/lib/12_report/02_tuning.ipynb #ef5e9c3a
+def _draw_losses(ax, methods, colors):
+    "Training loss, a line, and validation loss, dots, of every run."
+    for color, method in zip(colors, methods.values()):
+        for i, run in enumerate(method["runs"]):
+            losses = pd.Series(run["history"]["losses"], dtype=float).rolling(10, min_periods=1).mean()
+            ax.plot(range(1, len(losses) + 1), losses, color=color, lw=0.8, alpha=0.7)
+            evaluations = run["history"]["evaluations"]
+            steps, losses = [e["step"] for e in evaluations], [e["val_loss"] for e in evaluations]
+            ax.plot(steps, losses, "o", ms=5, color=color, label=method["label"] if i == 0 else None)
+    ax.set(
+        xlabel="optimiser step",
+        ylabel="loss, nats a token",
+        title="Training: mean of 10 steps (lines), validation (dots)",
+    )
+
+# %% ../../nbs/lib/12_report/02_tuning.ipynb #4882406b
+def _draw_validation(ax, methods, colors):
+    "CIDEr of the validation captions of every run, its best state ringed."
+    for color, method in zip(colors, methods.values()):
+        for run in method["runs"]:
+            history, evaluations = run["history"], run["history"]["evaluations"]
+            steps, scores = [e["step"] for e in evaluations], [e["val_cider"] for e in evaluations]
+            ax.plot(steps, scores, "o-", ms=4, lw=0.8, color=color)
+            best = [step for step in steps if step == history["best_step"]]
+            ax.plot(best, [history["best_val_cider"]], "o", ms=10, mfc="none", color=color)
+    ax.set(xlabel="optimiser step", ylabel="CIDEr of validation captions", title="Choice of the state (ringed)")
+
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-011
 def training_figure(
     methods: dict[str, dict],  # name -> label, sweep, runs with history
@@ -75,48 +117,12 @@ def training_figure(
     import seaborn as sns
 
     sns.set_theme(style="whitegrid", palette="colorblind")
-    figure, (left, right, scores) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=(1, 1.6, 1.2))
-    for color, method in zip(sns.color_palette(), methods.values()):
-        tried = [t for t in method["sweep"] if t["val_cider"] is not None]
-        left.plot([t["lr"] for t in tried], [t["val_cider"] for t in tried], "o-", color=color, label=method["label"])
-        for i, run in enumerate(method["runs"]):
-            losses = pd.Series(run["history"]["losses"], dtype=float).rolling(10, min_periods=1).mean()
-            right.plot(range(1, len(losses) + 1), losses, color=color, lw=0.8, alpha=0.7)
-            evaluations = run["history"]["evaluations"]
-            right.plot(
-                [e["step"] for e in evaluations],
-                [e["val_loss"] for e in evaluations],
-                "o",
-                ms=5,
-                color=color,
-                label=method["label"] if i == 0 else None,
-            )
-            scores.plot(
-                [e["step"] for e in evaluations], [e["val_cider"] for e in evaluations], "o-", ms=4, lw=0.8, color=color
-            )
-            scores.plot(
-                [e["step"] for e in evaluations if e["step"] == run["history"]["best_step"]],
-                [run["history"]["best_val_cider"]],
-                "o",
-                ms=10,
-                mfc="none",
-                color=color,
-            )
-    scores.set(xlabel="optimiser step", ylabel="CIDEr of validation captions", title="Choice of the state (ringed)")
-    rates = sorted({t["lr"] for method in methods.values() for t in method["sweep"]})
-    left.set(
-        xscale="log", xlabel="learning rate", ylabel="CIDEr of validation captions", title="Choice of the learning rate"
-    )
-    left.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    left.minorticks_off()
-    right.set(
-        xlabel="optimiser step",
-        ylabel="loss, nats a token",
-        title="Training: mean of 10 steps (lines), validation (dots)",
-    )
-    figure.legend(
-        *right.get_legend_handles_labels(), loc="lower center", ncols=6, bbox_to_anchor=(0.5, -0.07), frameon=False
-    )
+    figure, (rates, losses, scores) = plt.subplots(1, 3, figsize=(14, 4), width_ratios=(1, 1.6, 1.2))
+    _draw_rates(rates, methods, sns.color_palette())
+    _draw_losses(losses, methods, sns.color_palette())
+    _draw_validation(scores, methods, sns.color_palette())
+    handles = losses.get_legend_handles_labels()
+    figure.legend(*handles, loc="lower center", ncols=6, bbox_to_anchor=(0.5, -0.07), frameon=False)
     figure.tight_layout()
     return figure
 
@@ -183,17 +189,16 @@ def write_scores(
             intervals={r["metric"]: None if r["low"] is None else dict(low=r["low"], high=r["high"]) for r in mine},
         )
 
-    kept = scores.to_json()
+    named = [name for name in dict.fromkeys(r["source"] for r in rows) if name != "all"]
+    content = scores.to_json()
     data = dict(
         schema=SCORES_SCHEMA["properties"]["schema"]["const"],
-        scores=kept["corpus"],
+        scores=content["corpus"],
         intervals=part("all")["intervals"],
         level=0.95,
         resamples=resamples,
-        by_source={
-            s: dict(images=sources.count(s)) | part(s) for s in dict.fromkeys(r["source"] for r in rows) if s != "all"
-        },
-        info=kept["info"],
+        by_source={name: dict(images=sources.count(name)) | part(name) for name in named},
+        info=content["info"],
         digests=dict(
             predictions=captions_digest(image_ids, predictions), references=captions_digest(image_ids, references)
         ),
@@ -202,7 +207,7 @@ def write_scores(
         image_ids=list(image_ids),
         sources=sources,
         predictions=list(predictions),
-        per_image=kept["per_image"],
+        per_image=content["per_image"],
     )
     check_form(data, SCORES_SCHEMA, str(path))
     write_json(path, data)

@@ -14,7 +14,7 @@ from ..model.clip import ClipScorer
 # %% ../../nbs/lib/08_training/02_captions.ipynb #cell-006
 CHOICES = ALLOWED["caption_choice"]
 
-
+# %% ../../nbs/lib/08_training/02_captions.ipynb #8f390247
 def choose_captions(
     captions: list[str],  # An image's captions, at least one
     how: str = "all",  # "all", "longest", "first", "random" or "clip"

@@ -25,12 +25,13 @@ class CaptionRows(torch.utils.data.Dataset):
         images,  # Sequence of PIL images or uint8 arrays, decoded when asked for
         captions: list[list[str]],  # Captions of each image, at least one
         prompts: list[str] | None = None,  # Text before the captions of each image; the captioner's by default
-        features: torch.Tensor
-        | None = None,  # (images, N, d) from `rsstudy.model.features.cache_features`; then no pixels are read
+        # (images, N, d) from `rsstudy.model.features.cache_features`; then no pixels are read
+        features: torch.Tensor | None = None,
     ):
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images need as many lists of captions, got {len(captions)}")
-        self.processor, self.images, self.captions, self.features = captioner.processor, images, captions, features
+        self.processor = captioner.processor
+        self.images, self.captions, self.features = images, captions, features
         self.prompts = prompts or [captioner.prompt] * len(images)
         self.examples = [
             encode_example(captioner.processor, prompt, texts) for prompt, texts in zip(self.prompts, captions)
@@ -65,9 +66,8 @@ class CaptionRows(torch.utils.data.Dataset):
             return batch | dict(pixel_values=pixel_tensor(self.processor, [row["image"] for row in rows]))
         return batch | dict(features=torch.stack([row["features"] for row in rows]))
 
-    def collate_step(
-        self, rows, micro_images=0, multiple=1
-    ):  # -> batches of at most micro_images rows, long rows first; 0: one batch
+    def collate_step(self, rows, micro_images=0, multiple=1):
+        "Batches of at most micro_images rows, long rows first; 0: one batch."
         size = micro_images or len(rows)
         rows = sorted(rows, key=lambda row: -row["example"].length) if size < len(rows) else rows
         return [self.collate(rows[i : i + size], multiple) for i in range(0, len(rows), size)]
@@ -77,13 +77,16 @@ def halves(
     batch: dict,  # From `CaptionRows.collate`, two rows or more
 ) -> list[dict]:  # Two batches with the same rows between them
     "A packed batch cut in two."
+    per_row = ("input_ids", "blocks", "position_ids", "pixel_values", "features")
     count, length = batch["input_ids"].shape
-    first, per_row = count // 2, ("input_ids", "blocks", "position_ids", "pixel_values", "features")
-    mine = batch["rows"] < first * length
-    return [
-        {k: v[part] if k in per_row else v[chosen] - shift if k == "rows" else v[chosen] for k, v in batch.items()}
-        for part, chosen, shift in ((slice(first), mine, 0), (slice(first, None), ~mine, first * length))
-    ]
+    first = count // 2
+    in_first = batch["rows"] < first * length
+
+    def half(rows, predictions, shift):
+        part = {k: v[rows] if k in per_row else v[predictions] for k, v in batch.items()}
+        return part | dict(rows=part["rows"] - shift)
+
+    return [half(slice(first), in_first, 0), half(slice(first, None), ~in_first, first * length)]
 
 # %% ../../nbs/lib/08_training/04_loader.ipynb #cell-010
 def at_most(
@@ -100,7 +103,7 @@ def at_most(
 # %% ../../nbs/lib/08_training/04_loader.ipynb #cell-013
 WINDOW = 16  # steps that are sorted together
 
-
+# %% ../../nbs/lib/08_training/04_loader.ipynb #0ee2bf93
 class StepSampler(torch.utils.data.Sampler):
     "Row numbers of one step after the other: the share of this process."
 
@@ -113,15 +116,9 @@ class StepSampler(torch.utils.data.Sampler):
         rank: int = 0,  # Of this process
         world: int = 1,  # Processes
     ):
-        self.lengths, self.batch_images, self.seed, self.bucket, self.rank, self.world, self.epoch = (
-            lengths,
-            batch_images,
-            seed,
-            bucket,
-            rank,
-            world,
-            0,
-        )
+        self.lengths, self.batch_images = lengths, batch_images
+        self.seed, self.bucket, self.epoch = seed, bucket, 0
+        self.rank, self.world = rank, world
 
     def set_epoch(self, epoch):
         self.epoch = epoch

@@ -17,13 +17,12 @@ from .loader import CaptionRows
 # %% ../../nbs/lib/08_training/09_pretrain.ipynb #cell-006
 GRAY = np.full((224, 224, 3), 127, np.uint8)  # the picture under text that belongs to no picture
 
-
+# %% ../../nbs/lib/08_training/09_pretrain.ipynb #078ec336
 def scene_tasks(
     folder: Path,  # A source world
     split: str,  # train, val or test
-) -> tuple[
-    list[Path], list[list[str]], list[list[tuple[str, str]]]
-]:  # Images; captions; (prompt, answer) pairs of each image
+    # Images; captions; (prompt, answer) pairs of each image
+) -> tuple[list[Path], list[list[str]], list[list[tuple[str, str]]]]:
     "What the base learns of each scene."
     with open(folder / "questions.csv", encoding="utf-8") as file:
         asked = [row for row in csv.DictReader(file) if row["split"] == split]
@@ -86,20 +85,13 @@ def evaluate_base(
     asked = [
         (i, prompt, answer) for i, pairs in enumerate(tasks) for prompt, answer in pairs if prompt.startswith("answer")
     ]
-    answers = (
-        generate_captions(
-            captioner,
-            [images[i] for i, _, _ in asked],
-            prompts=[p for _, p, _ in asked],
-            max_new_tokens=8,
-            progress=progress,
-        )
-        if asked
-        else []
-    )
+    answers = []
+    if asked:
+        pictures, prompts = [images[i] for i, _, _ in asked], [prompt for _, prompt, _ in asked]
+        answers = generate_captions(captioner, pictures, prompts=prompts, max_new_tokens=8, progress=progress)
     by_kind = {}
-    for (_, prompt, answer), said in zip(asked, answers):
-        by_kind.setdefault(" ".join(prompt.split()[2:4]), []).append(said == answer)
+    for (_, prompt, expected), answer in zip(asked, answers):
+        by_kind.setdefault(" ".join(prompt.split()[2:4]), []).append(answer == expected)
     right = [hit for hits in by_kind.values() for hit in hits]
     return dict(
         images=len(images),

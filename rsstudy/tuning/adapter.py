@@ -18,7 +18,7 @@ from .method import Method
 # %% ../../nbs/lib/09_tuning/04_adapter.ipynb #cell-004
 ACTIVATIONS = dict(gelu=nn.functional.gelu, relu=nn.functional.relu, silu=nn.functional.silu)
 
-
+# %% ../../nbs/lib/09_tuning/04_adapter.ipynb #0283f7e6
 class Bottleneck(nn.Module):
     """Down, activation, up, and the input added.
 
@@ -59,7 +59,7 @@ class Adapted(nn.Module):
 # %% ../../nbs/lib/09_tuning/04_adapter.ipynb #cell-007
 PLACES = dict(houlsby=("self_attn.o_proj", "mlp.down_proj"), pfeiffer=("mlp.down_proj",))
 
-
+# %% ../../nbs/lib/09_tuning/04_adapter.ipynb #77138276
 @dataclass(frozen=True)
 class AdapterTuning(Method):
     "Bottleneck adapters in every layer of the decoder."

@@ -26,7 +26,8 @@ def check_same_base(
     folder: str | Path,  # Where they stand
 ):
     "Raises `ValueError` where the base is known to be another than the one that was tuned."
-    recorded, now = facts.get("base_version"), base_version(P.base_model)
+    recorded = facts.get("base_version")
+    now = base_version(P.base_model)
     if recorded and "unknown" not in (recorded, now) and recorded != now:
         raise ValueError(
             f"the weights in {folder} were tuned on version {recorded} of '{P.base_model}', which is now {now}: "
@@ -52,9 +53,8 @@ def _peft_captioner(P, method, facts, folder):
 
     model, processor = load_base(P, **method.base_options(P))
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Model has `tie_word_embeddings=True`|Found missing adapter keys.*lm_head"
-        )  # the tie, which the next lines undo
+        # the tie, which the next lines undo
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`|Found missing adapter keys.*lm_head")
         model = PeftModel.from_pretrained(model, str(folder)).eval()
     model = method.from_peft(model)
     return Captioner(model, processor, facts["prompt"], method.name)
@@ -73,14 +73,15 @@ def load_folder(
 
     folder = Path(folder)
     facts = read_facts(folder)
-    method, there = method_of(P, facts), _own_base(P, facts, folder)
+    method = method_of(P, facts)
+    own = _own_base(P, facts, folder)
     try:
         if facts.get("merged"):
             return Captioner(*load_base(dataclasses.replace(P, base_model=str(folder))), facts["prompt"], method.name)
-        check_same_base(there, facts, folder)
+        check_same_base(own, facts, folder)
         if (folder / "adapter_config.json").is_file():
-            return _peft_captioner(there, method, facts, folder)
-        return load_weights(attach(there, method.loaded(), facts.get("seed", 0)), method.loaded(), folder)
+            return _peft_captioner(own, method, facts, folder)
+        return load_weights(attach(own, method.loaded(), facts.get("seed", 0)), method.loaded(), folder)
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {folder} are damaged ({error}): copy the folder again, or tune again"
@@ -129,7 +130,8 @@ def find_captioner(
             f"{folder} holds no model: it needs method.json (tuned weights, or an export) or config.json (a base model "
             "as transformers saves it)"
         )
-    base = P.base_model if model == "none" else str(folder) if folder.is_dir() else model
+    named = str(folder) if folder.is_dir() else model
+    base = P.base_model if model == "none" else named
     if model in ("none", NANO_NAME) or folder.is_dir():
         check_base(base)
     elif len(folder.parts) != 2 or model[0] in "./~":
@@ -173,6 +175,6 @@ def load_captioner(
     folder, base = find_captioner(P, model, seed)
     if folder is None and base == model and base != NANO_NAME and not Path(base).is_dir():
         folder = _from_hub(base)
-    return (
-        load_folder(P, folder) if folder else Captioner(*load_base(dataclasses.replace(P, base_model=base)), P.prompt)
-    )
+    if folder:
+        return load_folder(P, folder)
+    return Captioner(*load_base(dataclasses.replace(P, base_model=base)), P.prompt)

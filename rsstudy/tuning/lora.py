@@ -18,11 +18,10 @@ from ..model.parts import DECODER, PROJECTOR, VISION, linear_layers
 from .method import Method
 
 # %% ../../nbs/lib/09_tuning/02_lora.ipynb #cell-004
-INITS = dict(
-    default=True, pissa="pissa_niter_16", olora="olora"
-)  # Lora.init -> what peft calls it; PiSSA by its authors' fast decomposition
+# Lora.init -> what peft calls it; PiSSA by its authors' fast decomposition
+INITS = dict(default=True, pissa="pissa_niter_16", olora="olora")
 
-
+# %% ../../nbs/lib/09_tuning/02_lora.ipynb #045169da
 @dataclass(frozen=True)
 class Lora(Method):
     "Low-rank adaptation by peft. Source: Hu et al. 2022; the options': the table above."
@@ -70,9 +69,8 @@ class Lora(Method):
         )
         model = get_peft_model(captioner.model, config).eval()
         if self.init != "default":
-            model.lora_start = {
-                n: p.detach().cpu().clone() for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n
-            }
+            factors = [(n, p) for n, p in model.named_parameters() if ".lora_A." in n or ".lora_B." in n]
+            model.lora_start = {name: p.detach().cpu().clone() for name, p in factors}
         return dataclasses.replace(captioner, model=model, method=self.name)
 
     def _check(self, model):
@@ -86,10 +84,12 @@ class Lora(Method):
                 f"method '{self.name}': lora_init '{self.init}' moves a part of the base's weights into LoRA, which a "
                 "base in 4 bits cannot do: use 'default'"
             )
-        name, side = min(((name, min(layer.weight.shape)) for name, layer in layers.items()), key=lambda pair: pair[1])
-        if self.rank > side:
+        sides = {name: min(layer.weight.shape) for name, layer in layers.items()}
+        name = min(sides, key=sides.get)
+        if self.rank > sides[name]:
             raise ValueError(
-                f"lora_init '{self.init}' allows a rank of at most {side}, the shorter side of {name}, got {self.rank}"
+                f"lora_init '{self.init}' allows a rank of at most {sides[name]}, the shorter side of {name}, "
+                f"got {self.rank}"
             )
 
     def tensors(self, model) -> dict:
@@ -97,27 +97,27 @@ class Lora(Method):
 
         The change, of rank 2r, is saved where they started from the base's weights.
         """
-        found = super().tensors(model)
+        trained = super().tensors(model)
         if self.init == "default":
-            return found
-        start, scale = model.lora_start, self.alpha / (self.rank**0.5 if self.rslora else self.rank)
-        for name in [name for name in found if ".lora_A." in name]:
-            b = name.replace(".lora_A.", ".lora_B.")
-            found |= {name: torch.cat([found[name], start[name]]), b: scale * torch.cat([found[b], -start[b]], dim=1)}
-        return found
+            return trained
+        start = model.lora_start
+        scale = self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+        for a in [name for name in trained if ".lora_A." in name]:
+            b = a.replace(".lora_A.", ".lora_B.")
+            trained[a] = torch.cat([trained[a], start[a]])
+            trained[b] = scale * torch.cat([trained[b], -start[b]], dim=1)
+        return trained
 
     def loaded(self) -> "Lora":
         "The method that takes what `tensors` saves."
-        return (
-            self
-            if self.init == "default"
-            else dataclasses.replace(self, rank=2 * self.rank, alpha=2 * self.rank, rslora=False, init="default")
-        )
+        if self.init == "default":
+            return self
+        return dataclasses.replace(self, rank=2 * self.rank, alpha=2 * self.rank, rslora=False, init="default")
 
 # %% ../../nbs/lib/09_tuning/02_lora.ipynb #cell-012
 EVERYWHERE = f"{DECODER}|{VISION}|{PROJECTOR}"
 
-
+# %% ../../nbs/lib/09_tuning/02_lora.ipynb #5557cea2
 @dataclass(frozen=True)
 class LoraVision(Lora):
     "LoRA on the linear layers of decoder, vision tower and projector."

@@ -18,13 +18,10 @@ from ..model.generate import Captioner
 from ..training.checkpoint import full_value
 
 # %% ../../nbs/lib/09_tuning/01_method.ipynb #cell-004
-FORMS = (
-    "peft",
-    "adapter",
-    "merged",
-)  # what `rsstudy export` writes: peft's files, bottleneck adapters, the whole model
+# what `rsstudy export` writes: peft's files, bottleneck adapters, the whole model
+FORMS = ("peft", "adapter", "merged")
 
-
+# %% ../../nbs/lib/09_tuning/01_method.ipynb #f6704fbf
 @dataclass(frozen=True)
 class Method:
     "A way to adapt the base model; subclasses add their settings."
@@ -80,7 +77,7 @@ class Method:
 # %% ../../nbs/lib/09_tuning/01_method.ipynb #04a410ff
 METHODS: dict[str, type[Method]] = {}  # name -> class, in the order of tables
 
-
+# %% ../../nbs/lib/09_tuning/01_method.ipynb #2d7fd222
 def tuning_method(
     kind: type[Method],  # A dataclass whose fields have defaults
 ) -> type[Method]:  # The same
@@ -123,9 +120,8 @@ def attach(
     model, processor = load_base(P, **method.base_options(P))
     torch.manual_seed(seed)
     captioner = method.attach(Captioner(model, processor, P.prompt))
-    wrong = [
-        n for n, p in captioner.model.named_parameters() if p.requires_grad != bool(re.fullmatch(method.trains, n))
-    ]
+    parameters = captioner.model.named_parameters()
+    wrong = [name for name, p in parameters if p.requires_grad != bool(re.fullmatch(method.trains, name))]
     if wrong:
         raise ValueError(f"method '{method.name}' trains or freezes against its own word: {wrong[:3]}")
     return captioner

@@ -55,7 +55,7 @@ TRAINING = tuple(
     )
 )
 
-
+# %% ../../nbs/lib/09_tuning/09_run.ipynb #d636abbf
 def method_modules(
     method: Method,  # Such as QLoRA
 ) -> list[str]:  # Where its class and the classes it builds on are defined, `Method` left out
@@ -97,8 +97,8 @@ def finished_run(
     "A run that need not be trained again."
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["key"] == key else None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record if record["key"] == key else None
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-010
 def keep_run(
@@ -125,6 +125,35 @@ def training_rows(
         CaptionRows(captioner, data.val["image"], data.val["captions"], features=cached.get("val")),
     )
 
+# %% ../../nbs/lib/09_tuning/09_run.ipynb #c3890458
+def _short_run(P, method, data, lr, progress) -> dict:  # val_loss, val_cider, collapse
+    "A run of the sweep, trained or taken up where it has been trained."
+    count = min(P.sweep_images or len(data.train), len(data.train))
+    plan = TrainingPlan.of(
+        P,
+        lr=lr,
+        epochs=P.sweep_epochs,
+        seed=P.seeds[0],
+        track="none",
+        evaluate_every=P.sweep_epochs * -(-count // P.batch_images),  # at its end
+    )
+    path = P.work_dir / "sweeps" / f"{method.name}-lr{lr:g}.json"
+    key = f"{run_key(P, method, data, plan)} {count}"
+    if record := finished_run(path, key):
+        return record
+    captioner = attach(P, method, P.seeds[0])
+    train_rows, val_rows = training_rows(captioner, data)
+    checkpoints = checkpoint_folder(P, method.name, f"lr{lr:g}")
+    history = fit(captioner, train_rows.first(count), val_rows, plan, checkpoints, key, progress)
+    return keep_run(
+        path,
+        key,
+        checkpoints,
+        val_loss=history["best_val_loss"],
+        val_cider=history["best_val_cider"],
+        collapse=history["collapse"],
+    )
+
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-012
 def sweep(
     P: Profile,  # Settings
@@ -145,37 +174,23 @@ def sweep(
         raise ValueError(f"method '{method.name}' has no learning rates to try: give it an `lr_grid`, or set `lr`")
     tried = []
     for lr in method.lr_grid:
-        count = min(P.sweep_images or len(data.train), len(data.train))
-        plan = TrainingPlan.of(
-            P,
-            lr=lr,
-            epochs=P.sweep_epochs,
-            seed=P.seeds[0],
-            track="none",
-            evaluate_every=P.sweep_epochs * -(-count // P.batch_images),
-        )  # at its end
-        name, key = f"{method.name}-lr{lr:g}", f"{run_key(P, method, data, plan)} {count}"
-        record = finished_run(P.work_dir / "sweeps" / f"{name}.json", key)
-        if record is None:
-            captioner = attach(P, method, P.seeds[0])
-            train_rows, val_rows = training_rows(captioner, data)
-            folder = checkpoint_folder(P, method.name, f"lr{lr:g}")
-            history = fit(captioner, train_rows.first(count), val_rows, plan, folder, key, progress)
-            record = keep_run(
-                P.work_dir / "sweeps" / f"{name}.json",
-                key,
-                folder,
-                val_loss=history["best_val_loss"],
-                val_cider=history["best_val_cider"],
-                collapse=history["collapse"],
-            )
+        record = _short_run(P, method, data, lr, progress)
         tried.append(dict(lr=lr, **{k: record[k] for k in ("val_loss", "val_cider", "collapse")}))
-    sound = [t for t in tried if not t["collapse"]]
+    sound = [run for run in tried if not run["collapse"]]
     if not sound:
         raise ValueError(
             f"method '{method.name}' collapsed at every learning rate of {method.lr_grid}: {tried[0]['collapse']}"
         )
-    return max(sound, key=lambda t: (t["val_cider"] or 0.0, -t["val_loss"]))["lr"], tried
+    best = max(sound, key=lambda run: (run["val_cider"] or 0.0, -run["val_loss"]))
+    return best["lr"], tried
+
+# %% ../../nbs/lib/09_tuning/09_run.ipynb #811e7f9f
+def _save_weights(P, captioner, method, folder, lr, seed) -> int:  # bytes
+    "From here to `keep_run` the folder's weights have no word on what they are."
+    if main_process():
+        (folder / "run.json").unlink(missing_ok=True)
+    base = dict(base=P.base_model, base_version=base_version(P.base_model))
+    return save_tuned(captioner, method, folder, seed=seed, lr=lr, **base, profile=P.name)
 
 # %% ../../nbs/lib/09_tuning/09_run.ipynb #cell-013
 def tuned(
@@ -187,42 +202,20 @@ def tuned(
     progress: bool = True,  # Bars?
 ) -> tuple[Captioner, dict]:  # The tuned captioner; history, cost and code of its training
     "One run, trained or taken up where it has been trained; its weights are in `tuned_folder`."
-    plan, folder, checkpoints = (
-        TrainingPlan.of(P, lr=lr, seed=seed),
-        tuned_folder(P, method.name, seed),
-        checkpoint_folder(P, method.name, f"seed{seed}"),
-    )
+    plan = TrainingPlan.of(P, lr=lr, seed=seed)
+    folder = tuned_folder(P, method.name, seed)
     key = run_key(P, method, data, plan)
     if record := finished_run(folder / "run.json", key):
         return load_weights(attach(P, method.loaded(), seed), method.loaded(), folder), record
     captioner = attach(P, method, seed)
     manifest = dict(code=code_revision(), versions=versions(), device=device_name(), data_digest=data.digest)
-    history = fit(
-        captioner,
-        *training_rows(captioner, data),
-        plan,
-        checkpoints,
-        key,
-        progress,
-        about=dict(profile=dataclasses.asdict(P), method=method.name, settings=method.settings(), **manifest),
-        logs=P.work_dir / "tracking",
-    )
+    about = dict(profile=dataclasses.asdict(P), method=method.name, settings=method.settings(), **manifest)
+    rows = training_rows(captioner, data)
+    checkpoints = checkpoint_folder(P, method.name, f"seed{seed}")
+    history = fit(captioner, *rows, plan, checkpoints, key, progress, about=about, logs=P.work_dir / "tracking")
     if history["collapse"]:
         announce(f"{method.name}, seed {seed}", f"the guard ended the run: {history['collapse']}")
-    if main_process():
-        (folder / "run.json").unlink(
-            missing_ok=True
-        )  # from here to `keep_run` the folder's weights have no word on what they are
-    size = save_tuned(
-        captioner,
-        method,
-        folder,
-        seed=seed,
-        lr=lr,
-        base=P.base_model,
-        base_version=base_version(P.base_model),
-        profile=P.name,
-    )
+    size = _save_weights(P, captioner, method, folder, lr, seed)
     cost = dict(
         trainable_parameters=trainable_parameters(captioner.model),
         adapter_bytes=size,
@@ -253,16 +246,8 @@ def run_method(
             )
         )
     costs = [run["cost"] for run in runs]
-    mean = {
-        k: int(np.mean([c[k] for c in costs])) for k in ("trainable_parameters", "peak_memory_bytes", "adapter_bytes")
-    }
-    return dict(
-        label=method.label,
-        config=method.settings(),
-        lr=lr,
-        sweep=tried,
-        plan=plan,
-        runs=runs,
-        cost=mean
-        | dict(seconds=float(np.mean([c["seconds"] for c in costs])), energy_joules=costs[0]["energy_joules"]),
-    )
+    counts = ("trainable_parameters", "peak_memory_bytes", "adapter_bytes")
+    cost = {key: int(np.mean([of_run[key] for of_run in costs])) for key in counts}
+    cost["seconds"] = float(np.mean([of_run["seconds"] for of_run in costs]))
+    cost["energy_joules"] = costs[0]["energy_joules"]
+    return dict(label=method.label, config=method.settings(), lr=lr, sweep=tried, plan=plan, runs=runs, cost=cost)

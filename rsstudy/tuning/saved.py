@@ -38,14 +38,14 @@ def save_tuned(
     "Writes a tuned model, whole or not at all."
     from safetensors.torch import save_file
 
-    folder, tensors = Path(folder), method.tensors(captioner.model)
+    folder = Path(folder)
+    tensors = method.tensors(captioner.model)
     if not main_process():
         return 0
     with atomic_path(folder / "adapter.safetensors") as temporary:
         save_file(tensors, temporary)
-    write_json(
-        folder / "method.json", dict(method=method.name, settings=method.settings(), prompt=captioner.prompt, **facts)
-    )
+    about = dict(method=method.name, settings=method.settings(), prompt=captioner.prompt, **facts)
+    write_json(folder / "method.json", about)
     return (folder / "adapter.safetensors").stat().st_size
 
 # %% ../../nbs/lib/09_tuning/07_saved.ipynb #cell-006
@@ -63,10 +63,11 @@ def load_weights(
     folder = Path(folder)
     if not (folder / "adapter.safetensors").is_file():
         raise FileNotFoundError(f"no tuned weights in {folder}: the notebook of the method writes them")
-    saved, wanted = load_file(folder / "adapter.safetensors"), dict(captioner.model.named_parameters())
+    saved = load_file(folder / "adapter.safetensors")
+    parameters = dict(captioner.model.named_parameters())
     facts = json.loads((folder / "method.json").read_text())
-    here = {n for n in wanted if re.fullmatch(method.trains, n)}
-    wrong = sorted(here ^ saved.keys()) or [n for n in saved if saved[n].shape != wanted[n].shape]
+    trained = {name for name in parameters if re.fullmatch(method.trains, name)}
+    wrong = sorted(trained ^ saved.keys()) or [n for n in saved if saved[n].shape != parameters[n].shape]
     if wrong:
         raise ValueError(
             f"{folder} holds '{facts['method']}' {facts['settings']}, which does not fit '{method.name}' "
@@ -74,15 +75,14 @@ def load_weights(
         )
     with torch.no_grad():
         for name, value in saved.items():
-            wanted[name].copy_(value)
+            parameters[name].copy_(value)
     return dataclasses.replace(captioner, prompt=facts["prompt"])
 
 # %% ../../nbs/lib/09_tuning/07_saved.ipynb #cell-008
 def read_facts(
     folder: str | Path,  # With method.json
-) -> (
-    dict
-):  # method, settings, prompt; seed, lr, base where the writer said them; `export` and more of an exported folder
+    # method, settings, prompt; seed, lr, base where the writer said them; `export` and more of an exported folder
+) -> dict:
     """What a folder of tuned weights says of itself.
 
     Raises `FileNotFoundError`, and `ValueError` where the file is not what `save_tuned` or the export wrote.
@@ -97,11 +97,9 @@ def read_facts(
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    missing = [
-        key
-        for key, kind in dict(method=str, settings=dict, prompt=str).items()
-        if not isinstance(facts, dict) or not isinstance(facts.get(key), kind)
-    ]
+    needed = dict(method=str, settings=dict, prompt=str)
+    content = facts if isinstance(facts, dict) else {}
+    missing = [key for key, kind in needed.items() if not isinstance(content.get(key), kind)]
     if missing:
         raise ValueError(
             f"{path} lacks '{missing[0]}': it must hold method, settings and prompt, as `rsstudy tune` writes them"

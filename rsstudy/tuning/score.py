@@ -42,20 +42,17 @@ def score_test(
     from rsstudy.metrics.registry import score_captions
 
     features = None if data.features is None or sees_pixels(captioner.model) else data.features["test"]
-    options = (
-        dict(
-            max_new_tokens=P.max_new_tokens,
-            num_beams=P.num_beams,
-            batch_size=P.generate_batch,
-            progress=progress,
-            features=features,
-        )
-        | kwargs
+    options = dict(
+        max_new_tokens=P.max_new_tokens,
+        num_beams=P.num_beams,
+        batch_size=P.generate_batch,
+        progress=progress,
+        features=features,
     )
-    predictions, references = generate_captions(captioner, data.test["image"], **options), list(data.test["captions"])
-    scores = score_captions(
-        predictions, references, training=[c for own in data.captions for c in own], progress=progress
-    ).to_json()
+    predictions = generate_captions(captioner, data.test["image"], **(options | kwargs))
+    references = list(data.test["captions"])
+    training = [caption for own in data.captions for caption in own]
+    scores = score_captions(predictions, references, training=training, progress=progress).to_json()
     counts, wrong, about = failure_scores(predictions, references, known_facts(P, tuple(data.test["image_id"])))
     return dict(
         predictions=predictions,
