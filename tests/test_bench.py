@@ -8,7 +8,8 @@ from toys import ROOT
 
 from rsstudy.bench.metrics import bench_scoring
 from rsstudy.bench.train import bench_profile
-from rsstudy.bench.xai import SAME, SWITCHES, Budget, bench_explanations
+from rsstudy.bench.xai import SAME, SWITCHES, bench_explanations
+from rsstudy.bench.xai_peers import Budget
 from rsstudy.common.settings import load_profile
 from rsstudy.scenes.world import ensure_world
 

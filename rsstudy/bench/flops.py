@@ -16,23 +16,25 @@ def tower_flops(
 ) -> int:  # Floating-point operations
     "Vision tower and projector, one image, forward."
     c = config.vision_config
-    patches, d = (c.image_size // c.patch_size) ** 2, c.hidden_size
+    patches = (c.image_size // c.patch_size) ** 2
+    d = c.hidden_size
     layer = 2 * patches * (4 * d * d + 2 * d * c.intermediate_size) + 4 * patches * patches * d
     return 2 * patches * 3 * c.patch_size**2 * d + c.num_hidden_layers * layer + 2 * patches * d * config.projection_dim
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-006
 def _decoder(config):
+    "Of the language model: its configuration, the width of attention, the shapes of a layer's linear matrices."
     c = config.get_text_config()
     inner, grouped = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes = [
-        (c.hidden_size, inner),
-        (c.hidden_size, grouped),
-        (c.hidden_size, grouped),
-        (inner, c.hidden_size),
-        (c.hidden_size, c.intermediate_size),
-        (c.hidden_size, c.intermediate_size),
-        (c.intermediate_size, c.hidden_size),
-    ]  # q k v o gate up down
+    shapes = dict(
+        q=(c.hidden_size, inner),
+        k=(c.hidden_size, grouped),
+        v=(c.hidden_size, grouped),
+        o=(inner, c.hidden_size),
+        gate=(c.hidden_size, c.intermediate_size),
+        up=(c.hidden_size, c.intermediate_size),
+        down=(c.intermediate_size, c.hidden_size),
+    )
     return c, inner, shapes
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-007
@@ -45,7 +47,7 @@ def decoder_flops(
 ) -> int:  # Floating-point operations
     "The decoder with its head, forward."
     c, inner, shapes = _decoder(config)
-    layer = 2 * tokens * sum(a * b + rank * (a + b) for a, b in shapes) + 4 * pairs * inner
+    layer = 2 * tokens * sum(a * b + rank * (a + b) for a, b in shapes.values()) + 4 * pairs * inner
     return c.num_hidden_layers * layer + 2 * targets * c.hidden_size * c.vocab_size
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-008
@@ -64,9 +66,10 @@ def training_flops(
     """
     c, inner, shapes = _decoder(config)
     tokens, pairs = sum(rows), sum(n * n for n in rows)
-    frozen, attention = decoder_flops(config, tokens, 0, targets), 4 * pairs * inner * c.num_hidden_layers
-    lora = 2 * tokens * rank * sum(a + b for a, b in shapes) * c.num_hidden_layers
-    first = 2 * tokens * sum(a * b + rank * a for a, b in shapes[:3])
+    frozen = decoder_flops(config, tokens, 0, targets)
+    attention = 4 * pairs * inner * c.num_hidden_layers
+    lora = 2 * tokens * rank * sum(a + b for a, b in shapes.values()) * c.num_hidden_layers
+    first = 2 * tokens * sum(a * b + rank * a for a, b in (shapes[name] for name in "qkv"))
     return 2 * frozen + 3 * attention + 3 * lora - first + images * tower_flops(config)
 
 # %% ../../nbs/lib/17_bench/01_flops.ipynb #cell-009
@@ -90,9 +93,10 @@ def matrix_peak(
 ) -> float:  # Floating-point operations a second
     "The fastest of many products of two square matrices of random numbers."
     gpu = device.type == "cuda"
-    size, best, end = size or (8192 if gpu else 1024), float("inf"), None
+    size = size or (8192 if gpu else 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    while end is None or time.perf_counter() < end:
+
+    def seconds_a_product():
         if gpu:
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -100,6 +104,10 @@ def matrix_peak(
             a @ b
         if gpu:
             torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() - start) / 5)
-        end = end or time.perf_counter() + seconds  # the first round warms up
-    return 2 * size**3 / best
+        return (time.perf_counter() - start) / 5
+
+    fastest = seconds_a_product()  # the first round warms up
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        fastest = min(fastest, seconds_a_product())
+    return 2 * size**3 / fastest
