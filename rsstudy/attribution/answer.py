@@ -56,8 +56,8 @@ class Attribution:
 
     method: str  # Name of the method
     names: list[str]  # What was explained, U
-    # (U, H, W) float32, positive: made the span more likely; in nats a pixel where values add up, else as the method
-    # says
+    # (U, H, W) float32, positive: made the span more likely;
+    # in nats a pixel where values add up, else as the method says
     heat: np.ndarray
     log_probability: np.ndarray  # (U,) of each span on the whole image, in nats
     error: np.ndarray  # (U,) the method's own error, nan where it has none
@@ -91,19 +91,16 @@ def checked(
     a = attribution
     for u, (h, name) in enumerate(zip(a.heat, a.names)):
         if not np.isfinite(h).all():
-            cause = (
-                "values overflow on the way back to the pixels (float16? use bfloat16 or float32)"
-                if np.isfinite(a.log_probability[u])
-                else f"the log-probability itself is {a.log_probability[u]}: weights that are not finite, or float16"
-            )
+            cause = "values overflow on the way back to the pixels (float16? use bfloat16 or float32)"
+            if not np.isfinite(a.log_probability[u]):
+                cause = f"the log-probability itself is {a.log_probability[u]}: weights that are not finite, or float16"
             raise ValueError(f"{a.method} gave a map that is not finite for {name!r}: likely {cause}.")
         if not h.any():
             raise ValueError(
                 f"{a.method} gave a map that is zero everywhere for {name!r}: "
-                "likely the output does not depend on the image (cached "
-                "image features, detached gradients, captions that stay the same whatever is hidden), the image equals "
-                "its fill "
-                "(a constant image), or a rectifier left nothing positive."
+                "likely the output does not depend on the image (cached image features, detached gradients, "
+                "captions that stay the same whatever is hidden), the image equals its fill (a constant image), "
+                "or a rectifier left nothing positive."
             )
     return attribution
 
@@ -112,20 +109,20 @@ class Stopwatch:
     "Seconds and evaluated images since it was made, and how many were evaluated at once."
 
     def __init__(self, scorer: Scorer):
-        self.scorer, self.calls, self.start = scorer, scorer.calls, time.perf_counter()
+        self.scorer, self.calls = scorer, scorer.calls
+        self.start = time.perf_counter()
 
     def read(self) -> dict:
-        return dict(
-            seconds=time.perf_counter() - self.start, calls=self.scorer.calls - self.calls, batch=self.scorer.batch
-        )
+        seconds = time.perf_counter() - self.start
+        return dict(seconds=seconds, calls=self.scorer.calls - self.calls, batch=self.scorer.batch)
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-014
 def relative_gap(
     shared: np.ndarray,  # What the map shares out, (U,): the sum of its values
-    whole: np.ndarray,  # What there is to share out, (U,): score of the image minus score of the fill
-) -> np.ndarray:  # (U,) |shared - whole| / |whole|
+    total: np.ndarray,  # What there is to share out, (U,): score of the image minus score of the fill
+) -> np.ndarray:  # (U,) |shared - total| / |total|
     "How far a map is from adding up: completeness (Sundararajan et al. 2017, sec. 3) or efficiency (Shapley 1953)."
-    return np.abs(shared - whole) / np.maximum(np.abs(whole), 1e-9)
+    return np.abs(shared - total) / np.maximum(np.abs(total), 1e-9)
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-016
 def at_patch_scale(
@@ -136,8 +133,8 @@ def at_patch_scale(
     regions = grid_regions(heat.shape[-2:], grid).ravel()
     size = np.bincount(regions, minlength=grid * grid)
     flat = np.asarray(heat, dtype=np.float64).reshape(-1, regions.size)
-    out = np.stack([np.bincount(regions, weights=f, minlength=grid * grid) / size for f in flat])
-    return out.reshape(*heat.shape[:-2], grid, grid)
+    means = np.stack([np.bincount(regions, weights=f, minlength=grid * grid) / size for f in flat])
+    return means.reshape(*heat.shape[:-2], grid, grid)
 
 # %% ../../nbs/lib/10_attribution/02_answer.ipynb #cell-018
 def enlarge(
@@ -145,7 +142,5 @@ def enlarge(
     shape: tuple[int, int],  # Height and width wanted, in pixels
 ) -> np.ndarray:  # (U, H, W) float32, bilinear
     "Bring a map of patches to image pixels."
-    out = torch.nn.functional.interpolate(
-        torch.as_tensor(cells, dtype=torch.float32)[None], shape, mode="bilinear", align_corners=False
-    )
-    return out[0].numpy()
+    cells = torch.as_tensor(cells, dtype=torch.float32)[None]
+    return torch.nn.functional.interpolate(cells, shape, mode="bilinear", align_corners=False)[0].numpy()

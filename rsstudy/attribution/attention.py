@@ -23,13 +23,8 @@ def eager_attention(
     model: torch.nn.Module,  # PaliGemma, bare or wrapped
 ):
     "Plain attention inside the block, in tower and decoder; afterwards each part has its own implementation again."
-    configs = list(
-        {
-            id(m.config): m.config
-            for m in core(model).modules()
-            if hasattr(getattr(m, "config", None), "_attn_implementation")
-        }.values()
-    )
+    every = (getattr(module, "config", None) for module in core(model).modules())
+    configs = list({id(c): c for c in every if hasattr(c, "_attn_implementation")}.values())
     before = [c._attn_implementation for c in configs]  # outer ones first: setting one also sets those inside it
     try:
         for c in configs:
@@ -42,36 +37,34 @@ def eager_attention(
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-006
 def attention_weights(
     scorer: Scorer,  # Of a caption, with a model
-) -> tuple[
-    torch.Tensor, list[torch.Tensor], list[torch.Tensor]
-]:  # Scores (U,); weights of the decoder's layers (heads, L, L) and of the tower's (heads, N, N)
+    # Scores (U,); weights of the decoder's layers (heads, L, L) and of the tower's (heads, N, N)
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """One forward pass that keeps every layer's attention weights, in the graph.
 
     Raises `ValueError` where a layer gives none.
     """
     inner = core(scorer.model).model
-    parts, kept = (
-        (inner.language_model.layers, getattr(inner.vision_tower, "vision_model", inner.vision_tower).encoder.layers),
-        ([], []),
-    )
+    tower = getattr(inner.vision_tower, "vision_model", inner.vision_tower)
+    parts = (inner.language_model.layers, tower.encoder.layers)
+    weights = ([], [])  # of each part
     handles = [
-        layer.self_attn.register_forward_hook(lambda module, inputs, output, to=to: to.append(output[1]))
-        for layers, to in zip(parts, kept)
+        layer.self_attn.register_forward_hook(lambda module, inputs, output, own=own: own.append(output[1]))
+        for layers, own in zip(parts, weights)
         for layer in layers
     ]
     try:
         with eager_attention(scorer.model), torch.enable_grad():
             scores = scorer(scorer.pixels.clone().requires_grad_())[0]
     finally:
-        for h in handles:
-            h.remove()
-    for layers, found in zip(parts, kept):
-        if len(found) != len(layers) or any(w is None for w in found):
+        for handle in handles:
+            handle.remove()
+    for layers, own in zip(parts, weights):
+        if len(own) != len(layers) or any(w is None for w in own):
             raise ValueError(
-                f"{sum(w is not None for w in found)} of {len(layers)} layers gave attention weights: "
+                f"{sum(w is not None for w in own)} of {len(layers)} layers gave attention weights: "
                 "compiled layers hide them, explain the model before it is compiled."
             )
-    return scores, *kept
+    return scores, *weights
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-007
 def follow_back(
@@ -94,7 +87,8 @@ def predicting_rows(
     """
     if scorer.target is None:
         raise ValueError("Attention needs a caption's tokens: make the scorer with caption_scorer.")
-    first, rows = int((scorer.target.token_type_ids[0] == 0).sum()), torch.zeros(len(scorer.spans), length)
+    first = int((scorer.target.token_type_ids[0] == 0).sum())
+    rows = torch.zeros(len(scorer.spans), length)
     for u, s in enumerate(scorer.spans):
         rows[u, [first - 1 + t for t in s.tokens]] = 1 / len(s.tokens)
     return rows
@@ -147,9 +141,8 @@ def relevance_layer(
 
     Source: Chefer et al. 2021, eq. 5 and 6.
     """
-    return (gradient[0].float() * weights[0].detach().float()).relu().mean(0) + torch.eye(
-        weights.shape[-1], device=weights.device
-    )
+    positive = (gradient[0].float() * weights[0].detach().float()).relu().mean(0)
+    return positive + torch.eye(weights.shape[-1], device=weights.device)
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-014
 def gradient_attention(
@@ -169,10 +162,11 @@ def gradient_attention(
         raise ValueError(
             "The score has no gradient at the attention weights: the model ran without gradients (inference mode)."
         )
-    rows, cells = predicting_rows(scorer, decoder[0].shape[-1]).to(decoder[0].device), []
+    rows = predicting_rows(scorer, decoder[0].shape[-1]).to(decoder[0].device)
+    cells = []
     for u, score in enumerate(scores):
         grads = torch.autograd.grad(score, decoder + (tower if vision else []), retain_graph=u < len(scores) - 1)
         layers = [relevance_layer(w, g) for w, g in zip(decoder + tower, grads)]
-        found = follow_back(rows[u : u + 1], layers[: len(decoder)])[:, :n]
-        cells.append(follow_back(found, layers[len(decoder) :]))
+        tokens = follow_back(rows[u : u + 1], layers[: len(decoder)])[:, :n]
+        cells.append(follow_back(tokens, layers[len(decoder) :]))
     return _as_attribution("gradient_attention", scorer, scores, torch.cat(cells), watch)

@@ -26,7 +26,7 @@ from ..common.settings import Profile
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #cell-005
 UNITS = ("nats", "shared nats", None)
 
-
+# %% ../../nbs/lib/10_attribution/16_attributions.ipynb #bba1bfe0
 @dataclass(frozen=True)
 class AttributionMethod:
     "How an attribution method is run, and what others must know of its maps."
@@ -42,14 +42,13 @@ class AttributionMethod:
 # %% ../../nbs/lib/10_attribution/16_attributions.ipynb #ec5f5b7e
 ATTRIBUTIONS: dict[str, AttributionMethod] = {}  # name -> method, in the order of tables
 
-
+# %% ../../nbs/lib/10_attribution/16_attributions.ipynb #bcc0a675
 def attribution(
     label: str,  # What figures call it; a line break where a narrow column may have one
     unit: str | None = "shared nats",  # One of UNITS
     **facts: bool,  # signed, sampled, adds_up, control of `AttributionMethod`
-) -> (
-    Callable
-):  # For a function of scorer, profile, seed and prompt; its name, less an underscore before it, is the method's
+    # For a function of scorer, profile, seed and prompt; its name, less an underscore before it, is the method's
+) -> Callable:
     """Decorator: makes a function known as an attribution method.
 
     Raises `ValueError` for an unknown unit or a taken label.
@@ -88,8 +87,8 @@ def _integrated_gradients(scorer, P, seed, prompt):
 
 @attribution("IG on\nimage tokens", adds_up=True)
 def _ig_tokens(scorer, P, seed, prompt):
-    found = integrated_gradients(scorer, P.ig_steps, batch=P.batch_images, most=4 * P.ig_steps, at="tokens")
-    return replace(found, method="ig_tokens")
+    map_of_tokens = integrated_gradients(scorer, P.ig_steps, batch=P.batch_images, most=4 * P.ig_steps, at="tokens")
+    return replace(map_of_tokens, method="ig_tokens")
 
 
 @attribution("SmoothGrad", sampled=True)

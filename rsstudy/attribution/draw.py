@@ -24,10 +24,10 @@ def compact_map(
 
 # %% ../../nbs/lib/10_attribution/17_draw.ipynb #cell-006
 def expand_map(
-    kept: dict,  # As from `compact_map`
+    compact: dict,  # As from `compact_map`
 ) -> np.ndarray:  # (side, side) float64
     "The map that `compact_map` made small."
-    return np.array(kept["levels"]) * kept["scale"] / 99
+    return np.array(compact["levels"]) * compact["scale"] / 99
 
 # %% ../../nbs/lib/10_attribution/17_draw.ipynb #cell-009
 def draw_map(

@@ -38,8 +38,10 @@ def sampled_shapley(
 
     Source: Castro et al. 2009, Polynomial calculation of the Shapley value based on sampling; Mitchell et al. 2022,
     sec. 3 (antithetic)"""
-    rng, pairs = np.random.default_rng(seed), max(1, (budget - 2) // (2 * (parts - 1)))
-    orders = np.stack([o for _ in range(pairs) for p in [rng.permutation(parts)] for o in (p, p[::-1])])  # (2 pairs, S)
+    rng = np.random.default_rng(seed)
+    pairs = max(1, (budget - 2) // (2 * (parts - 1)))
+    drawn = [rng.permutation(parts) for _ in range(pairs)]
+    orders = np.stack([order for forward in drawn for order in (forward, forward[::-1])])  # (2 pairs, S)
     place = orders.argsort(1)  # (2 pairs, S): when each part comes
     walks = place[:, None] < np.arange(parts + 1)[None, :, None]  # (2 pairs, S + 1, S)
     coalitions, where = np.unique(walks.reshape(-1, parts), axis=0, return_inverse=True)
@@ -57,9 +59,8 @@ def shapley(
     # Up to so many parts every coalition is scored, whatever the budget; above, too, where the budget allows it
     exact: int = 10,
     seed: int = 0,  # Seed of the sampled orders
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:  # Values (S, U); standard errors (S, U), 0 where exact; scores of all parts and of none (2, U)
+    # Values (S, U); standard errors (S, U), 0 where exact; scores of all parts and of none (2, U)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Shapley values, exact or sampled, with one call of the game.
 
     Raises `ValueError` where the budget is too small to sample.

@@ -6,6 +6,8 @@
 __all__ = ['siglip_layer', 'layer_gradients', 'as_square', 'grad_cam', 'layer_cam']
 
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-002
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -22,63 +24,70 @@ def siglip_layer(
     "A layer of the vision tower. Raises `ValueError` where there is no such layer, or several of that name."
     tower = core(model).model.vision_tower
     if isinstance(which, str):
-        found = [m for name, m in tower.named_modules() if name == which] or [
-            m for name, m in tower.named_modules() if name.endswith("." + which)
-        ]
-        if len(found) != 1:
+        modules = dict(tower.named_modules())
+        named = [modules[which]] if which in modules else [m for n, m in modules.items() if n.endswith("." + which)]
+        if len(named) != 1:
             raise ValueError(
-                f"layer {which!r} names {len(found)} modules of the vision tower; "
+                f"layer {which!r} names {len(named)} modules of the vision tower; "
                 "one is needed, such as 'encoder.layers.0'."
             )
-        return found[0]
+        return named[0]
     layers = getattr(tower, "vision_model", tower).encoder.layers
     if not -len(layers) <= which < len(layers):
         raise ValueError(f"layer {which} does not exist: the vision tower has {len(layers)} layers.")
     return layers[which]
 
+# %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #9647d01c
+@contextmanager
+def _recorded_outputs(
+    modules: list[torch.nn.Module],  # Of a model, the same one more than once where that is wanted
+):  # A list of tensors for each module, in the graph
+    "What modules give inside the block; of several outputs the first."
+    outputs = [[] for _ in modules]
+
+    def keep_in(own):
+        def hook(module, inputs, output):
+            own.append(output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep_in(own)) for module, own in zip(modules, outputs)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-005
 def layer_gradients(
     scorer: Scorer,  # What is explained
     layers: list[torch.nn.Module | int | str],  # L layers of patch tokens
-) -> tuple[
-    np.ndarray, list[torch.Tensor], list[torch.Tensor]
-]:  # Scores (U,); per layer the features (N, C) and their gradients (U, N, C), float32
+    # Scores (U,); per layer the features (N, C) and their gradients (U, N, C), float32
+) -> tuple[np.ndarray, list[torch.Tensor], list[torch.Tensor]]:
     """Features of layers and their gradients for every span: one forward pass, one backward pass a span.
 
     Raises `ValueError` for a layer without a square of patches.
     """
     modules = [layer if isinstance(layer, torch.nn.Module) else siglip_layer(scorer.model, layer) for layer in layers]
-    kept = {}
-
-    def keep(place):
-        def hook(module, inputs, output):
-            kept.setdefault(place, []).append(output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    handles = [m.register_forward_hook(keep(i)) for i, m in enumerate(modules)]
-    try:
-        with torch.enable_grad():
-            out = scorer(scorer.pixels.clone().requires_grad_())[0]  # (U,)
-    finally:
-        for h in handles:
-            h.remove()
-    for i in range(len(modules)):
-        shapes = [tuple(k.shape) for k in kept.get(i, [])]
+    with _recorded_outputs(modules) as outputs, torch.enable_grad():
+        scores = scorer(scorer.pixels.clone().requires_grad_())[0]  # (U,)
+    for own in outputs:
+        shapes = [tuple(output.shape) for output in own]
         if len(shapes) != 1 or len(shapes[0]) != 3 or round(shapes[0][1] ** 0.5) ** 2 != shapes[0][1]:
             raise ValueError(
                 f"The layer gave {shapes}; Grad-CAM needs one output (1, patches, channels) with a square number of "
                 "patches."
             )
-    features = [kept[i][0] for i in range(len(modules))]
-    if not out.requires_grad or not all(f.requires_grad for f in features):
+    features = [own[0] for own in outputs]
+    if not scores.requires_grad or not all(f.requires_grad for f in features):
         raise ValueError(
             "The score has no gradient at the layer: the model ran without gradients (inference mode or detached "
             "features); SHAP, PixelSHAP, RISE and occlusion need none."
         )
-    grads = [torch.autograd.grad(o, features, retain_graph=i < len(out) - 1) for i, o in enumerate(out)]
+    last = len(scores) - 1
+    grads = [torch.autograd.grad(score, features, retain_graph=u < last) for u, score in enumerate(scores)]
     return (
-        out.detach().double().cpu().numpy(),
+        scores.detach().double().cpu().numpy(),
         [f[0].detach().float() for f in features],
         [torch.stack([g[i][0].float() for g in grads]) for i in range(len(modules))],
     )
@@ -111,8 +120,8 @@ def grad_cam(
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-009
 def layer_cam(
     scorer: Scorer,  # What is explained
-    layers: list[torch.nn.Module | int | str]
-    | None = None,  # Layers to join, as `grad_cam` takes them; None: every encoder layer of the scorer's SigLIP
+    # Layers to join, as `grad_cam` takes them; None: every encoder layer of the scorer's SigLIP
+    layers: list[torch.nn.Module | int | str] | None = None,
     gain: float = 2.0,  # Steepness of tanh for joined layers; a single layer is left as it is
 ) -> Attribution:  # Maps from 0 to 1 where layers are joined, nothing negative; `error` is nan
     """LayerCAM of every span over several layers, for the costs of one Grad-CAM.

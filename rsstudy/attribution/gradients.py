@@ -24,7 +24,8 @@ def gradient_x_input(
 
     Source: Shrikumar, Greenside, Shcherbina and Kundaje 2016, Not just a black box, sec. 2,
     https://arxiv.org/abs/1605.01713"""
-    watch, baseline, every = Stopwatch(scorer), fill_image(scorer, fill), list(range(len(scorer.names)))
+    watch, every = Stopwatch(scorer), list(range(len(scorer.names)))
+    baseline = fill_image(scorer, fill)
     scores, grads = shared_gradients(scorer, scorer.pixels, every)
     heat = (grads[:, 0] * (scorer.pixels - baseline)).double().sum(1).cpu().numpy()
     scores = scores[0].double().cpu().numpy()
@@ -50,8 +51,8 @@ def smooth_grad(
     samples: int = 32,  # Noisy copies, 2 or more
     # Standard deviation of the noise as a share of the image's range, above 0; the paper advises .1 to .2
     noise: float = 0.15,
-    # Times the difference from this fill, in nats, signed; None: the size of the gradient itself, as in the paper's
-    # figures
+    # Times the difference from this fill, in nats, signed;
+    # None: the size of the gradient itself, as in the paper's figures
     fill: str | None = "blur",
     batch: int | None = None,  # Copies at once
     seed: int = 0,  # Seed of the noise
@@ -63,25 +64,25 @@ def smooth_grad(
     Source: Smilkov, Thorat, Kim, Viegas and Wattenberg 2017, SmoothGrad, sec. 3, https://arxiv.org/abs/1706.03825"""
     if samples < 2 or not noise > 0:
         raise ValueError(f"samples must be at least 2 and noise above 0, not {samples} and {noise}.")
-    watch, p, every = Stopwatch(scorer), scorer.pixels, list(range(len(scorer.names)))
+    watch, every, p = Stopwatch(scorer), list(range(len(scorer.names))), scorer.pixels
     change = torch.ones_like(p) if fill is None else p - fill_image(scorer, fill)
     sigma = noise * (p.max() - p.min()).item()
 
     def make(index):
-        drawn = np.stack(
-            [np.random.default_rng((seed, i)).standard_normal(p.shape[1:], dtype=np.float32) for i in index]
-        )
+        generators = [np.random.default_rng((seed, i)) for i in index]
+        drawn = np.stack([rng.standard_normal(p.shape[1:], dtype=np.float32) for rng in generators])
         return p + sigma * torch.from_numpy(drawn).to(p)
 
-    total, first, square = 0.0, 0.0, 0.0
+    gradient, value, square = 0.0, 0.0, 0.0  # sums over the copies
     for _, _, grads in gradient_batches(scorer, make, samples, every, batch):
-        total = total + grads.double().sum(1)  # (U, 3, H, W)
+        gradient = gradient + grads.double().sum(1)  # (U, 3, H, W)
         each = (grads * change).double().sum(2)  # (U, B, H, W)
-        first, square = first + each.sum(1), square + each.square().sum(1)
-    heat, error = first / samples, None
+        value = value + each.sum(1)
+        square = square + each.square().sum(1)
     if fill is None:
-        heat = (total / samples).abs().sum(1)
+        heat, error = (gradient / samples).abs().sum(1), None
     else:
+        heat = value / samples
         error = (((square / samples - heat**2).clamp(min=0) / (samples - 1)) ** 0.5).cpu().numpy()
     return Attribution(
         "smooth_grad",

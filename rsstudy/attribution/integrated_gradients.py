@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from .answer import Attribution, Stopwatch, grid_regions, spread_values
-from .paths import integrate_path
+from .paths import Path, integrate_path
 from .prompt_words import Prompt, prompt_fields
 from .scorer import Scorer, fill_image
 from ..model.forward import image_features
@@ -21,7 +21,7 @@ from ..model.parts import core
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-005
 PLACES = "pixels", "patches", "tokens"
 
-
+# %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #356a195a
 def patch_embedding(
     model: torch.nn.Module,  # PaliGemma, bare or wrapped
 ) -> torch.nn.Module:  # (B, 3, H, W) -> (B, N, C)
@@ -62,11 +62,11 @@ def scorer_inside(
     "The same score as a function of patch embeddings or image tokens."
     model = scorer.model
     with torch.no_grad():
-        parts = (
-            patch_embedding(model)(pixels.to(patch_embedding(model).patch_embedding.weight.dtype))
-            if at == "patches"
-            else image_features(model, pixels)
-        )
+        if at == "patches":
+            embedding = patch_embedding(model)
+            parts = embedding(pixels.to(embedding.patch_embedding.weight.dtype))
+        else:
+            parts = image_features(model, pixels)
 
     def function(values):
         with standing_in(model, at, values):
@@ -81,27 +81,65 @@ def gradients_at_pixels(
     pixels: torch.Tensor,  # Where the embedding is linear any image will do: gives shape and device, (1, 3, H, W)
 ) -> torch.Tensor:  # (U, 3, H, W)
     "What gradients at patch embeddings are at the pixels."
-    embedding, out = patch_embedding(model), []
+    embedding = patch_embedding(model)
+    at_pixels = []
     with torch.enable_grad():
         p = pixels.detach().clone().requires_grad_()
         parts = embedding(p.to(embedding.patch_embedding.weight.dtype)).float()
         for i, g in enumerate(gradients):
-            out.append(torch.autograd.grad((parts[0] * g).sum(), p, retain_graph=i < len(gradients) - 1)[0][0])
-    return torch.stack(out)
+            (grad,) = torch.autograd.grad((parts[0] * g).sum(), p, retain_graph=i < len(gradients) - 1)
+            at_pixels.append(grad[0])
+    return torch.stack(at_pixels)
+
+# %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #9782dc34
+def _path_of_image(scorer, images, at, budget) -> Path:  # images: itself and its fill
+    if scorer.model is None:  # a function of pixels and nothing known of it
+        return integrate_path(scorer, images[1:], images[:1], *budget)
+    inside, ends = scorer_inside(scorer, "patches" if at == "pixels" else at, images)
+    path = integrate_path(inside, ends[1:], ends[:1], *budget)
+    scorer.calls += inside.calls
+    return path
+
+# %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #a579fc64
+def _heat_at_pixels(scorer, images, path):
+    gradients = path.gradients
+    if scorer.model is not None:
+        gradients = gradients_at_pixels(scorer.model, gradients, scorer.pixels)
+    return (gradients * (images[:1] - images[1:])).sum(1).cpu().numpy()
+
+# %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #7def3d96
+def _heat_of_cells(scorer, path):
+    values = path.values.double().sum(-1).cpu().numpy()  # (U, N)
+    return spread_values(values.T, grid_regions(scorer.pixels.shape[-2:], round(values.shape[1] ** 0.5)))
+
+# %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #1526fb09
+def _path_of_prompt(scorer, prompt, budget) -> Path:
+    before, own = prompt.scorer.calls, prompt.scorer.pixels
+    path = integrate_path(prompt.scorer, torch.zeros_like(own), own, *budget)
+    scorer.calls += prompt.scorer.calls - before
+    return path
+
+# %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #886dcdbc
+def _error_name(path, words, tolerance):  # words: the prompt's path, if it has one
+    name = "relative completeness gap"
+    for part, remark in ((path, ""), (words, " (prompt)")):
+        if part is not None and not (part.gap <= tolerance).all():
+            name += f"; above {tolerance:.0%} at the maximum of {part.steps} steps{remark}"
+    return name
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-010
 def integrated_gradients(
     scorer: Scorer,  # What is explained
     steps: int = 8,  # Intervals on the path at first, 1 or more; there is one point more than intervals
     fill: str = "blur",  # Baseline image, one of `rsstudy.attribution.scorer.FILLS`
-    batch: int
-    | None = None,  # Points at once; backward passes need several times the memory of forward ones. None: the scorer's
+    # Points at once; backward passes need several times the memory of forward ones. None: the scorer's
+    batch: int | None = None,
     at: str = "pixels",  # One of `PLACES`
     tolerance: float = 0.01,  # Intervals are doubled until every span's relative completeness gap is at most this
     most: int = 512,  # ... or until another doubling would exceed this many (more than `steps`, else there is none)
     prompt: Prompt = None,  # From `prompt_words`, to explain the prompt's words as well, on a path of their own
-    # In nats, adds up over the map; `error` is the relative completeness gap, `error_name` says where it stayed above
-    # the tolerance
+    # In nats, adds up over the map; `error` is the relative completeness gap,
+    # `error_name` says where it stayed above the tolerance
 ) -> Attribution:
     """Integrated Gradients of every span, refined until complete.
 
@@ -114,44 +152,19 @@ def integrated_gradients(
         raise ValueError(f"at {at!r} is unknown; allowed: {', '.join(PLACES)}.")
     if scorer.model is None and at != "pixels":
         raise ValueError(f"at {at!r} needs a scorer with a model; allowed for a bare function: pixels.")
-    watch, shape, images = (
-        Stopwatch(scorer),
-        scorer.pixels.shape[-2:],
-        torch.cat([scorer.pixels, fill_image(scorer, fill)]),
-    )
-    if scorer.model is None:
-        inside, ends = scorer, images  # a function of pixels and nothing known of it
-    else:
-        inside, ends = scorer_inside(scorer, "patches" if at == "pixels" else at, images)
-    path = integrate_path(inside, ends[1:], ends[:1], steps, most, tolerance, batch)
-    if inside is not scorer:
-        scorer.calls += inside.calls
-    if at != "pixels":
-        heat = spread_values(
-            path.values.double().sum(-1).cpu().numpy().T, grid_regions(shape, round(ends.shape[1] ** 0.5))
-        )
-    else:
-        gradients = (
-            path.gradients if inside is scorer else gradients_at_pixels(scorer.model, path.gradients, scorer.pixels)
-        )
-        heat = (gradients * (images[:1] - images[1:])).sum(1).cpu().numpy()
-    if prompt is not None:
-        before, own = prompt.scorer.calls, prompt.scorer.pixels
-        words = integrate_path(prompt.scorer, torch.zeros_like(own), own, steps, most, tolerance, batch)
-        scorer.calls += prompt.scorer.calls - before
-    gaps = [path] if prompt is None else [path, words]
-    late = [g for g in gaps if not (g.gap <= tolerance).all()]
-    name = "relative completeness gap" + "".join(
-        f"; above {tolerance:.0%} at the maximum of {g.steps} steps" + (" (prompt)" if g is not path else "")
-        for g in late
-    )
+    watch = Stopwatch(scorer)
+    images = torch.cat([scorer.pixels, fill_image(scorer, fill)])
+    budget = (steps, most, tolerance, batch)
+    path = _path_of_image(scorer, images, at, budget)
+    heat = _heat_at_pixels(scorer, images, path) if at == "pixels" else _heat_of_cells(scorer, path)
+    words = None if prompt is None else _path_of_prompt(scorer, prompt, budget)
     return Attribution(
         "integrated_gradients",
         scorer.names,
         heat,
         path.scores[1],
         path.gap,
-        name,
+        _error_name(path, words, tolerance),
         **prompt_fields(prompt, words.values if prompt else None),
         **watch.read(),
     )

@@ -29,9 +29,8 @@ def occlusion(
     window: int = 32,  # Side of the covered square in pixels
     stride: int = 16,  # Pixels from one window to the next, at most `window`, so that every pixel is covered
     fill: str = "blur",  # What the window shows, one of `rsstudy.attribution.scorer.FILLS`
-) -> (
-    Attribution
-):  # Maps in nats: mean drop over the windows that cover a pixel; drops do not add up to anything, so `error` is nan
+    # Maps in nats: mean drop over the windows that cover a pixel; drops do not add up to anything, so `error` is nan
+) -> Attribution:
     """Sliding-window occlusion of every span at once, in batches.
 
     Raises `ValueError` for a window or stride that does not fit, a constant image, or a map that is zero everywhere.
@@ -56,12 +55,11 @@ def occlusion(
             image[:, y : y + window, x : x + window] = filled[0, :, y : y + window, x : x + window]
         return scorer(images)
 
-    whole = scorer.evaluate(scorer.pixels)[0]  # (U,)
-    drops = whole - in_batches(scorer, corners, covered)  # (B, U)
-    heat, times = np.zeros((len(whole), height, width)), np.zeros((height, width))
+    uncovered = scorer.evaluate(scorer.pixels)[0]  # (U,)
+    drops = uncovered - in_batches(scorer, corners, covered)  # (B, U)
+    heat, times = np.zeros((len(uncovered), height, width)), np.zeros((height, width))
     for drop, (y, x) in zip(drops, corners):
         heat[:, y : y + window, x : x + window] += drop[:, None, None]
         times[y : y + window, x : x + window] += 1
-    return Attribution(
-        "occlusion", scorer.names, heat / times, whole, np.full(len(whole), np.nan), "none", **watch.read()
-    )
+    error = np.full(len(uncovered), np.nan)
+    return Attribution("occlusion", scorer.names, heat / times, uncovered, error, "none", **watch.read())

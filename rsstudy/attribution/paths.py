@@ -28,8 +28,7 @@ def shared_gradients(
     if not scores.requires_grad:
         raise ValueError(
             "The score has no gradient at its input: the model ran without gradients (inference mode, detached or "
-            "integer inputs); "
-            "SHAP, PixelSHAP, RISE and occlusion need none."
+            "integer inputs); SHAP, PixelSHAP, RISE and occlusion need none."
         )
     grads = [
         torch.autograd.grad(scores[:, u].sum(), points, retain_graph=i < len(outputs) - 1)[0]
@@ -68,7 +67,8 @@ def clenshaw_curtis(
 
     Source: Clenshaw and Curtis 1960; Waldvogel 2006, eq. 2.4.
     """
-    angle, j = np.pi * np.arange(n + 1) / n, np.arange(1, n // 2 + 1)
+    angle = np.pi * np.arange(n + 1) / n
+    j = np.arange(1, n // 2 + 1)
     weights = (1 - (np.where(2 * j == n, 1, 2) / (4 * j**2 - 1) * np.cos(2 * np.outer(angle, j))).sum(1)) / n
     weights[[0, -1]] /= 2
     return (1 - np.cos(angle)) / 2, weights
@@ -104,7 +104,9 @@ def integrate_path(
         raise ValueError(f"steps must be at least 1, not {steps}.")
     levels = [steps * 2**i for i in range(max(0, int(np.log2(most / steps))) + 1)]
     change, extra = end - start, (1,) * (end.dim() - 1)
-    active, done, gap, ends = list(range(len(scorer.names))), {}, np.full(len(scorer.names), np.inf), {}
+    outputs = range(len(scorer.names))
+    active, done, ends = list(outputs), {}, {}
+    gap = np.full(len(outputs), np.inf)
     sums = torch.zeros(len(levels), len(active), *end.shape[1:], device=end.device)
     for level, n in enumerate(levels):
         positions = clenshaw_curtis(n)[0]
@@ -120,11 +122,11 @@ def integrate_path(
             if level == 0:
                 ends |= {i: scores[k].double().cpu().numpy() for k, i in enumerate(index) if i in (0, n)}
         if level == 0:
-            whole = np.stack([ends[0], ends[n]])
+            at_ends = np.stack([ends[0], ends[n]])
         for u in active:
             done[u] = sums[level, u].clone()
-            gap[u] = relative_gap((done[u] * change[0]).double().sum().item(), whole[1, u] - whole[0, u])
+            gap[u] = relative_gap((done[u] * change[0]).double().sum().item(), at_ends[1, u] - at_ends[0, u])
         active = [u for u in active if not gap[u] <= tolerance]
         if not active:
             break
-    return Path(torch.stack([done[u] for u in range(len(scorer.names))]), change, whole, gap, n)
+    return Path(torch.stack([done[u] for u in outputs]), change, at_ends, gap, n)

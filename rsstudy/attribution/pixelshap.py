@@ -54,9 +54,8 @@ def pixel_shap(
     seed: int = 0,  # Seed of the sampled orders
     # Up to so many segments the values are exact, from 2**segments coalitions; above, too, where `samples` allows it
     exact: int = 10,
-) -> (
-    Attribution
-):  # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
+    # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
+) -> Attribution:
     """Shapley values of segments for every span at once, with standard errors where they are sampled.
 
     Raises `ValueError` for fewer than two segments, a wrong shape, too few samples, a constant image, or a map that is
@@ -105,8 +104,8 @@ def pixel_shap_text(
     similarity: Callable[[list[str], str], np.ndarray] = tfidf_similarity,  # Captions and reference -> similarities
     batch: int = 32,  # Captions written at once
     max_new_tokens: int = 30,  # Longest caption
-    # One map in units of similarity; `names` holds the caption of the whole image, `log_probability` its similarity to
-    # itself
+    # One map in units of similarity; `names` holds the caption of the whole image,
+    # `log_probability` its similarity to itself
 ) -> Attribution:
     """Shapley values of segments for the similarity of two captions.
 
@@ -116,32 +115,23 @@ def pixel_shap_text(
     hidden.
     Source: Goldshmidt 2025, https://arxiv.org/abs/2503.06670, sec. 3"""
     scorer = caption_scorer(captioner.model, target, target.span(), batch)
-    watch, filled, parts = (
-        Stopwatch(scorer),
-        fill_image(scorer, fill),
-        len(region_sizes(segments, scorer.pixels.shape[-2:])),
-    )
-    index, known = torch.from_numpy(segments).to(scorer.pixels.device), []
+    watch = Stopwatch(scorer)
+    filled = fill_image(scorer, fill)
+    parts = len(region_sizes(segments, scorer.pixels.shape[-2:]))
+    index = torch.from_numpy(segments).to(scorer.pixels.device)
+    options = dict(prompts=target.prompt, max_new_tokens=max_new_tokens)
+    written = []
 
     def write(shown):
         features = image_features(captioner.model, torch.where(shown[:, index][:, None], scorer.pixels, filled))
-        known.extend(
-            generate_captions(
-                captioner,
-                None,
-                features=features,
-                prompts=target.prompt,
-                max_new_tokens=max_new_tokens,
-                batch_size=scorer.batch,
-            )
-        )
+        written.extend(generate_captions(captioner, None, features=features, batch_size=scorer.batch, **options))
         scorer.calls += len(shown)
         return torch.zeros(len(shown), 1)
 
     def captions(coalitions):
-        start = len(known)
+        start = len(written)
         in_batches(scorer, torch.from_numpy(coalitions).to(index.device), write)
-        return known[start:]
+        return written[start:]
 
     (reference,) = captions(np.ones((1, parts), dtype=bool))
     values, error, ends = shapley(lambda c: similarity(captions(c), reference)[:, None], parts, samples, exact, seed)

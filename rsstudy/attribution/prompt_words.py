@@ -34,15 +34,9 @@ class Prompt:
         each = values.double().sum(-1).cpu().numpy()
         return np.stack([each[:, list(w.tokens)].sum(1) for w in self.words], 1)
 
-# %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-006
-def prompt_words(
-    model: torch.nn.Module,  # PaliGemma, bare or wrapped
-    processor,  # Its processor
-    target: CaptionTarget,  # Image, prompt and caption
-    spans: list[Span | str] | Span | str | None = None,  # What is explained, as for `caption_scorer`; in the same order
-    batch: int = 32,  # Prompts at once
-) -> Prompt:
-    "The prompt for `integrated_gradients` and its kind. Raises `ValueError` for a prompt without words."
+# %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #b72510fa
+def _placed_words(processor, target) -> list[Span]:
+    "The prompt's words, with positions among all that the model reads."
     front = processor.image_token * processor.image_seq_length + processor.tokenizer.bos_token
     coded = processor.tokenizer(front + target.prompt + "\n", add_special_tokens=False, return_offsets_mapping=True)
     if coded["input_ids"] != target.input_ids[0, : len(coded["input_ids"])].tolist():
@@ -53,15 +47,25 @@ def prompt_words(
     words = word_spans(target.prompt, [(a - len(front), b - len(front)) for a, b in coded["offset_mapping"]])
     if not words:
         raise ValueError(f"The prompt {target.prompt!r} has no words to explain.")
+    return words
+
+# %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-006
+def prompt_words(
+    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    processor,  # Its processor
+    target: CaptionTarget,  # Image, prompt and caption
+    spans: list[Span | str] | Span | str | None = None,  # What is explained, as for `caption_scorer`; in the same order
+    batch: int = 32,  # Prompts at once
+) -> Prompt:
+    "The prompt for `integrated_gradients` and its kind. Raises `ValueError` for a prompt without words."
+    words = _placed_words(processor, target)
     places = sorted({t for w in words for t in w.tokens})
-    like = caption_scorer(model, target, spans, batch)
-    tokens, sums = span_sums(like.spans)
+    of_pixels = caption_scorer(model, target, spans, batch)
+    tokens, sums = span_sums(of_pixels.spans)
     embed = core(model).model.get_input_embeddings()
     with torch.no_grad():
-        features, own = (
-            image_features(model, like.pixels),
-            embed(target.input_ids.to(like.pixels.device))[:, places].float(),
-        )
+        features = image_features(model, of_pixels.pixels)
+        own = embed(target.input_ids.to(of_pixels.pixels.device))[:, places].float()
     at = torch.tensor(places, device=own.device)
 
     def function(values):
@@ -73,10 +77,8 @@ def prompt_words(
         finally:
             handle.remove()
 
-    return Prompt(
-        Scorer(function, own, like.names, 1, batch, model=model),
-        [Span(w.text, tuple(places.index(t) for t in w.tokens)) for w in words],
-    )
+    scorer = Scorer(function, own, of_pixels.names, 1, batch, model=model)
+    return Prompt(scorer, [Span(w.text, tuple(places.index(t) for t in w.tokens)) for w in words])
 
 # %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-007
 def prompt_fields(
@@ -98,22 +100,65 @@ def prompt_parts(
         for m in re.finditer(r"((?:<[^<>\s]+>)+|[^\s<]+|<)\s*", prompt)
     ]
 
+# %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #1317c362
+@dataclass
+class _PromptGame:
+    "Coalitions (B, words + parts) of the prompt's words and the image's parts -> scores (B, U)."
+
+    captioner: Captioner
+    target: CaptionTarget
+    scorer: Scorer
+    words: list[tuple[str, str]]  # Of `prompt_parts`
+    segments: torch.Tensor  # (H, W): part of each pixel
+    filled: torch.Tensor  # What hidden parts show
+
+    def __call__(self, coalitions):
+        words = len(self.words)
+        images, which = np.unique(coalitions[:, words:], axis=0, return_inverse=True)
+        features = self.features(images)
+        tokens, sums = span_sums(self.scorer.spans)
+
+        def score(rows):
+            self.scorer.calls += len(rows)
+            prefixes = [self.prefix(coalition) for coalition in coalitions[rows, :words]]
+            shown = features[which.ravel()[rows]]
+            log_probability = read_caption(self.captioner.model, self.target, shown, tokens, prefixes)
+            return log_probability @ sums.to(log_probability.device)
+
+        return in_batches(self.scorer, np.arange(len(coalitions)), score)
+
+    def features(self, images):  # (images, parts) bool
+        "What the tower sees of each image, so that coalitions with the same image share it."
+        pixels, device = self.scorer.pixels, self.segments.device
+
+        def see(shown):
+            return image_features(
+                self.captioner.model, torch.where(shown[:, self.segments][:, None], pixels, self.filled)
+            )
+
+        seen = in_batches(self.scorer, torch.from_numpy(images).to(device), see)
+        return torch.from_numpy(seen).to(device, pixels.dtype)
+
+    def prefix(self, shown):  # (words,) bool
+        "Token ids of the prompt with some of its words."
+        prompt = self.target.prompt
+        if not shown.all():
+            prompt = "".join(text for (_, text), there in zip(self.words, shown) if there).strip()
+        return encode_prompt(self.captioner.processor, prompt)
+
 # %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-011
 def prompt_shap(
     captioner: Captioner,  # Model and processor, under any tuning method
     target: CaptionTarget,  # Image, prompt and caption
-    spans: list[Span | str]
-    | Span
-    | str
-    | None = None,  # What is explained, as for `caption_scorer`; None: every word of the caption
+    # What is explained, as for `caption_scorer`; None: every word of the caption
+    spans: list[Span | str] | Span | str | None = None,
     segments: np.ndarray = None,  # (H, W) int: parts of the image; None: the whole image is one part
     samples: int = 256,  # Coalitions that may be scored with more than ten parts
     fill: str = "blur",  # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
     seed: int = 0,  # Seed of sampled orders
     batch: int = 32,  # Coalitions evaluated at once
-) -> (
-    Attribution
-):  # `text`: nats that each word of the prompt adds; maps: nats of the image's parts; together they add up
+    # `text`: nats that each word of the prompt adds; maps: nats of the image's parts; together they add up
+) -> Attribution:
     """Shapley values of the prompt's words and the image's parts in one game, for every span at once.
 
     They are exact with up to ten parts.
@@ -121,44 +166,15 @@ def prompt_shap(
     Raises `ValueError` for a prompt without words, a constant image, or a budget too small to sample.
     Source: Lundberg and Lee 2017, https://arxiv.org/abs/1705.07874; Goldshmidt and Horovicz 2024, TokenSHAP,
     https://arxiv.org/abs/2407.10114"""
-    model, words = captioner.model, prompt_parts(target.prompt)
+    words = prompt_parts(target.prompt)
     if not words:
         raise ValueError("The prompt has no words: there is nothing to leave out.")
-    scorer = caption_scorer(model, target, spans, batch)
-    watch, filled, (tokens, sums) = Stopwatch(scorer), fill_image(scorer, fill), span_sums(scorer.spans)
-    segments = np.zeros(scorer.pixels.shape[-2:], dtype=int) if segments is None else segments
-    parts, index = (
-        len(region_sizes(segments, scorer.pixels.shape[-2:], least=1)),
-        torch.from_numpy(segments).to(scorer.pixels.device),
-    )
-
-    def prefix(shown):
-        return encode_prompt(
-            captioner.processor,
-            target.prompt if shown.all() else "".join(t for (_, t), s in zip(words, shown) if s).strip(),
-        )
-
-    def game(coalitions):  # (B, words + parts)
-        shown, image = np.unique(coalitions[:, len(words) :], axis=0, return_inverse=True)
-        views = torch.from_numpy(shown).to(index.device)
-        features = in_batches(
-            scorer, views, lambda v: image_features(model, torch.where(v[:, index][:, None], scorer.pixels, filled))
-        )
-        features = torch.from_numpy(features).to(index.device, scorer.pixels.dtype)
-
-        def score(rows):
-            scorer.calls += len(rows)
-            found = read_caption(
-                model,
-                target,
-                features[image.ravel()[rows]],
-                tokens,
-                [prefix(c) for c in coalitions[rows, : len(words)]],
-            )
-            return found @ sums.to(found.device)
-
-        return in_batches(scorer, np.arange(len(coalitions)), score)
-
+    scorer = caption_scorer(captioner.model, target, spans, batch)
+    watch, shape = Stopwatch(scorer), scorer.pixels.shape[-2:]
+    filled = fill_image(scorer, fill)
+    segments = np.zeros(shape, dtype=int) if segments is None else segments
+    parts = len(region_sizes(segments, shape, least=1))
+    game = _PromptGame(captioner, target, scorer, words, torch.from_numpy(segments).to(scorer.pixels.device), filled)
     values, error, ends = shapley(game, len(words) + parts, samples, seed=seed)
     text, image = values[: len(words)], values[len(words) :]
     return Attribution(

@@ -19,15 +19,13 @@ def draw_masks(
     shown: float,  # Probability that a cell is shown
     shape: tuple[int, int],  # Height and width in pixels
     seed: int,  # Seed of the cells and the shifts
-) -> tuple[
-    torch.Tensor, np.ndarray
-]:  # Coarse grids (N, 1, cells + 1, cells + 1) of 0 and 1, and their shifts in pixels (N, 2)
+    # Coarse grids (N, 1, cells + 1, cells + 1) of 0 and 1, and their shifts in pixels (N, 2)
+) -> tuple[torch.Tensor, np.ndarray]:
     "What `enlarge_masks` makes masks of; masks themselves would fill the memory. Source: Petsiuk et al. 2018, sec. 3.2"
     rng = np.random.default_rng(seed)
     grids = rng.random((count, 1, cells + 1, cells + 1)) < shown
-    return torch.from_numpy(grids.astype(np.float32)), np.stack(
-        [rng.integers(0, -(-n // cells), count) for n in shape], 1
-    )
+    shifts = np.stack([rng.integers(0, -(-n // cells), count) for n in shape], 1)
+    return torch.from_numpy(grids.astype(np.float32)), shifts
 
 # %% ../../nbs/lib/10_attribution/12_rise.ipynb #cell-005
 def enlarge_masks(
@@ -41,6 +39,26 @@ def enlarge_masks(
     large = torch.nn.functional.interpolate(grids, size, mode="bilinear", align_corners=False)
     return torch.stack([m[:, y : y + height, x : x + width] for m, (y, x) in zip(large, shifts)])
 
+# %% ../../nbs/lib/10_attribution/12_rise.ipynb #a7a72d86
+def _weighted_masks(scores, grids, shifts, shown, shape):  # scores (N, U)
+    "The masks' mean, weighted by scores less their mean, (U, H, W), and its standard error; masks are made again."
+    masks = len(scores)
+    above = torch.from_numpy(scores - scores.mean(0))
+    parts = torch.arange(masks).split(64)
+
+    def enlarged(rows):  # (B, H, W)
+        return enlarge_masks(grids[rows], shifts[rows], shape)[:, 0].double()
+
+    mean, total, square = 0.0, 0.0, 0.0
+    for rows in parts:
+        mean = mean + enlarged(rows).sum(0) / masks
+    for rows in parts:
+        centred = enlarged(rows) - mean  # with scores that add up to 0 the mean changes nothing but the spread
+        total = total + torch.einsum("bu,bhw->uhw", above[rows], centred) / (masks * shown)
+        square = square + torch.einsum("bu,bhw->uhw", above[rows] ** 2, centred**2) / (masks * shown**2)
+    error = ((square - total**2).clamp_min(0) / (masks - 1)).sqrt()
+    return total.numpy(), error.numpy()
+
 # %% ../../nbs/lib/10_attribution/12_rise.ipynb #cell-007
 def rise(
     scorer: Scorer,  # What is explained
@@ -49,8 +67,8 @@ def rise(
     shown: float = 0.5,  # Probability that a cell is shown, between 0 and 1
     fill: str = "blur",  # What hidden pixels show, one of `rsstudy.attribution.scorer.FILLS`; the paper's is black
     seed: int = 0,  # Seed of the masks
-    # Maps in nats: how much likelier with the pixel in view than on average; `error` is the standard error's share of
-    # the map
+    # Maps in nats: how much likelier with the pixel in view than on average;
+    # `error` is the standard error's share of the map
 ) -> Attribution:
     """RISE of every span at once, with a standard error a pixel.
 
@@ -65,32 +83,22 @@ def rise(
         raise ValueError(f"cells must be from 2 to {min(shape)} (the image's side in pixels), not {cells}.")
     if not 0 < shown < 1:
         raise ValueError(f"shown must lie between 0 and 1, not {shown}.")
-    filled, (grids, shifts) = fill_image(scorer, fill), draw_masks(masks, cells, shown, shape, seed)
+    filled = fill_image(scorer, fill)
+    grids, shifts = draw_masks(masks, cells, shown, shape, seed)
 
     def masked(rows):
         m = enlarge_masks(grids[rows], shifts[rows], shape).to(scorer.pixels.device)
         return scorer(filled + m * (scorer.pixels - filled))
 
-    whole = scorer.evaluate(scorer.pixels)[0]
+    log_probability = scorer.evaluate(scorer.pixels)[0]
     scores = in_batches(scorer, np.arange(masks), masked)  # (N, U)
-    above, total, square, mean = torch.from_numpy(scores - scores.mean(0)), 0.0, 0.0, 0.0
-    parts = torch.arange(masks).split(64)  # masks are made again instead of kept
-    for rows in parts:
-        mean = mean + enlarge_masks(grids[rows], shifts[rows], shape)[:, 0].double().sum(0) / masks  # (H, W)
-    for rows in parts:
-        centred = (
-            enlarge_masks(grids[rows], shifts[rows], shape)[:, 0].double() - mean
-        )  # (B, H, W); with scores that add up to 0 the mean changes nothing but the spread
-        total = total + torch.einsum("bu,bhw->uhw", above[rows], centred) / (masks * shown)
-        square = square + torch.einsum("bu,bhw->uhw", above[rows] ** 2, centred**2) / (masks * shown**2)
-    error = ((square - total**2).clamp_min(0) / (masks - 1)).sqrt().numpy()
-    heat = total.numpy()
+    heat, error = _weighted_masks(scores, grids, shifts, shown, shape)
     share = np.sqrt((error**2).mean((1, 2))) / np.maximum(heat.std((1, 2)), 1e-12)
     return Attribution(
         "rise",
         scorer.names,
         heat,
-        whole,
+        log_probability,
         share,
         "standard error / spread of the map",
         standard_error=error,

@@ -22,7 +22,7 @@ from ..model.parts import core
 # Model -> images that its memory was found to hold at once, so that the next image does not find out again
 FITS = WeakKeyDictionary()
 
-
+# %% ../../nbs/lib/10_attribution/03_scorer.ipynb #92a5cdec
 @dataclass
 class Scorer:
     "A function of pixels with one output a span, and the image at which it is explained."
@@ -38,9 +38,8 @@ class Scorer:
     target: CaptionTarget = None  # Image and caption behind `function`, for methods that look at tokens
     spans: list[Span] = None  # What each output is the log-probability of, U
     calls: int = 0  # Images evaluated so far
-    fills: dict = field(
-        default_factory=dict
-    )  # Fill's name to the image it was made of and the fill, so that it is made once
+    # Fill's name to the image it was made of and the fill, so that it is made once
+    fills: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.lengths is None:
@@ -91,17 +90,18 @@ def in_batches(
 def caption_scorer(
     model: torch.nn.Module,  # PaliGemma, bare or wrapped
     target: CaptionTarget,  # Image and caption
-    spans: list[Span | str]
-    | Span
-    | str
-    | None = None,  # What is explained: words, phrases or spans, or one of them; None: every word
+    # What is explained: words, phrases or spans, or one of them; None: every word
+    spans: list[Span | str] | Span | str | None = None,
     batch: int = 32,  # Images evaluated at once
 ) -> Scorer:  # Log-probability of each span
     """The log-probability of spans of a caption as a function of the image.
 
     Raises `ValueError` without spans, or for a word that the caption lacks.
     """
-    spans = target.words if spans is None else [spans] if isinstance(spans, (Span, str)) else spans
+    if spans is None:
+        spans = target.words
+    elif isinstance(spans, (Span, str)):
+        spans = [spans]
     spans = [target.span(s) if isinstance(s, str) else s for s in spans]
     if not spans:
         raise ValueError("There is nothing to explain: give at least one word or phrase of the caption.")
@@ -129,7 +129,7 @@ def caption_scorer(
 # %% ../../nbs/lib/10_attribution/03_scorer.ipynb #cell-013
 FILLS = "blur", "mean", "black"
 
-
+# %% ../../nbs/lib/10_attribution/03_scorer.ipynb #afe82c8c
 def fill_image(
     scorer: Scorer,  # Holds the image
     how: str = "blur",  # One of `FILLS`; blur is Gaussian, its standard deviation one sixteenth of the side
@@ -150,9 +150,8 @@ def fill_image(
     else:
         from scipy.ndimage import gaussian_filter
 
-        filled = torch.from_numpy(gaussian_filter(p[0].cpu().numpy(), (0, p.shape[2] / 16, p.shape[3] / 16))[None]).to(
-            p.device
-        )
+        blurred = gaussian_filter(p[0].cpu().numpy(), (0, p.shape[2] / 16, p.shape[3] / 16))
+        filled = torch.from_numpy(blurred[None]).to(p.device)
     if (filled - p).abs().max() < 1e-4:  # a grey level is 8e-3
         raise ValueError(
             f"The image equals its fill {how!r}: in a constant image nothing can be removed. "

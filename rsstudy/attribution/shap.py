@@ -39,16 +39,15 @@ def uncompiled_shap():
     import shap.utils._masked_model
 
     modules = shap.explainers._partition, shap.maskers._image, shap.utils._masked_model
-    compiled = [(m, n, f) for m in modules for n, f in vars(m).items() if hasattr(f, "py_func")] + [
-        (numba.typed, "List", numba.typed.List)
-    ]
+    compiled = [(m, name, f) for m in modules for name, f in vars(m).items() if hasattr(f, "py_func")]
+    compiled.append((numba.typed, "List", numba.typed.List))
     try:
-        for m, n, f in compiled:
-            setattr(m, n, getattr(f, "py_func", list))
+        for module, name, function in compiled:
+            setattr(module, name, getattr(function, "py_func", list))
         yield
     finally:
-        for m, n, f in compiled:
-            setattr(m, n, f)
+        for module, name, function in compiled:
+            setattr(module, name, function)
 
 # %% ../../nbs/lib/10_attribution/13_shap.ipynb #cell-009
 def partition_shap(
@@ -72,18 +71,18 @@ def partition_shap(
     watch, shape = Stopwatch(scorer), scorer.pixels.shape[-2:]
     if not 1 < cells <= min(shape):
         raise ValueError(f"cells must be from 2 to {min(shape)} (the image's side in pixels), not {cells}.")
-    regions, filled = grid_regions(shape, cells), fill_image(scorer, fill)
+    regions = grid_regions(shape, cells)
+    filled = fill_image(scorer, fill)
 
-    def game(grids):
-        return masked_scores(
-            scorer, grids.reshape(len(grids), -1) > 0.5, regions, filled
-        )  # (B, cells, cells, 1) -> (B, U)
+    def game(grids):  # (B, cells, cells, 1) -> (B, U)
+        return masked_scores(scorer, grids.reshape(len(grids), -1) > 0.5, regions, filled)
 
     with numpy_seed(seed), uncompiled_shap():
         masker = shap.maskers.Image(np.zeros((cells, cells, 1)))  # hidden cells are 0, shown cells 1
         explainer = shap.PartitionExplainer(game, masker, output_names=scorer.names)
-        found = explainer(np.ones((1, cells, cells, 1)), max_evals=evaluations, batch_size=scorer.batch, silent=True)
-    values = found.values[0].reshape(cells * cells, -1)  # (R, U)
+        grid = np.ones((1, cells, cells, 1))
+        explanation = explainer(grid, max_evals=evaluations, batch_size=scorer.batch, silent=True)
+    values = explanation.values[0].reshape(cells * cells, -1)  # (R, U)
     ends = masked_scores(scorer, np.array([[True], [False]]).repeat(cells * cells, 1), regions, filled)
     size = np.bincount(regions.ravel(), minlength=cells * cells)
     heat = np.stack([(v / size)[regions] for v in values.T])
@@ -98,9 +97,8 @@ def kernel_shap(
     evaluations: int = 128,
     fill: str = "blur",  # What hidden segments show, one of `rsstudy.attribution.scorer.FILLS`
     seed: int = 0,  # Seed of the drawn coalitions
-) -> (
-    Attribution
-):  # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
+    # Maps in nats, constant on a segment (its value spread over its pixels); `error` is the relative efficiency gap
+) -> Attribution:
     """KernelSHAP of segments for every span at once, with shap's KernelExplainer.
 
     Raises `ValueError` for fewer than two segments, a budget below two evaluations a segment, a constant image, or a
@@ -110,7 +108,8 @@ def kernel_shap(
     import shap
 
     watch, shape = Stopwatch(scorer), scorer.pixels.shape[-2:]
-    filled, parts = fill_image(scorer, fill), len(region_sizes(segments, shape))
+    filled = fill_image(scorer, fill)
+    parts = len(region_sizes(segments, shape))
     if evaluations < 2 * parts:
         raise ValueError(f"{parts} segments need at least {2 * parts} evaluations, {evaluations} are allowed.")
 
@@ -118,10 +117,9 @@ def kernel_shap(
         return masked_scores(scorer, shown > 0.5, segments, filled)
 
     with numpy_seed(seed):
-        found = shap.KernelExplainer(game, np.zeros((1, parts))).shap_values(
-            np.ones((1, parts)), nsamples=evaluations, l1_reg=False, silent=True
-        )
-    heat = spread_values(found[0], segments)
+        explainer = shap.KernelExplainer(game, np.zeros((1, parts)))
+        values = explainer.shap_values(np.ones((1, parts)), nsamples=evaluations, l1_reg=False, silent=True)
+    heat = spread_values(values[0], segments)
     ends = masked_scores(scorer, np.array([[True], [False]]).repeat(parts, 1), segments, filled)
     return Attribution(
         "kernel_shap",

@@ -46,13 +46,15 @@ def find_span(
     """A word or a phrase of the caption.
 
     Raises `ValueError` where the caption does not contain it that often."""
-    wanted, have = re.findall(r"\w+(?:['\-]\w+)*", phrase.lower()), [w.text.lower() for w in words]
+    wanted = re.findall(r"\w+(?:['\-]\w+)*", phrase.lower())
+    have = [w.text.lower() for w in words]
     hits = [i for i in range(len(have) - len(wanted) + 1) if wanted and have[i : i + len(wanted)] == wanted]
     if occurrence >= len(hits):
         which = f" (occurrence {occurrence})" if occurrence else ""
         raise ValueError(f"{phrase!r}{which} is not in the caption; its words are: {', '.join(have)}.")
-    found = words[hits[occurrence] : hits[occurrence] + len(wanted)]
-    return Span(phrase, tuple(sorted({t for w in found for t in w.tokens})))
+    first = hits[occurrence]
+    tokens = {t for w in words[first : first + len(wanted)] for t in w.tokens}
+    return Span(phrase, tuple(sorted(tokens)))
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-011
 @dataclass(frozen=True)
@@ -105,10 +107,8 @@ def caption_target(
             "words cannot be placed."
         )
     to = processor.image_processor
-    mean, std = (
-        torch.tensor(to.image_mean if to.do_normalize else [0.0] * 3).view(1, 3, 1, 1),
-        torch.tensor(to.image_std if to.do_normalize else [1.0] * 3).view(1, 3, 1, 1),
-    )
+    mean = torch.tensor(to.image_mean if to.do_normalize else [0.0] * 3).view(1, 3, 1, 1)
+    std = torch.tensor(to.image_std if to.do_normalize else [1.0] * 3).view(1, 3, 1, 1)
     pixels = batch["pixel_values"].float()
     seen = ((pixels * std + mean) * 255).round().clamp(0, 255).byte()[0].permute(1, 2, 0).numpy()
     return CaptionTarget(
@@ -138,20 +138,19 @@ def read_caption(
     if model.training:
         raise ValueError("The model is in training mode: call model.eval() before explaining it.")
     first = int((target.token_type_ids[0] == 0).sum())  # position of the first caption token
-    ids, tokens = target.input_ids[0].tolist(), list(range(target.n_tokens) if tokens is None else tokens)
-    last, device = first + max(tokens), core(model).model.get_input_embeddings().weight.device
+    ids = target.input_ids[0].tolist()
+    tokens = list(range(target.n_tokens) if tokens is None else tokens)
+    last = first + max(tokens)
     prefixes = [ids[:first]] * len(features) if prefixes is None else prefixes
-    batch = pack(
-        [Example(p, [ids[first:last]], [1]) for p in prefixes], ids[last]
-    )  # the last token wanted is predicted where <eos> would be
+    # the last token wanted is predicted where <eos> would be
+    batch = pack([Example(p, [ids[first:last]], [1]) for p in prefixes], ids[last])
+    device = core(model).model.get_input_embeddings().weight.device
     batch = {k: v.to(device) for k, v in batch.items()}
-    rows, wanted = (
-        batch[k].view(len(features), -1)[:, tokens] for k in ("rows", "targets")
-    )  # (B, K): the row before a token predicts it
+    # (B, K): the row before a token predicts it
+    rows, wanted = (batch[k].view(len(features), -1)[:, tokens] for k in ("rows", "targets"))
     logits = head_logits(model, target_hidden(model, batch | dict(rows=rows.flatten(), features=features)))  # (B K, V)
-    return (
-        logits.log_softmax(-1).gather(-1, wanted.flatten()[:, None])[:, 0].view(len(features), -1)
-    )  # not logit - logsumexp: near probability 1 that loses digits
+    # not logit - logsumexp: near probability 1 that loses digits
+    return logits.log_softmax(-1).gather(-1, wanted.flatten()[:, None])[:, 0].view(len(features), -1)
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-015
 def token_log_probability(
@@ -171,9 +170,8 @@ def token_log_probability(
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-016
 def span_sums(
     spans: list[Span],  # U spans
-) -> tuple[
-    list[int], torch.Tensor
-]:  # K tokens that occur, ascending, and (K, U) float32: 1 where a token belongs to a span
+    # K tokens that occur, ascending, and (K, U) float32: 1 where a token belongs to a span
+) -> tuple[list[int], torch.Tensor]:
     "What turns log-probabilities of tokens into those of spans, as a product of matrices."
     tokens = sorted({t for s in spans for t in s.tokens})
     return tokens, torch.tensor([[float(t in s.tokens) for s in spans] for t in tokens])

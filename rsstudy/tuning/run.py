@@ -42,6 +42,7 @@ TRAINING = tuple(
         "model.features",
         "model.forward",
         "model.generate",
+        "model.memory",
         "model.pack",
         "model.parts",
         "training.data",
