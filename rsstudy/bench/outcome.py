@@ -13,12 +13,15 @@ from pathlib import Path
 
 from ..common.code import code_revision, device_name, versions
 from ..common.files import write_json
-from ..common.settings import project_root
+from ..common.settings import default_settings, project_root
 
 # %% ../../nbs/lib/17_bench/07_outcome.ipynb #cac7aa2b
-def bench_folder() -> Path:  # results/bench/<device>
+def bench_folder(
+    results: str | None = None,  # Folder of the results; that of [DEFAULT] in settings.ini by default
+) -> Path:  # results/local/bench/<device>
     "Where this device's results go."
-    return project_root() / "results" / "bench" / re.sub("[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    device = re.sub("[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    return project_root() / (results or default_settings()["results"]) / "bench" / device
 
 # %% ../../nbs/lib/17_bench/07_outcome.ipynb #bf956498
 def write_outcome(

@@ -148,7 +148,7 @@ def main(
     "`python -m rsstudy.bench.train`."
     parser = argparse.ArgumentParser(
         prog="python -m rsstudy.bench.train",
-        description="Speed and memory against the usual recipe, as ratios; JSON in results/bench/DEVICE/.",
+        description="Speed and memory against the usual recipe, as ratios; JSON in results/local/bench/DEVICE/.",
     )
     parser.add_argument(
         "what",

@@ -34,15 +34,19 @@ def _benchmark_of(what):
 def _bench(args) -> int:
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+    P = load_profile(args.profile, **overrides(args))
+    from rsstudy.bench.outcome import bench_folder
+
+    folder = bench_folder(P.results)
     if args.what == "gpu":
         from rsstudy.bench.train import bench_gpu
         from rsstudy.bench.xai_gpu import bench_gpu_explanations
 
-        bench_gpu(rounds=args.rounds)
-        bench_gpu_explanations(rounds=args.rounds)
+        bench_gpu(rounds=args.rounds, folder=folder)
+        bench_gpu_explanations(rounds=args.rounds, folder=folder)
         return 0
     measure = _benchmark_of(args.what)
-    measure(load_profile(args.profile, **overrides(args)), args.rounds)
+    measure(P, args.rounds, folder=folder)
     return 0
 
 # %% ../../nbs/lib/18_commands/09_bench.ipynb #cell-005
@@ -54,7 +58,8 @@ def grammar(
         "bench",
         help="measure speed and memory against the usual recipe",
         description="Runs the usual recipe and this study's in turns on the "
-        "same machine, model and images, and writes the ratios to results/bench/DEVICE/. "
+        "same machine, model and images, and writes the ratios to results/local/bench/DEVICE/; "
+        "--set results=results makes the published ones in results/bench/DEVICE/ again. "
         "train and generate take a profile's model and images; metrics its captions, beside pycocoevalcap; "
         "caption a folder of images from file to file, beside a plain loop; "
         "xai its explanations, beside captum, shap and a plain loop; gpu takes PaliGemma-3B's "
