@@ -12,9 +12,8 @@ import numpy as np
 
 # %% ../../nbs/lib/07_evaluation/05_answers.ipynb #cell-005
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # the apostrophe, the colon and the full stop are not among them
-NUMBERS = dict(
-    zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split())
-)
+_NUMBER_WORDS = "none zero one two three four five six seven eight nine ten".split()
+NUMBERS = dict(zip(_NUMBER_WORDS, "0 0 1 2 3 4 5 6 7 8 9 10".split()))
 ARTICLES = ("a", "an", "the")
 _SHORT = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
 how's isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've
@@ -28,19 +27,18 @@ CONTRACTIONS = {word[:i] + word[i + 1 :]: word for word in _SHORT for i, letter 
     "somebody'd": "somebodyd"
 }
 
-
+# %% ../../nbs/lib/07_evaluation/05_answers.ipynb #5662e507
 def normalise_answer(
     text: str,  # An answer
 ) -> str:  # Lower case, without punctuation and articles, with digits for number words and apostrophes in contractions
     "An answer as the official VQA evaluation compares it."
     comma = re.search(r"\d,\d", text)
-    out = text
+    plain = text
     for mark in PUNCTUATION:
-        out = out.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
-    out = re.sub(
-        r"\.(?!\d)", "", out, count=32
-    )  # the official call passes re.UNICODE, which is 32, where the count belongs
-    words = [NUMBERS.get(word, word) for word in out.lower().split()]
+        plain = plain.replace(mark, "" if comma or f"{mark} " in text or f" {mark}" in text else " ")
+    # the official call passes re.UNICODE, which is 32, where the count belongs
+    plain = re.sub(r"\.(?!\d)", "", plain, count=32)
+    words = [NUMBERS.get(word, word) for word in plain.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 # %% ../../nbs/lib/07_evaluation/05_answers.ipynb #cell-006

@@ -17,21 +17,16 @@ from ..metrics.tokens import tokenize
 from ..stats.intervals import error_rate
 
 # %% ../../nbs/lib/07_evaluation/03_failures.ipynb #cell-005
-TRUTH_SCORES = (
-    "hallucinated-scene.v1",
-    "count_error.v1",
-    "colour_error.v1",
-    "relation_error.v1",
-    "missed.v1",
-)  # in the order of `rsstudy.evaluation.claims.KINDS`
+# in the order of `rsstudy.evaluation.claims.KINDS`
+TRUTH_SCORES = ("hallucinated-scene.v1", "count_error.v1", "colour_error.v1", "relation_error.v1", "missed.v1")
 CHAIR = "hallucinated-chair.v1"
 
-
+# %% ../../nbs/lib/07_evaluation/03_failures.ipynb #62174519
 def failure_scores(
     predictions: list[str],  # One caption per image, n >= 1
     references: list[list[str]],  # References of each image
-    facts: list[dict]
-    | None = None,  # What is true of each image (`rsstudy.scenes.truth.scene_facts`), where it is known
+    # What is true of each image (`rsstudy.scenes.truth.scene_facts`), where it is known
+    facts: list[dict] | None = None,
 ) -> tuple[dict, dict, dict]:  # Per image: name -> (n, 2) int64, wrong and claims; corpus: name -> 0..1; info
     """How often claims are wrong. A name whose captions claim nothing of the kind has counts of 0 and no corpus value.
 
@@ -47,23 +42,18 @@ def failure_scores(
         )
     each = {CHAIR: np.array([count_claims(check_references(p, r))[0] for p, r in zip(predictions, references)])}
     if facts is not None:
-        each |= dict(
-            zip(TRUTH_SCORES, np.stack([count_claims(check_scene(p, f)) for p, f in zip(predictions, facts)], 1))
-        )
-    corpus = {name: share for name, counts in each.items() if (share := error_rate(counts)) is not None}
-    corpus |= {
-        name.replace("hallucinated", "hallucinated_any"): float((counts[:, 0] > 0).mean())
-        for name, counts in each.items()
-        if name.startswith("hallucinated")
-    }
-    return (
-        each,
-        corpus,
-        dict(
-            claims={name: int(counts[:, 1].sum()) for name, counts in each.items()},
-            truth="references" if facts is None else "scene and references",
-        ),
+        counts = np.stack([count_claims(check_scene(p, f)) for p, f in zip(predictions, facts)], 1)
+        each |= dict(zip(TRUTH_SCORES, counts))
+    shares = {name: error_rate(counts) for name, counts in each.items()}
+    corpus = {name: share for name, share in shares.items() if share is not None}
+    for name, counts in each.items():
+        if name.startswith("hallucinated"):
+            corpus[name.replace("hallucinated", "hallucinated_any")] = float((counts[:, 0] > 0).mean())
+    info = dict(
+        claims={name: int(counts[:, 1].sum()) for name, counts in each.items()},
+        truth="references" if facts is None else "scene and references",
     )
+    return each, corpus, info
 
 # %% ../../nbs/lib/07_evaluation/03_failures.ipynb #cell-012
 NWPU = """airport, baseball diamond, basketball court, beach, bridge, chaparral, church, circular farmland, cloud,
@@ -77,36 +67,35 @@ UCM = """agricultural, airplane, baseball diamond, beach, buildings, chaparral, 
 freeway, golf course, harbor, intersection, medium residential area, mobile home park, overpass, parking lot, river,
 runway, sparse residential area, storage tank, tennis court""".replace("\n", " ").split(", ")
 
-
+# %% ../../nbs/lib/07_evaluation/03_failures.ipynb #3657624c
 def class_of(
     image_id: str,  # Name of an image
 ) -> str:  # Its class, or "unknown"
     "The class that a file's name tells."
     stem = re.sub(r"\.\w+$", "", image_id)
-    name, number = m.groups() if (m := re.fullmatch(r"(.+?)[_-]?(\d+)", stem)) else (stem, "")
+    numbered = re.fullmatch(r"(.+?)[_-]?(\d+)", stem)
+    name, number = numbered.groups() if numbered else (stem, "")
     classes, size = dict(NWPU=(NWPU, 700), UCM=(UCM, 100)).get(name, ((), 1))
     if number and int(number) // size < len(classes):
         return classes[int(number) // size]
     plain = re.sub(r"[_ -]+", " ", name).lower()
-    return next(
-        (
-            c
-            for c in {*NWPU, *UCM}
-            if plain in (c, c.replace(" ", ""), c.removesuffix(" area"), c.removesuffix(" station"))
-        ),
-        "unknown",
-    )
+    for known in {*NWPU, *UCM}:
+        if plain in (known, known.replace(" ", ""), known.removesuffix(" area"), known.removesuffix(" station")):
+            return known
+    return "unknown"
 
 # %% ../../nbs/lib/07_evaluation/03_failures.ipynb #cell-013
 def _bin(value, edges, unit=""):  # edges ascending; "under 8", "8 to under 10", ..., "14 and more"
     k = int(np.searchsorted(edges, value, side="right"))
-    return (
-        f"under {edges[0]}{unit}"
-        if not k
-        else f"{edges[-1]}{unit} and more"
-        if k == len(edges)
-        else f"{edges[k - 1]} to under {edges[k]}{unit}"
-    )
+    if k == 0:
+        return f"under {edges[0]}{unit}"
+    if k == len(edges):
+        return f"{edges[-1]}{unit} and more"
+    return f"{edges[k - 1]} to under {edges[k]}{unit}"
+
+# %% ../../nbs/lib/07_evaluation/03_failures.ipynb #ac911cfc
+def _share_of_rare(words, seen, rare):
+    return np.mean([seen[word] < rare for word in words]) if words else 0.0
 
 # %% ../../nbs/lib/07_evaluation/03_failures.ipynb #cell-014
 def covariates(
@@ -114,43 +103,37 @@ def covariates(
     train_captions: list,  # Captions of training, or lists of them: their words tell what is rare
     facts: list[dict] | None = None,  # Of scenes: they know their class
     rare: int = 5,  # A word is rare if training has it fewer times
-) -> dict[
-    str, list[str]
-]:  # "source", "class", "words per reference", "objects in references", "rare words" -> a group for each image
+    # "source", "class", "words per reference", "objects in references", "rare words" -> a group for each image
+) -> dict[str, list[str]]:
     "What images are, in groups: where they come from, what they show, and how they were described."
     ids, references = list(dataset["image_id"]), list(dataset["captions"])
-    seen = Counter(w for c in train_captions for text in ([c] if isinstance(c, str) else c) for w in tokenize(text))
+    texts = [text for own in train_captions for text in ([own] if isinstance(own, str) else own)]
+    seen = Counter(word for text in texts for word in tokenize(text))
     words = [[tokenize(r) for r in refs] for refs in references]
-    strange = [
-        np.mean([seen[w] < rare for w in found]) if (found := {w for r in refs for w in r}) else 0.0 for refs in words
-    ]
+    shares = [_share_of_rare({w for r in refs for w in r}, seen, rare) for refs in words]
+    objects = [{min(names) for r in refs for names in named(r)} for refs in references]
     return {
         "source": list(dataset["source"]),
         "class": [f["land"] for f in facts] if facts is not None else [class_of(i) for i in ids],
         "words per reference": [_bin(np.mean([len(r) for r in refs]), (8, 10, 12, 14)) for refs in words],
-        "objects in references": [
-            _bin(len({min(names) for r in refs for names in named(r)}), (2, 4, 6)) for refs in references
-        ],
-        "rare words": ["none" if not s else _bin(100 * s, (5, 10), " %") for s in strange],
+        "objects in references": [_bin(len(names), (2, 4, 6)) for names in objects],
+        "rare words": ["none" if not share else _bin(100 * share, (5, 10), " %") for share in shares],
     }
 
 # %% ../../nbs/lib/07_evaluation/03_failures.ipynb #cell-017
 def groups(
     labels: list[str],  # The group of each image
-) -> dict[
-    str, np.ndarray
-]:  # Group -> places of its images; "none" and "under ..." first, "... and more" last, numbers by size, names by letter
-    "Which images belong together."
+) -> dict[str, np.ndarray]:  # Group -> places of its images
+    "Which images belong together: `none` and `under ...` first, then by number, `... and more` last, names by letter."
 
-    def first(g):
-        return (
-            -1.0 if g == "none" or g.startswith("under ") else float(m[0]) if (m := re.match(r"\d+", g)) else 0.0,
-            g.startswith("under "),
-            g,
-        )
+    def order(group):
+        under = group.startswith("under ")
+        number = re.match(r"\d+", group)
+        first = -1.0 if group == "none" or under else float(number[0]) if number else 0.0
+        return first, under, group
 
     labels = np.asarray(labels, object)
-    return {g: np.flatnonzero(labels == g) for g in sorted(set(labels), key=first)}
+    return {group: np.flatnonzero(labels == group) for group in sorted(set(labels), key=order)}
 
 # %% ../../nbs/lib/07_evaluation/03_failures.ipynb #cell-018
 def failure_table(
@@ -164,16 +147,16 @@ def failure_table(
 
     A covariate with one group only says nothing and is left out. Raises `ValueError` if lengths differ.
     """
-    values, rows = np.asarray(values), []
+    values = np.asarray(values)
+    rows = []
     for name, labels in what.items():
         if len(labels) != len(values):
             raise ValueError(f"{name} has {len(labels)} images, the values have {len(values)}")
         parts = groups(labels)
-        for g, at in parts.items() if len(parts) > 1 else ():
+        for group, at in parts.items() if len(parts) > 1 else ():
             if len(at) < smallest:
                 continue
             mean = float(values[at].mean()) if values.ndim == 1 else error_rate(values[at])
-            rows.append([name, g, len(at), mean] + ([interval(values[at])] if interval else []))
-    return pd.DataFrame(rows, columns=["by", "group", "images", "mean"] + ["interval"] * bool(interval)).set_index(
-        ["by", "group"]
-    )
+            rows.append([name, group, len(at), mean] + ([interval(values[at])] if interval else []))
+    columns = ["by", "group", "images", "mean"] + ["interval"] * bool(interval)
+    return pd.DataFrame(rows, columns=columns).set_index(["by", "group"])

@@ -58,9 +58,8 @@ def nearest(
     if not len(train_features):
         raise ValueError("there is no training image to be near to")
     step = max(1, memory // (4 * len(train_features)))
-    return np.concatenate(
-        [(test_features[at : at + step] @ train_features.T).argmax(1) for at in range(0, len(test_features), step)]
-    )
+    starts = range(0, len(test_features), step)
+    return np.concatenate([(test_features[i : i + step] @ train_features.T).argmax(1) for i in starts])
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-009
 def consensus_caption(
@@ -75,7 +74,8 @@ def consensus_caption(
     def like(a, b):
         return 2 * (a & b).total() / max(1, a.total() + b.total())
 
-    return max(zip(captions, (sum(like(a, b) for b in words) - like(a, a) for a in words)), key=lambda pair: pair[1])[0]
+    likeness = [sum(like(a, b) for b in words) - like(a, a) for a in words]
+    return captions[likeness.index(max(likeness))]
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-010
 def nearest_neighbour(
@@ -94,7 +94,7 @@ def nearest_neighbour(
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-017
 GREY = 127  # of 255: the middle, which PaliGemma's processor turns into 0
 
-
+# %% ../../nbs/lib/07_evaluation/04_floors.ipynb #d6d74aa1
 def blank_image(
     captioner: Captioner,  # Base or tuned
     n: int,  # Test images
@@ -102,7 +102,8 @@ def blank_image(
 ) -> list[str]:  # n times one caption
     "What the captioner says of an evenly grey image."
     size = captioner.processor.image_processor.size
-    return generate_captions(captioner, [np.full((size["height"], size["width"], 3), GREY, np.uint8)], **options) * n
+    grey = np.full((size["height"], size["width"], 3), GREY, np.uint8)
+    return generate_captions(captioner, [grey], **options) * n
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-018
 def other_image(
@@ -112,7 +113,8 @@ def other_image(
     "For each image another one, each used once. Raises `ValueError` for fewer than two images."
     if n < 2:
         raise ValueError(f"shuffling needs at least two images, got {n}")
-    around, other = rng.permutation(n), np.zeros(n, np.int64)
+    around = rng.permutation(n)
+    other = np.zeros(n, np.int64)
     other[around] = np.roll(around, 1)  # all in one circle
     return other
 
@@ -142,30 +144,23 @@ def mean_scores(
     for name in first.per_image:
         stacked = np.stack([r.per_image[name] for r in rounds])
         each[name] = stacked.sum(0) if name.endswith("_counts") else stacked.mean(0)
-    mean = Scores(
-        {name: float(np.mean([r.corpus[name] for r in rounds])) for name in first.corpus},
-        each,
-        first.info | dict(rounds=len(rounds)),
-    )
-    return Scores(
-        mean.corpus | {name: value for name, value in mean.over().items() if name in mean.corpus}, each, mean.info
-    )
+    corpus = {name: float(np.mean([r.corpus[name] for r in rounds])) for name in first.corpus}
+    info = first.info | dict(rounds=len(rounds))
+    from_images = Scores(corpus, each, info).over()
+    return Scores(corpus | {name: value for name, value in from_images.items() if name in corpus}, each, info)
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-025
 def _rounds(references):  # As many as every image has captions; each leaves out one
     count = min(len(rs) for rs in references)
     if count < 2:
-        raise ValueError(
-            f"image {min(range(len(references)), key=lambda i: len(references[i]))} has fewer than two captions: "
-            "none would be left to compare with"
-        )
+        fewest = min(range(len(references)), key=lambda i: len(references[i]))
+        raise ValueError(f"image {fewest} has fewer than two captions: none would be left to compare with")
     return [[rs[:k] + rs[k + 1 :] for rs in map(list, references)] for k in range(count)]
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-026
 def human(
-    references: list[
-        list[str]
-    ],  # Captions of each image, at least two; where images have unlike numbers, the smallest number of rounds
+    # Captions of each image, at least two; where images have unlike numbers, the smallest number of rounds
+    references: list[list[str]],
     score,  # Function of predictions and references -> Scores
 ) -> Scores:  # Means over the rounds
     "Each human caption against the others of its image. Raises `ValueError` where an image has fewer than two."
@@ -194,22 +189,21 @@ FLOOR_LABELS = dict(
     human="human against the other four",
 )
 
-
+# %% ../../nbs/lib/07_evaluation/04_floors.ipynb #b8270077
 def floors(
     captioner: Captioner | None,  # For `blank`, `shuffled` and `neighbour`; else None
     train,  # Training rows with `image` and `captions`: a `datasets.Dataset` or a dict of lists
     test,  # Test rows, likewise
     score,  # Function of predictions and references -> Scores, as for every system of the table
     names: tuple[str, ...] = FLOORS,  # Which of them
-    predictions: list[str]
-    | None = None,  # The captioner's captions of the test images; None: they are generated if `shuffled` needs them
+    # The captioner's captions of the test images; None: they are generated if `shuffled` needs them
+    predictions: list[str] | None = None,
     seed: int = 0,  # Of the random captions and of the shuffling
     batch_size: int = 64,  # Images of a forward pass
     progress: bool = False,  # Show bars?
     **options,  # For `generate_captions`: max_new_tokens, num_beams
-) -> dict[
-    str, dict
-]:  # name -> label, predictions (one per test image), scores (corpus), per_image, info; in the order of `FLOORS`
+    # name -> label, predictions (one per test image), scores (corpus), per_image, info; in the order of `FLOORS`
+) -> dict[str, dict]:
     """Floors and ceiling for a table of results.
 
     The predictions kept under `human` are the first caption of each image; its scores are the means over all of them.
@@ -218,24 +212,26 @@ def floors(
     if unknown := [name for name in names if name not in FLOORS]:
         raise ValueError(f"unknown floor {unknown[0]!r}: allowed are {', '.join(FLOORS)}")
     known, references = list(train["captions"]), list(test["captions"])
-    n, options = len(references), dict(batch_size=batch_size, progress=progress) | options
-    draws = dict(
-        zip(FLOORS, np.random.default_rng(seed).spawn(len(FLOORS)))
-    )  # a floor's draw does not depend on which others are wanted
-    say = dict(
+    n = len(references)
+    options = dict(batch_size=batch_size, progress=progress) | options
+    # a floor's draw does not depend on which others are wanted
+    draws = dict(zip(FLOORS, np.random.default_rng(seed).spawn(len(FLOORS))))
+
+    def features(rows):
+        return pooled_features(captioner, rows["image"], batch_size, progress)
+
+    captions = dict(
         blank=lambda: blank_image(captioner, n, **options),
         shuffled=lambda: shuffled_images(captioner, test["image"], draws["shuffled"], predictions, **options),
         random=lambda: random_training_captions(known, n, draws["random"]),
         frequent=lambda: [most_frequent_caption(known)] * n,
-        neighbour=lambda: nearest_neighbour(
-            *(pooled_features(captioner, rows["image"], batch_size, progress) for rows in (train, test)), known
-        ),
+        neighbour=lambda: nearest_neighbour(features(train), features(test), known),
         human=lambda: [rs[0] for rs in references],
     )
-    found = {}
+    entries = {}
     for name in (name for name in FLOORS if name in names):
-        said = say[name]()
-        scores = human(references, score) if name == "human" else score(said, references)
+        written = captions[name]()
+        scores = human(references, score) if name == "human" else score(written, references)
         scores = scores.to_json()
-        found[name] = dict(label=FLOOR_LABELS[name], predictions=said, scores=scores.pop("corpus"), **scores)
-    return found
+        entries[name] = dict(label=FLOOR_LABELS[name], predictions=written, scores=scores.pop("corpus"), **scores)
+    return entries

@@ -94,6 +94,16 @@ def cost_figure(
         fig.legend(handles, labels, loc="outside right center", frameon=False)
     return fig
 
+# %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #260593bf
+def _draw_faithfulness(ax, y, rows):  # of one method and measure
+    own = [r["value"] for r in rows if r["attribution"] not in controls()]
+    blind = [r["value"] for r in rows if r["attribution"] in controls()]
+    ax.plot(own, [y] * len(own), "|", color="#0072b2", ms=12, alpha=0.6, label="one attribution method")
+    if own:
+        ax.plot(sum(own) / len(own), y, "o", color="#0072b2", ms=7, label="mean of the methods")
+    if blind:
+        ax.plot(sum(blind) / len(blind), y, "D", color="0.35", mfc="white", ms=6, label="mean of the controls")
+
 # %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #cell-007
 def faithfulness_figure(
     result: dict,  # 07_comparison.json
@@ -104,42 +114,28 @@ def faithfulness_figure(
     """
     import matplotlib.pyplot as plt
 
-    drawn = [
-        (stem, rows) for stem in FAITHFULNESS if (rows := [r for r in result["faithfulness"] if measures(r, stem)])
-    ]
+    drawn = {stem: [r for r in result["faithfulness"] if measures(r, stem)] for stem in FAITHFULNESS}
+    drawn = {stem: rows for stem, rows in drawn.items() if rows}
     if not drawn:
         return None
-    methods = [m for m in compared_methods() if any(r["method"] == m for _, rows in drawn for r in rows)]
-    fig, axes = plt.subplots(
-        1,
-        len(drawn),
-        figsize=(3.4 * len(drawn) + 1.5, 0.45 * len(methods) + 1.8),
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
-    )
-    for ax, (stem, rows) in zip(axes[0], drawn):
-        for y, m in enumerate(methods):
-            own, blind = (
-                [r["value"] for r in rows if r["method"] == m and (r["attribution"] in controls()) == c]
-                for c in (False, True)
-            )
-            ax.plot(own, [y] * len(own), "|", color="#0072b2", ms=12, alpha=0.6, label="one attribution method")
-            if own:
-                ax.plot(sum(own) / len(own), y, "o", color="#0072b2", ms=7, label="mean of the methods")
-            if blind:
-                ax.plot(sum(blind) / len(blind), y, "D", color="0.35", mfc="white", ms=6, label="mean of the controls")
+    there = {r["method"] for rows in drawn.values() for r in rows}
+    methods = [name for name in compared_methods() if name in there]
+    size = (3.4 * len(drawn) + 1.5, 0.45 * len(methods) + 1.8)
+    fig, axes = plt.subplots(1, len(drawn), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for ax, (stem, rows) in zip(axes[0], drawn.items()):
+        for y, name in enumerate(methods):
+            _draw_faithfulness(ax, y, [r for r in rows if r["method"] == name])
         if stem.endswith("gain"):
             ax.axvline(0, color="0.4", lw=1)
         ax.set(
             xlabel=rows[0]["metric"] + (", nats over a random map" if stem.endswith("gain") else ""),
             yticks=range(len(methods)),
-            yticklabels=[result["labels"][m] for m in methods],
+            yticklabels=[result["labels"][name] for name in methods],
         )
         ax.grid(axis="x", alpha=0.3)
     axes[0][0].invert_yaxis()
-    found = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=3, frameon=False)
+    handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     return fig
 
 # %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #cell-008
@@ -159,10 +155,11 @@ def source_figure(
         rows = whole_scores(result["scores"], "cider", source)
         at = [methods.index(m) + (i - (len(sources) - 1) / 2) * 0.6 / len(sources) for m in rows]
         values = [r["value"] for r in rows.values()]
+        below, above = [r["value"] - r["low"] for r in rows.values()], [r["high"] - r["value"] for r in rows.values()]
         ax.errorbar(
             at,
             values,
-            [[r["value"] - r["low"] for r in rows.values()], [r["high"] - r["value"] for r in rows.values()]],
+            [below, above],
             fmt="os^Dv"[i % 5],
             color=color,
             capsize=3,

@@ -25,26 +25,14 @@ def draw_lengths(
 ):  # matplotlib Figure
     "Histogram of the average caption length of an image, words."
     figure, axes = _axes()
-    found, paper = result["lengths"], result["lengths"]["paper"]
-    here = found["by_source"]["all"]
-    axes.hist(
-        found["values"],
-        bins=np.arange(np.floor(here["min"]) - 0.5, here["max"] + 1.5),
-        weights=found["images"],
-        color="#0173b2",
-        edgecolor="white",
-    )
-    axes.axvline(
-        here["mean"],
-        color="black",
-        label=f"mean here: {here['mean']:.2f} (std {here['std']:.2f}, {here['min']:g} to {here['max']:g})",
-    )
-    axes.axvline(
-        paper["mean"],
-        color="#de8f05",
-        ls="--",
-        label=f"mean in the paper: {paper['mean']} (std {paper['std']}, {paper['min']} to {paper['max']:g})",
-    )
+    lengths, paper = result["lengths"], result["lengths"]["paper"]
+    here = lengths["by_source"]["all"]
+    bins = np.arange(np.floor(here["min"]) - 0.5, here["max"] + 1.5)
+    axes.hist(lengths["values"], bins=bins, weights=lengths["images"], color="#0173b2", edgecolor="white")
+    label = f"mean here: {here['mean']:.2f} (std {here['std']:.2f}, {here['min']:g} to {here['max']:g})"
+    axes.axvline(here["mean"], color="black", label=label)
+    label = f"mean in the paper: {paper['mean']} (std {paper['std']}, {paper['min']} to {paper['max']:g})"
+    axes.axvline(paper["mean"], color="#de8f05", ls="--", label=label)
     axes.set(xlabel="average caption length of an image (words)", ylabel="images")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
@@ -59,7 +47,8 @@ def draw_bars(
     import matplotlib
 
     figure, axes = _axes(8, 0.9 + 0.21 * max(len(counts), 4))
-    numbers, left = np.array([np.atleast_1d(v) for v in counts.values()], float), np.zeros(len(counts))
+    numbers = np.array([np.atleast_1d(v) for v in counts.values()], float)
+    left = np.zeros(len(counts))
     colours = matplotlib.colormaps["cividis"](np.linspace(0, 0.95, numbers.shape[1])) if parts else ["#0173b2"]
     for i, colour in enumerate(colours):
         axes.barh(list(counts), numbers[:, i], left=left, color=colour, label=parts and parts[i])
@@ -86,20 +75,14 @@ def draw_pairs(
     for ax in axes.flat:
         ax.axis("off")
     for i, pair in enumerate(shown):
-        for ax, name, split, way in zip(
-            axes.flat[2 * i : 2 * i + 2], (pair["a"], pair["b"]), pair["splits"].split("-"), (0, pair["way"])
-        ):
+        sides = axes.flat[2 * i : 2 * i + 2]
+        names, splits, ways = (pair["a"], pair["b"]), pair["splits"].split("-"), (0, pair["way"])
+        for ax, name, split, way in zip(sides, names, splits, ways):
             ax.imshow(turn(np.asarray(data.dataset[row[name]]["image"].resize((96, 96)))[None], way)[0])
             ax.set_title(f"{name}\n{split}", fontsize=7)
         measure = f"{pair['bits']} bits" if pair["bits"] is not None else f"cosine {pair['cosine']:.2f}"
-        axes.flat[2 * i].text(
-            0,
-            -0.06,
-            f"{pair['kind']}: {measure}, correlation {pair['correlation']:.2f}",
-            transform=axes.flat[2 * i].transAxes,
-            va="top",
-            fontsize=7,
-        )
+        text = f"{pair['kind']}: {measure}, correlation {pair['correlation']:.2f}"
+        sides[0].text(0, -0.06, text, transform=sides[0].transAxes, va="top", fontsize=7)
     return figure
 
 # %% ../../nbs/lib/12_report/01_eda_figures.ipynb #cell-007
@@ -119,13 +102,6 @@ def draw_samples(
     for ax, sample in zip(axes.flat, result["samples"]):
         ax.imshow(data.dataset[row[sample["image_id"]]]["image"].resize((96, 96)))
         ax.set_title(f"{sample['source']} ({sample['split']})", fontsize=8)
-        ax.text(
-            0.5,
-            -0.04,
-            textwrap.fill(sample["captions"][0], 26),
-            transform=ax.transAxes,
-            ha="center",
-            va="top",
-            fontsize=7,
-        )
+        caption = textwrap.fill(sample["captions"][0], 26)
+        ax.text(0.5, -0.04, caption, transform=ax.transAxes, ha="center", va="top", fontsize=7)
     return figure

@@ -18,9 +18,8 @@ from ..metrics.tokens import tokenize
 def best_and_worst(
     per_image: np.ndarray,  # (n,) higher is better
     k: int = 20,  # Images on each side; half of all at most
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # Places of the best, best first, and of the worst, worst first; ties in their order
+    # Places of the best, best first, and of the worst, worst first; ties in their order
+) -> tuple[np.ndarray, np.ndarray]:
     "The two ends of a test split."
     values = np.asarray(per_image, float)
     k = min(k, len(values) // 2)
@@ -39,52 +38,54 @@ def nearest_reference(
 
     return max(references, key=lambda r: f1(Counter(tokenize(r))))
 
+# %% ../../nbs/lib/12_report/04_failure_pages.ipynb #1e4ed34e
+def _page_texts(n, rows, notes, width) -> list[str]:
+    "What stands under each of n images: who wrote what, and which of it is wrong."
+    import textwrap
+
+    lines = [{who: captions[i].rstrip(" .") or "(empty)" for who, captions in rows.items()} for i in range(n)]
+    for line, claims in zip(lines, notes or []):
+        wrong = [f"{c.kind.replace('_', ' ')}: {c.says}" for c in claims if c.wrong]
+        if wrong:
+            line["WRONG"] = "; ".join(dict.fromkeys(wrong))
+
+    def wrapped(who, text):
+        return textwrap.fill(f"{who}: {text}", width, subsequent_indent="  ")
+
+    return ["\n".join(wrapped(who, text) for who, text in line.items()) for line in lines]
+
 # %% ../../nbs/lib/12_report/04_failure_pages.ipynb #cell-009
 def failure_page(
     images: list,  # PIL images
     ids: list[str],  # Their names
     rows: dict[str, list[str]],  # Who wrote it -> a caption for each image, e.g. "said", "reference"
     scores: list[float],  # Of each image
-    notes: list[list]
-    | None = None,  # Claims of each image (`rsstudy.evaluation.claims.Claim`): the wrong ones are listed
+    # Claims of each image (`rsstudy.evaluation.claims.Claim`): the wrong ones are listed
+    notes: list[list] | None = None,
     title: str = "",  # Above the page
     drawn: bool = False,  # Are the images of the built-in world? Then there may be more than 12
     columns: int = 4,  # Images side by side
     width: int = 40,  # Characters a line
 ):  # A matplotlib figure
     "Images with captions and scores. Raises `ValueError` above 12 images of a data set."
-    import textwrap
-
     import matplotlib.pyplot as plt
 
     if len(images) > 12 and not drawn:
         raise ValueError(f"a figure shows at most 12 images of a data set, got {len(images)}")
-    says = [{who: captions[i].rstrip(" .") or "(empty)" for who, captions in rows.items()} for i in range(len(images))]
-    for i, claims in enumerate(notes or []):
-        if wrong := [f"{c.kind.replace('_', ' ')}: {c.says}" for c in claims if c.wrong]:
-            says[i]["WRONG"] = "; ".join(dict.fromkeys(wrong))
-    texts = [
-        "\n".join(textwrap.fill(f"{who}: {text}", width, subsequent_indent="  ") for who, text in row.items())
-        for row in says
-    ]
+    texts = _page_texts(len(images), rows, notes, width)
     lines, side, top = -(-len(images) // columns), 2.7, 0.55
-    below = [
-        0.14 * max(t.count("\n") + 1 for t in texts[r * columns : (r + 1) * columns]) + 0.1 for r in range(lines)
-    ]  # inches of text under a row
-    figure, y = plt.figure(figsize=((side + 0.2) * columns, top + lines * (side + 0.25) + sum(below))), top
+    longest = [max(t.count("\n") + 1 for t in texts[r * columns : (r + 1) * columns]) for r in range(lines)]
+    below = [0.14 * count + 0.1 for count in longest]  # inches of text under a row
+    figure = plt.figure(figsize=((side + 0.2) * columns, top + lines * (side + 0.25) + sum(below)))
     full_width, full_height = figure.get_size_inches()
     figure.text(0.5, 1 - 0.2 / full_height, title, ha="center", va="center", fontsize=12)
+    y = top
     for i, image in enumerate(images):
         if i and i % columns == 0:
             y += side + 0.25 + below[i // columns - 1]
-        ax = figure.add_axes(
-            [
-                (0.1 + (i % columns) * (side + 0.2)) / full_width,
-                1 - (y + side) / full_height,
-                side / full_width,
-                side / full_height,
-            ]
-        )
+        x = 0.1 + (i % columns) * (side + 0.2)
+        corner = [x / full_width, 1 - (y + side) / full_height]
+        ax = figure.add_axes([*corner, side / full_width, side / full_height])
         ax.imshow(np.asarray(image.resize((112, 112))))
         ax.axis("off")
         ax.set_title(f"{ids[i]}   {scores[i]:.2f}", fontsize=9, loc="left", pad=3)
@@ -102,16 +103,16 @@ def failure_pages(
     values = np.array(run["per_image"][find_metric(run["per_image"], "cider")])
 
     def page(name, places):
-        said = [run["predictions"][i] for i in places]
+        captions = [run["predictions"][i] for i in places]
         claims = [
             check_scene(c, facts[i]) if facts else check_references(c, dataset[i]["captions"])
-            for i, c in zip(places, said)
+            for i, c in zip(places, captions)
         ]
-        nearest = [nearest_reference(c, dataset[i]["captions"]) for i, c in zip(places, said)]
+        nearest = [nearest_reference(c, dataset[i]["captions"]) for i, c in zip(places, captions)]
         return failure_page(
             [dataset[i]["image"] for i in places],
             [dataset[i]["image_id"] for i in places],
-            {"said": said, "nearest reference": nearest},
+            {"said": captions, "nearest reference": nearest},
             values[places],
             claims,
             f"the {len(places)} {name} by CIDEr",
