@@ -15,15 +15,14 @@ import torch
 from .answer import Attribution, Stopwatch, enlarge
 from .gradcam import as_square
 from .scorer import Scorer
-from ..model.parts import core
 
 # %% ../../nbs/lib/10_attribution/10_attention.ipynb #cell-005
 @contextmanager
 def eager_attention(
-    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    model: torch.nn.Module,  # PaliGemma, bare
 ):
     "Plain attention inside the block, in tower and decoder; afterwards each part has its own implementation again."
-    every = (getattr(module, "config", None) for module in core(model).modules())
+    every = (getattr(module, "config", None) for module in model.modules())
     configs = list({id(c): c for c in every if hasattr(c, "_attn_implementation")}.values())
     before = [c._attn_implementation for c in configs]  # outer ones first: setting one also sets those inside it
     try:
@@ -43,7 +42,7 @@ def attention_weights(
 
     Raises `ValueError` where a layer gives none.
     """
-    inner = core(scorer.model).model
+    inner = scorer.model.model
     tower = getattr(inner.vision_tower, "vision_model", inner.vision_tower)
     parts = (inner.language_model.layers, tower.encoder.layers)
     weights = ([], [])  # of each part

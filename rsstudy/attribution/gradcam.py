@@ -13,16 +13,15 @@ import torch
 
 from .answer import Attribution, Stopwatch, enlarge
 from .scorer import Scorer
-from ..model.parts import core
 
 # %% ../../nbs/lib/10_attribution/09_gradcam.ipynb #cell-004
 def siglip_layer(
-    model: torch.nn.Module,  # PaliGemma, bare or wrapped by peft
+    model: torch.nn.Module,  # PaliGemma, bare
     # Encoder layer, counted as in a list, or a module's name: its whole name inside the vision tower, or the end of it
     which: int | str = -1,
 ) -> torch.nn.Module:  # Its output is (B, patches, channels)
     "A layer of the vision tower. Raises `ValueError` where there is no such layer, or several of that name."
-    tower = core(model).model.vision_tower
+    tower = model.model.vision_tower
     if isinstance(which, str):
         modules = dict(tower.named_modules())
         named = [modules[which]] if which in modules else [m for n, m in modules.items() if n.endswith("." + which)]
@@ -131,7 +130,7 @@ def layer_cam(
     Source: Jiang, Zhang, Hou, Cheng and Wei 2021, LayerCAM, eq. 4 to 7, https://doi.org/10.1109/TIP.2021.3089943"""
     watch = Stopwatch(scorer)
     if layers is None:
-        tower = core(scorer.model).model.vision_tower
+        tower = scorer.model.model.vision_tower
         layers = list(getattr(tower, "vision_model", tower).encoder.layers)
     if not layers:
         raise ValueError("There is nothing to join: give at least one layer.")

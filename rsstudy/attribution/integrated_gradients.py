@@ -16,28 +16,27 @@ from .paths import Path, integrate_path
 from .prompt_words import Prompt, prompt_fields
 from .scorer import Scorer, fill_image
 from ..model.forward import image_features
-from ..model.parts import core
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-005
 PLACES = "pixels", "patches", "tokens"
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #356a195a
 def patch_embedding(
-    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    model: torch.nn.Module,  # PaliGemma, bare
 ) -> torch.nn.Module:  # (B, 3, H, W) -> (B, N, C)
     "The vision tower's patch embedding, positions included."
-    tower = core(model).model.vision_tower
+    tower = model.model.vision_tower
     return getattr(tower, "vision_model", tower).embeddings
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-006
 @contextmanager
 def standing_in(
-    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    model: torch.nn.Module,  # PaliGemma, bare
     at: str,  # "patches" or "tokens"
     values: torch.Tensor,  # (B, N, C)
 ):
     "Inside the block the model reads these patch embeddings or image tokens, whatever the image."
-    inner = core(model).model
+    inner = model.model
     if at == "patches":
         handle = patch_embedding(model).register_forward_hook(lambda module, inputs, output: values.to(output.dtype))
         try:
@@ -76,7 +75,7 @@ def scorer_inside(
 
 # %% ../../nbs/lib/10_attribution/08_integrated_gradients.ipynb #cell-008
 def gradients_at_pixels(
-    model: torch.nn.Module,  # PaliGemma, bare or wrapped
+    model: torch.nn.Module,  # PaliGemma, bare
     gradients: torch.Tensor,  # At patch embeddings, (U, N, C)
     pixels: torch.Tensor,  # Where the embedding is linear any image will do: gives shape and device, (1, 3, H, W)
 ) -> torch.Tensor:  # (U, 3, H, W)

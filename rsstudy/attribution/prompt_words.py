@@ -19,7 +19,6 @@ from .words import CaptionTarget, Span, read_caption, span_sums, word_spans
 from ..model.forward import image_features
 from ..model.generate import Captioner
 from ..model.pack import encode_prompt
-from ..model.parts import core
 
 # %% ../../nbs/lib/10_attribution/05_prompt_words.ipynb #cell-005
 @dataclass
@@ -62,7 +61,7 @@ def prompt_words(
     places = sorted({t for w in words for t in w.tokens})
     of_pixels = caption_scorer(model, target, spans, batch)
     tokens, sums = span_sums(of_pixels.spans)
-    embed = core(model).model.get_input_embeddings()
+    embed = of_pixels.model.get_input_embeddings()
     with torch.no_grad():
         features = image_features(model, of_pixels.pixels)
         own = embed(target.input_ids.to(of_pixels.pixels.device))[:, places].float()

@@ -121,7 +121,7 @@ def caption_scorer(
         batch,
         target.black.to(device),
         np.array([len(s.tokens) for s in spans]),
-        model,
+        base,
         target,
         spans,
     )

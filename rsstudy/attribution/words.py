@@ -15,7 +15,6 @@ import torch
 
 from ..model.forward import head_logits, image_features, target_hidden
 from ..model.pack import Example, pack
-from ..model.parts import core
 
 # %% ../../nbs/lib/10_attribution/01_words.ipynb #cell-005
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def read_caption(
     prefixes = [ids[:first]] * len(features) if prefixes is None else prefixes
     # the last token wanted is predicted where <eos> would be
     batch = pack([Example(p, [ids[first:last]], [1]) for p in prefixes], ids[last])
-    device = core(model).model.get_input_embeddings().weight.device
+    device = features.device
     batch = {k: v.to(device) for k, v in batch.items()}
     # (B, K): the row before a token predicts it
     rows, wanted = (batch[k].view(len(features), -1)[:, tokens] for k in ("rows", "targets"))

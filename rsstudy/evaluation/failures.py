@@ -79,8 +79,11 @@ def class_of(
     if number and int(number) // size < len(classes):
         return classes[int(number) // size]
     plain = re.sub(r"[_ -]+", " ", name).lower()
-    for known in {*NWPU, *UCM}:
-        if plain in (known, known.replace(" ", ""), known.removesuffix(" area"), known.removesuffix(" station")):
+    names = dict.fromkeys([*NWPU, *UCM])
+    if plain in names:
+        return plain
+    for known in names:  # a short form, of which none fits two classes
+        if plain in (known.replace(" ", ""), known.removesuffix(" area"), known.removesuffix(" station")):
             return known
     return "unknown"
 

@@ -35,7 +35,7 @@ def features_key(
     images_key: str,  # Stands for the images, in their order
 ) -> str:  # 24 hexadecimal digits
     "Digest of all that the features depend on."
-    model = core(captioner.model).model
+    model = captioner.core.model
     digest = hashlib.sha256()
     for part in (model.vision_tower, model.multi_modal_projector):
         for name, tensor in part.state_dict().items():
@@ -60,7 +60,7 @@ def cache_features(
     Raises `OSError` where the folder's disk has no room for it.
     """
     dtype = captioner.model.dtype
-    shape = (len(images), captioner.processor.image_seq_length, core(captioner.model).config.text_config.hidden_size)
+    shape = (len(images), captioner.processor.image_seq_length, captioner.core.config.text_config.hidden_size)
     numbers = math.prod(shape)
     if folder is None:
         return _fill(captioner, images, torch.empty(shape, dtype=dtype), batch_size, progress)
@@ -103,7 +103,7 @@ def tower_features(
     "An image as the mean of what the vision tower makes of its patches."
     from tqdm import tqdm
 
-    model = core(captioner.model)
+    model = captioner.core
     tower = model.model.vision_tower
     vectors = []
     starts = range(0, len(images), batch_size)

@@ -10,7 +10,7 @@ __all__ = ['STATIC_IMAGES', 'COMPACT', 'Captioner', 'FinishedShare', 'decode_bat
 from dataclasses import dataclass
 
 import torch
-from transformers import StoppingCriteria
+from transformers import PaliGemmaForConditionalGeneration, StoppingCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .forward import pixel_tensor
@@ -26,6 +26,11 @@ class Captioner:
     processor: object  # PaliGemma's
     prompt: str = "caption en"  # Text before the caption
     method: str = "none"  # The tuning method's name
+
+    @property
+    def core(self) -> PaliGemmaForConditionalGeneration:
+        "PaliGemma without peft's wrapper; peft changes its layers in place, so nothing is lost by calling it."
+        return core(self.model)
 
 # %% ../../nbs/lib/04_model/09_generate.ipynb #cell-007
 class FinishedShare(StoppingCriteria):
