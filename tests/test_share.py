@@ -27,7 +27,8 @@ import rsstudy.tuning.captioners
 from rsstudy.commands import export
 from rsstudy.common.settings import load_profile
 from rsstudy.model.generate import generate_captions
-from rsstudy.sharing.export import add_adapters, export_run
+from rsstudy.sharing.export import export_run
+from rsstudy.sharing.portable import add_adapters
 from rsstudy.tuning.adapter import Adapted, Bottleneck
 from rsstudy.tuning.captioners import load_captioner
 from rsstudy.tuning.method import attach
