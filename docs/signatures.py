@@ -14,12 +14,24 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FIELDS = {"dataclass", "NamedTuple"}  # classes that are made of their fields
 
 
-def comments(source: str) -> dict[int, str]:  # line -> the comment at its end
-    return {
-        t.start[0]: t.string.lstrip("# ")
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT and t.line.strip()[0] != "#"
-    }
+def comments(source: str) -> dict[int, str]:  # line -> the comment at its end, or else the one right above it
+    lines, ends, above, pending = source.splitlines(), {}, {}, []
+    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+        if t.type == tokenize.COMMENT and t.line.strip()[0] != "#":
+            ends[t.start[0]] = t.string.lstrip("# ")
+    for number, line in enumerate(lines, 1):
+        code = line.strip()
+        if code.startswith("# "):
+            pending.append(code.lstrip("# "))
+            continue
+        if pending and code and not code.startswith(("def ", "class ", "@")):
+            above[number] = " ".join(pending)
+        pending = []
+    return above | ends
+
+
+def meaning(said: dict[int, str], node) -> str:  # of a parameter, field or constant
+    return said.get(node.end_lineno) or said.get(node.lineno, "")
 
 
 def plain(text: str) -> str:
@@ -51,12 +63,13 @@ def parameters(
         if x.arg in ("self", "cls") and x is plain_args[0]:
             continue
         line = (d or x).end_lineno
+        comment = said.get(line) or said.get(x.lineno, "")
         rows.append(
             (
                 stars + x.arg,
                 ast.unparse(x.annotation) if x.annotation else "",
                 ast.unparse(d) if d else "",
-                "" if line == head_end(f) else said.get(line, ""),
+                "" if line == head_end(f) else comment,
             )
         )
     return rows
@@ -64,12 +77,10 @@ def parameters(
 
 def table(rows: list[tuple[str, str, str, str]]) -> list[str]:  # lines of Markdown
     "What every parameter means; types and defaults stand in the signature."
-    said = [(name, meaning) for name, _, _, meaning in rows if meaning]
-    return (
-        ["", "|  | meaning |", "|---|---|", *(f"| `{name}` | {plain(meaning)} |" for name, meaning in said), ""]
-        if said
-        else []
-    )
+    told = [(name, text) for name, _, _, text in rows if text]
+    if not told:
+        return []
+    return ["", "|  | meaning |", "|---|---|", *(f"| `{name}` | {plain(text)} |" for name, text in told), ""]
 
 
 def signature(f: ast.FunctionDef) -> str:
@@ -93,8 +104,8 @@ def function(f, said: dict[int, str], link, depth: int = 0) -> list[str]:  # lin
     if "property" in names:
         kind = "property"
     rows = parameters(f, said)
-    if meaning := said.get(head_end(f)):
-        rows.append(("returns", "", "", meaning))
+    if returned := said.get(head_end(f)):
+        rows.append(("returns", "", "", returned))
     head = f"{f.name}" if kind == "property" else f.name + signature(f)
     return directive(kind, head, [link(ast.get_docstring(f) or ""), *map(link, table(rows))], depth, options)
 
@@ -114,7 +125,7 @@ def a_class(c: ast.ClassDef, said: dict[int, str], link) -> list[str]:  # lines 
                 x.target.id,
                 ast.unparse(x.annotation),
                 ast.unparse(x.value) if x.value else "",
-                said.get(x.end_lineno, ""),
+                meaning(said, x),
             )
             for x in fields
         ]
@@ -128,7 +139,7 @@ def constant(x, said: dict[int, str], link) -> list[str]:  # lines of Markdown
     return directive(
         "data",
         name_of(x),
-        [link(plain(said.get(x.end_lineno) or said.get(x.lineno, "")))],
+        [link(plain(meaning(said, x)))],
         0,
         (f"value: {value}",) if len(value) <= 120 else (),
     )

@@ -308,6 +308,9 @@ def test_a_cell_becomes_a_signature(monkeypatch):
 def far(
     x:float, # Metres | from `here`
     *, near:bool=False,
+    # In the shade?
+    # Only by day
+    dark:bool=False,
 ) -> bool: # Beyond?
     "Whether it is far."
     return x > LIMIT
@@ -315,9 +318,10 @@ def far(
 def _hidden(): pass
 """
     text = signatures.document(source)
-    assert "{py:data} LIMIT\n:value: 3" in text and "{py:function} far(x: float, *, near: bool=False) -> bool" in text
+    assert "{py:data} LIMIT\n:value: 3" in text and "{py:function} far(x: float, *, near: bool=False, dark: bool=False) -> bool" in text
     assert (
         "| `x` | Metres \\| from `here` |" in text
+        and "| `dark` | In the shade? Only by day |" in text
         and "| `returns` | Beyond? |" in text
         and "_hidden" not in text
         and "`near`" not in text
