@@ -48,4 +48,4 @@ def test_every_module_has_its_notebook():
         text = module.read_text(encoding="utf-8")
         source = text.split("File to edit: ")[1].split(".ipynb")[0] + ".ipynb"
         assert (module.parent / source).resolve().is_file(), f"{module} is exported from {source}, which is not there"
-        assert text.count("\n") <= 530, f"{module} has {text.count(chr(10))} lines: split the idea"
+        assert text.count("\n") <= 400, f"{module} has {text.count(chr(10))} lines: split the idea"

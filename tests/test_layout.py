@@ -120,6 +120,18 @@ def test_no_two_public_definitions_of_one_name():
     assert {k: v for k, v in seen.items() if len(v) > 1 and k not in every_command} == {}
 
 
+def test_functions_fit_on_a_screen():
+    long = {}
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+                lines = node.end_lineno - body[0].lineno + 1
+                if lines > 40:
+                    long[f"{name}.{node.name}"] = lines
+    assert long == {}
+
+
 def test_the_index_has_a_line_for_every_folder():
     listed = re.findall(r"^- \[`(\w+)`\]", (LIB / "README.md").read_text(), re.M)
     assert listed == sorted(p.name for p in LIB.iterdir() if p.is_dir() and p.name[0].isdigit())
