@@ -318,7 +318,10 @@ def far(
 def _hidden(): pass
 """
     text = signatures.document(source)
-    assert "{py:data} LIMIT\n:value: 3" in text and "{py:function} far(x: float, *, near: bool=False, dark: bool=False) -> bool" in text
+    assert (
+        "{py:data} LIMIT\n:value: 3" in text
+        and "{py:function} far(x: float, *, near: bool=False, dark: bool=False) -> bool" in text
+    )
     assert (
         "| `x` | Metres \\| from `here` |" in text
         and "| `dark` | In the shade? Only by day |" in text
