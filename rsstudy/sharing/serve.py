@@ -23,7 +23,7 @@ from ..common.settings import Profile, load_profile
 from ..explain.image import USUAL
 from ..runner.study import terminable
 from ..scenes.scene import draw_scene
-from .guard import Guard, check_address, is_loopback
+from .access import Guard, check_address, is_loopback
 from rsstudy.sharing.serving import (
     MODELS_IN_MEMORY,
     MOST_MB,
