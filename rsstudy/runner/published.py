@@ -29,11 +29,10 @@ def published_folder(
 def differing_settings(
     mine: dict,  # A manifest's settings
     published: dict,  # The same of what is published
-) -> dict[str, list]:  # Setting -> [mine, published]; None where one does not know it
-    "What two runs were asked to do differently."
-    names = dict.fromkeys([*published, *mine])
-    pairs = {name: [mine.get(name), published.get(name)] for name in names if name not in NO_MATTER}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+) -> dict[str, list]:  # Setting -> [mine, published]
+    "What two runs were asked to do differently; a setting that only one of them knows is left out."
+    names = [name for name in published if name in mine and name not in NO_MATTER]
+    return {name: [mine[name], published[name]] for name in names if mine[name] != published[name]}
 
 # %% ../../nbs/lib/13_runner/09_published.ipynb #a3f33826
 def compare_runs(
