@@ -1,6 +1,7 @@
 """The benchmark: it runs with little more than torch, transformers and peft, and from a profile to its JSON."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -77,7 +78,7 @@ def test_profile(tmp_path):
         "fused_optimizer",
         "kept_activations",
     } == set(train["levers"])
-    assert train["step"]["ratio"] > 0 and train["ours"] == train["details"]["ours"]["captions_per_second"]
+    assert math.isfinite(train["step"]["ratio"]) and train["ours"] == train["details"]["ours"]["captions_per_second"]
     assert (
         generate["same_captions"] == 1
         and generate["mean_tokens"] > 1
