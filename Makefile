@@ -43,7 +43,7 @@ test: lint
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/nbdev_test --n-workers $(WORKERS) --do-print --timing
 	@echo "== 3/3 pytest"
 	@command -v chromium chromium-browser google-chrome >/dev/null || timeout 60 $(BIN)/python -m playwright install chromium >/dev/null 2>&1 || echo "Chromium could not be had: the tests that open a page in a browser are skipped"
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --ignore tests/test_drift.py tests
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/test_drift.py tests
 
 # Whether export and clean would change the tree is a test of its own, which runs here.
 lint: $(ALL)

@@ -7,6 +7,17 @@ import numpy as np
 import pytest
 
 
+# These files take a minute or more each. They come first: one that began last would be waited for by all other workers
+LONG = ("test_end_to_end", "test_docs", "test_ray", "test_package", "test_never_lost", "test_caption", "test_study")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def image():
     "Coloured blocks under a little noise, (224, 224, 3) uint8."

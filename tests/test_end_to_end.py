@@ -2,9 +2,9 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
+from toys import command
 
 from rsstudy.evaluation.floors import FLOORS
 
@@ -37,19 +37,7 @@ METHODS = {"none", "lora", "qlora", "prompt", "adapter", "full"}
 def run(folder):
     settings = TINY | dict(results=folder / "results", work=folder / "runs")
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from rsstudy.commands.main import main; sys.exit(main())",
-            "run",
-            "--seeds",
-            "0",
-            *words,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    return subprocess.run(command("run", "--seeds", "0", *words), cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -42,14 +42,16 @@ def project(folder, **sources):
     return folder
 
 
+# The command line of this very interpreter. Whoever was started in the background ignores Ctrl-C, and so would its
+# children: a test that sends it says that it counts.
+RUN = """import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from rsstudy.commands.main import main
+sys.exit(main())"""
+
+
 def command(*words):
-    """The command line of this very interpreter."""
-    return [
-        sys.executable,
-        "-c",
-        "import sys; from rsstudy.commands.main import main; sys.exit(main())",
-        *map(str, words),
-    ]
+    return [sys.executable, "-c", RUN, *map(str, words)]
 
 
 STUCK = 900  # seconds without what a test waits for: it is stuck, on however slow a machine
