@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 
-
 # These files take a minute or more each. They come first: one that began last would be waited for by all other workers
 LONG = ("test_end_to_end", "test_docs", "test_ray", "test_package", "test_never_lost", "test_caption", "test_study")
 
