@@ -120,6 +120,16 @@ def test_no_two_public_definitions_of_one_name():
     assert {k: v for k, v in seen.items() if len(v) > 1 and k not in every_command} == {}
 
 
+def test_links_between_notebooks_lead_somewhere():
+    dead = []
+    for path in [*LIB.rglob("*.ipynb"), *LIB.parent.glob("*.ipynb")]:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                links = re.findall(r"\]\(([^):]+\.ipynb)", "".join(cell["source"]))
+                dead += [f"{path.name}: {link}" for link in links if not (path.parent / link).exists()]
+    assert dead == []
+
+
 def test_functions_fit_on_a_screen():
     long = {}
     for name, tree in MODULES.items():
