@@ -18,6 +18,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from toys import STUCK
 
 from rsstudy.commands.main import main
 from rsstudy.common.settings import load_profile
@@ -31,7 +32,8 @@ pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'rsstud
 MOST_MB = 2
 # Notes every name that the server looks up and every address that it connects to, then serves.
 START = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 def note(event, args):
     if event == "socket.getaddrinfo": what = args[0]
     elif event == "socket.connect" and isinstance(args[1], tuple): what = args[1][0]
@@ -125,7 +127,7 @@ def server(P, tmp_path_factory):
         assert list(folder.glob("rsstudy-serve-*"))
         yield f"http://127.0.0.1:{port}"
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0 and not list(folder.glob("rsstudy-serve-*"))
+        assert process.wait(STUCK) == 0 and not list(folder.glob("rsstudy-serve-*"))
         asked = {*(folder / "notes").read_text().split()}
         assert asked <= {"127.0.0.1", "localhost", "None"}, asked
         assert "Traceback" not in (folder / "said").read_text()
