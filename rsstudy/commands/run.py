@@ -106,12 +106,12 @@ def _run(args) -> int:
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #cell-012
 def _own_or_published(P: Profile) -> Profile:  # results of one's own, else those published, which is said
-    from rsstudy.runner.published import published_folder
+    from rsstudy.runner.published import PUBLISHED, published_folder
 
     usual = P.results == default_settings()["results"]
     if usual and not (P.results_dir / "07_comparison.json").is_file() and published_folder(P):
         print(f"nothing in {os.path.relpath(P.results_dir)}: these are the published results", file=sys.stderr)
-        return dataclasses.replace(P, results="results")
+        return dataclasses.replace(P, results=PUBLISHED)
     return P
 
 # %% ../../nbs/lib/18_commands/02_run.ipynb #738f9a05

@@ -15,7 +15,7 @@ from .records import Records, study_run, words_with_mask
 from ..model.base import pick_device
 from ..tuning.method import METHODS
 from ..tuning.methods import compared_methods, load_tuned
-from ..tuning.saved import tuned_folder
+from ..tuning.saved import has_weights, tuned_folder
 
 # %% ../../nbs/lib/11_faithfulness/12_explained.ipynb #d83f76fd
 def _drawn_row(data: CaptionData, row: dict) -> dict | None:  # None where no caption names an object with a mask
@@ -67,7 +67,7 @@ def explained_parts(
     for method in methods:
         seeds = P.seeds[:1]
         if method != "none":
-            seeds = [s for s in P.seeds if (tuned_folder(P, method, s) / "adapter.safetensors").is_file()]
+            seeds = [s for s in P.seeds if has_weights(tuned_folder(P, method, s))]
         if not seeds:
             announce(f"xai {method}", f"no weights in {P.work_dir}, the method is left out")
         for k, seed in enumerate(seeds):

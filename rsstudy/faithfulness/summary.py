@@ -16,7 +16,7 @@ import numpy as np
 from ..attribution.attributions import controls
 from .agreement import map_correlation
 from .counterfactual import counterfactual_faithfulness
-from .measures import measure_names
+from .measures import is_versioned, measure_names
 from .records import Records
 from ..stats.intervals import interval_of, resample, verdict
 from ..stats.tests import Difference, compare_systems, holm
@@ -190,7 +190,7 @@ def faithfulness_rows(
     resamples: int,  # Bootstrap resamples
 ) -> list[dict]:  # method, attribution ("model" for a measure of the model alone), metric, value, low, high, n
     "Means over images of every measure, with intervals."
-    metrics = list(dict.fromkeys(k for r in records.rows for k in r if k.endswith(".v1")))
+    metrics = list(dict.fromkeys(k for r in records.rows for k in r if is_versioned(k)))
     means = {(metric, *k): g for metric in metrics for k, g in by_group(records.rows, metric).items()}
     for metric, groups in map_changes(records.coarse).items():
         means |= {(metric, *k): g for k, g in groups.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..evaluation.failures import failure_table
-from .comparison import whole_scores
+from .comparison import best_of, whole_scores
 from ..stats.intervals import bootstrap_interval
 from ..stats.rows import metric_named
 
@@ -20,7 +20,7 @@ def best_method(
 ) -> str:  # Key of its methods
     "The tuned method of the highest CIDEr on the whole test split."
     scores = whole_scores(result["scores"], "cider")
-    return max((name for name in scores if name != "none"), key=lambda name: scores[name]["value"])
+    return best_of(scores, [name for name in scores if name != "none"])
 
 # %% ../../nbs/lib/12_report/09_hardest.ipynb #fb358bce
 def hardest_groups(

@@ -17,7 +17,7 @@ from ..model.base import base_version, load_base
 from ..model.generate import Captioner
 from .method import attach
 from .methods import family_of, method_of, methods
-from .saved import load_weights, read_facts, tuned_folder
+from .saved import has_weights, load_weights, read_facts, tuned_folder
 
 # %% ../../nbs/lib/09_tuning/10_captioners.ipynb #cell-005
 def check_same_base(
@@ -114,7 +114,7 @@ def find_captioner(
     """
     if run := find_run(P, model, seed):
         name, _, number = run.name.rpartition("-seed")
-        if (run / "adapter.safetensors").is_file():
+        if has_weights(run):
             return run, P.base_model
         raise FileNotFoundError(
             f"the model '{name}' with seed {number} has not been tuned under the profile {P.name}: "
