@@ -18,7 +18,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 PROFILE ?= nano
 ARGS    ?=
-WORKERS ?= 2
+WORKERS ?= 3
 
 SHELL := /bin/bash
 BIN   := $(VENV)/bin
@@ -37,7 +37,8 @@ help:
 study: $(STUDY)
 	@$(BIN)/rsstudy run --profile $(PROFILE) $(ARGS)
 
-# One thread each: two notebooks at a time would fight over two cores, and toy models lose more to waiting threads than they gain.
+# WORKERS at a time, one thread each: toy models lose more to waiting threads than they gain. One more than two cores have,
+# since a worker often waits, for a kernel, a browser or a cluster: 8 minutes instead of 10.
 test: lint
 	@echo "== 2/3 nbdev_test: every notebook"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/nbdev_test --n-workers $(WORKERS) --do-print --timing

@@ -20,7 +20,7 @@ from pathlib import Path
 import nbformat
 import signatures
 from nbdev.process import NBProcessor
-from nbdev.processors import clean_magics, hide_, hide_line, rm_header_dash, strip_ansi
+from nbdev.processors import hide_, hide_line, rm_header_dash, strip_ansi
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +60,7 @@ def cell(kind: str, source: str, outputs=None, folded: str = "") -> dict:
 
 def read(path: Path) -> list:  # Cells, with nbdev's directives in `directives_` and taken out of the source
     "A notebook through those of nbdev's processors that need no kernel."
-    processor = NBProcessor(path, [strip_ansi, hide_line, rm_header_dash, clean_magics, hide_], rm_directives=True)
+    processor = NBProcessor(path, [strip_ansi, hide_line, rm_header_dash, hide_], rm_directives=True)
     processor.process()
     return [c for c in processor.nb.cells if "hide" not in c.directives_ and "colab" not in c.metadata.get("tags", [])]
 

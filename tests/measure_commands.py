@@ -6,6 +6,7 @@ writes commands.json beside the benchmarks of this machine. Nothing else should 
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -35,7 +36,11 @@ def main():
     parser.add_argument("--only", nargs="*", default=list(STEPS), choices=list(STEPS), help="some of the steps")
     args = parser.parse_args()
     environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "PYTHONPATH", "OMP_NUM_THREADS")}
-    result = dict(name="commands", device=device_name(), code=code_revision(), versions=versions(), steps={})
+    file = bench_folder(args.results) / "commands.json"
+    result = dict(name="commands", device=device_name(), steps={})
+    if file.is_file():  # a step that is not made again keeps what it was measured as
+        result["steps"] = json.loads(file.read_text(encoding="utf-8"))["steps"]
+    made_of = dict(code=code_revision(), versions=versions())
     with tempfile.TemporaryDirectory() as top:
         clone = Path(top) / "clone"
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
@@ -44,14 +49,14 @@ def main():
             made = subprocess.run(["make", STEPS[name]], cwd=clone, env=environment)
             seconds = round(time.monotonic() - start, 1)
             size = megabytes(clone / ".venv")
-            result["steps"][name] = dict(seconds=seconds, exit=made.returncode, environment_mb=size)
+            result["steps"][name] = dict(seconds=seconds, exit=made.returncode, environment_mb=size, **made_of)
             print(name, result["steps"][name], flush=True)
             if made.returncode:
                 break
         left = subprocess.run(["git", "status", "--porcelain"], cwd=clone, capture_output=True, text=True).stdout
         result["changed_files"] = left.splitlines()
-    write_json(bench_folder(args.results) / "commands.json", result)
-    return max(step["exit"] for step in result["steps"].values())
+    write_json(file, result)
+    return max(result["steps"][name]["exit"] for name in args.only if name in result["steps"])
 
 
 if __name__ == "__main__":
