@@ -29,8 +29,8 @@ PROFILES = {
     "nano": ("study", "the drawn world"),
     "riscm-nano": ("real", "real images"),
 }  # profile -> folder of its chapters, what it ran on
-PRETRAINING = "08_training/09_pretrain"
-PRETRAINED = ROOT / "results/paligemma-nano/41_pretrain.ipynb"  # the one part that has run and left a figure
+PRETRAINING = "08_training/11_pretrain"
+PRETRAINED = ROOT / "results/paligemma-nano/pretrain.ipynb"  # the one part that has run and left a figure
 FOLDERS = re.findall(
     r"^- \[`(\w+)`\]\(\w+\): (.*)$", (ROOT / "nbs/lib/README.md").read_text(encoding="utf-8"), re.M
 )  # in import order, what each holds

@@ -9,10 +9,13 @@ from PIL import Image
 
 import rsstudy.tuning.run
 from rsstudy.common.settings import load_profile
-from rsstudy.training.data import StudyData
+from rsstudy.model.base import load_base
+from rsstudy.model.generate import Captioner
+from rsstudy.training.data import StudyData, add_features
 from rsstudy.training.plan import TrainingPlan
+from rsstudy.tuning.chapter import PlannedMethod, choose_rates, run_methods
 from rsstudy.tuning.methods import methods
-from rsstudy.tuning.run import run_key, sweep
+from rsstudy.tuning.run import run_key
 
 GRID = "1e-3,3e-3,1e-2"
 
@@ -27,7 +30,14 @@ def study_of(n=4):
 
 @pytest.fixture
 def P(tmp_path):
-    return load_profile("nano", work=str(tmp_path), lr_grid_lora=GRID, sweep_images=3, sweep_epochs=2, seeds="5,6")
+    return load_profile(
+        "nano", work=str(tmp_path), lr_grid_lora=GRID, sweep_images=3, sweep_epochs=2, seeds="5,6", processes=1
+    )
+
+
+def sweep(P, method, data):
+    rates, tried = choose_rates(P, {method.name: PlannedMethod(method, data, P.seeds)}, progress=False)
+    return rates[method.name], tried[method.name]
 
 
 @pytest.fixture
@@ -56,7 +66,7 @@ def trained(monkeypatch):
 )
 def test_the_rate_is_chosen_by_validation_captions_then_loss(P, trained, outcomes, best):
     trained[1].update(zip((1e-3, 3e-3, 1e-2), outcomes))
-    lr, tried = sweep(P, methods(P)["lora"], study_of(), progress=False)
+    lr, tried = sweep(P, methods(P)["lora"], study_of())
     assert lr == best
     assert [(t["val_loss"], t["val_cider"], t["collapse"]) for t in tried] == outcomes
 
@@ -64,7 +74,7 @@ def test_the_rate_is_chosen_by_validation_captions_then_loss(P, trained, outcome
 def test_short_runs_of_the_first_seed_on_a_part_of_the_images(P, trained):
     seen, outcomes = trained
     outcomes.update(dict.fromkeys((1e-3, 3e-3, 1e-2), (1.0, 0.5, None)))
-    sweep(P, methods(P)["lora"], study_of(), progress=False)
+    sweep(P, methods(P)["lora"], study_of())
     assert [(plan.lr, plan.seed, plan.epochs) for plan, *_ in seen] == [(1e-3, 5, 2), (3e-3, 5, 2), (1e-2, 5, 2)]
     images = {number for _, number, _ in seen}
     assert images == {3}
@@ -74,23 +84,23 @@ def test_a_rate_is_tried_once_and_again_where_something_changed(P, trained):
     seen, outcomes = trained
     outcomes.update(dict.fromkeys((1e-3, 3e-3, 1e-2, 3e-2), (1.0, 0.5, None)))
     method, data = methods(P)["lora"], study_of()
-    first = sweep(P, method, data, progress=False)
-    assert sweep(P, method, data, progress=False) == first and len(seen) == 3
+    first = sweep(P, method, data)
+    assert sweep(P, method, data) == first and len(seen) == 3
     wider = dataclasses.replace(P, lr_grid_lora=(1e-3, 3e-3, 1e-2, 3e-2))
-    sweep(wider, methods(wider)["lora"], data, progress=False)
+    sweep(wider, methods(wider)["lora"], data)
     assert [plan.lr for plan, *_ in seen[3:]] == [3e-2]
-    sweep(dataclasses.replace(P, sweep_images=2), method, data, progress=False)
+    sweep(dataclasses.replace(P, sweep_images=2), method, data)
     assert [number for _, number, _ in seen[4:]] == [2, 2, 2]
 
 
 def test_a_given_rate_is_taken_and_none_is_an_error(P, trained):
     method = methods(P)["lora"]
-    assert sweep(dataclasses.replace(P, lr=0.5), method, study_of(), progress=False) == (0.5, [])
+    assert sweep(dataclasses.replace(P, lr=0.5), method, study_of()) == (0.5, [])
     trained[1].update(dict.fromkeys((1e-3, 3e-3, 1e-2), (9.0, 0.0, "its captions are one sentence")))
     with pytest.raises(ValueError, match=r"'lora' collapsed at every learning rate .* its captions are one sentence"):
-        sweep(P, method, study_of(), progress=False)
+        sweep(P, method, study_of())
     with pytest.raises(ValueError, match="'lora' has no learning rates to try"):
-        sweep(P, dataclasses.replace(method, lr_grid=()), study_of(), progress=False)
+        sweep(P, dataclasses.replace(method, lr_grid=()), study_of())
 
 
 def test_a_key_stands_for_what_decides_a_run(P):
@@ -117,6 +127,42 @@ def test_a_key_stands_for_what_decides_a_run(P):
 def test_a_key_does_not_stand_for_what_decides_nothing(P):
     data, method = study_of(), methods(P)["lora"]
     key = run_key(P, method, data, TrainingPlan.of(P, lr=1e-3, seed=0))
-    for other in (dict(track="tensorboard"), dict(resamples=5), dict(xai_images=3), dict(results="elsewhere")):
+    for other in (
+        dict(track="tensorboard"),
+        dict(processes=2),
+        dict(resamples=5),
+        dict(xai_images=3),
+        dict(results="elsewhere"),
+    ):
         Q = dataclasses.replace(P, **other)
         assert run_key(Q, methods(Q)["lora"], data, TrainingPlan.of(Q, lr=1e-3, seed=0)) == key, other
+
+
+def result_of(value):
+    "All but what it cost."
+    if isinstance(value, dict):
+        return {k: result_of(v) for k, v in value.items() if k not in ("cost", "seconds")}
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def test_results_do_not_depend_on_how_many_run_at_once(tmp_path):
+    "The same captions, losses and scores; a variant takes its method's rate; the file of features serves all."
+    results = []
+    for at_once in (1, 2):
+        P = load_profile(
+            "nano", work=str(tmp_path / str(at_once)), lr_grid_lora="1e-3,1e-2", sweep_images=2, sweep_epochs=1,
+            seeds="0,1", epochs=1, batch_images=2, max_new_tokens=6, task_images=2, processes=at_once, data="riscm",
+        )  # fmt: skip
+        data = add_features(study_of(), Captioner(*load_base(P)), P.work_dir / "features", progress=False)
+        plans = methods(P)
+        wanted = dict(
+            lora=PlannedMethod(plans["lora"], data, P.seeds),
+            vision=PlannedMethod(plans["lora_vision"], data, (0,), rate_of="lora"),
+        )
+        results.append(run_methods(P, wanted, progress=False))
+    for name, one in results[0].items():
+        two = results[1][name]
+        assert (one["lr"], one["sweep"]) == (two["lr"], two["sweep"])
+        for a, b in zip(one["runs"], two["runs"], strict=True):
+            assert result_of(a) == result_of(b)
+    assert [run["seed"] for run in results[0]["lora"]["runs"]] == [0, 1] and results[0]["vision"]["sweep"] == []

@@ -263,7 +263,7 @@ def find_folder(
     )
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-014
-WORLD = dict(train=320, val=64, test=128)  # Scenes of the target domain that are drawn at least
+WORLD = dict(train=600, val=100, test=400)  # Scenes of the target domain where the profile names no number
 
 
 def draw_world(
@@ -272,13 +272,13 @@ def draw_world(
 ) -> Path:  # Folder in RISCM's layout
     """The built-in world's target domain, drawn once and kept.
 
-    A profile that wants fewer images than `WORLD` takes a part of it.
+    As many as the profile wants: they cost nothing but the time to draw them.
     """
     from rsstudy.scenes.world import ensure_world  # only the built-in world needs it
 
-    counts = {split: max(least, getattr(P, f"{split}_images")) for split, least in WORLD.items()}
+    counts = {split: getattr(P, f"{split}_images") or number for split, number in WORLD.items()}
     workers = min(4, os.cpu_count() or 1)
-    folder = P.work_dir / "scenes"
+    folder = P.work_dir / "-".join(["scenes", *map(str, counts.values())])
     return Path(ensure_world(folder, domain="target", seed=P.split_seed, progress=progress, workers=workers, **counts))
 
 # %% ../../nbs/lib/03_data/05_load.ipynb #cell-021

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['GREY', 'FLOORS', 'FLOOR_LABELS', 'most_frequent_caption', 'random_training_captions', 'nearest', 'consensus_caption',
-           'nearest_neighbour', 'blank_image', 'other_image', 'shuffled_images', 'mean_scores', 'human', 'against_four',
-           'floors']
+           'nearest_neighbour', 'neighbours_consensus', 'histogram_features', 'blank_image', 'other_image',
+           'shuffled_images', 'mean_scores', 'human', 'against_four', 'floors']
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-002
+import functools
 from collections import Counter
 
 import numpy as np
@@ -90,6 +91,47 @@ def nearest_neighbour(
     if len(train_features) != len(train_captions):
         raise ValueError(f"{len(train_features)} training images but captions of {len(train_captions)}")
     return [consensus_caption(train_captions[i]) for i in nearest(train_features, test_features)]
+
+# %% ../../nbs/lib/07_evaluation/04_floors.ipynb #7d54d80c
+def neighbours_consensus(
+    train_features: np.ndarray,  # (m, d), of any length
+    test_features: np.ndarray,  # (n, d)
+    train_captions: list[list[str]],  # Captions of each training image
+    k: int = 10,  # Neighbours
+) -> list[str]:  # n captions
+    """The consensus of all captions of each test image's k nearest training images (Devlin et al. 2015).
+
+    Near is what has a large cosine after the training images' mean is taken off: images share much that says nothing.
+    Raises `ValueError` unless there are captions for every training image.
+    """
+    if len(train_features) != len(train_captions):
+        raise ValueError(f"{len(train_features)} training images but captions of {len(train_captions)}")
+    mean = train_features.mean(0)
+    train, test = (
+        (f - mean) / np.linalg.norm(f - mean, axis=1, keepdims=True) for f in (train_features, test_features)
+    )
+    near = np.argsort(-(test @ train.T), axis=1, kind="stable")[:, :k]
+    return [consensus_caption([c for j in row for c in train_captions[j]]) for row in near]
+
+# %% ../../nbs/lib/07_evaluation/04_floors.ipynb #db7b964f
+def histogram_features(
+    images,  # Sequence of PIL images or uint8 arrays (H, W, 3), n of them
+) -> np.ndarray:  # (n, 94) float32
+    "Colours and texture of each image: roots of shares, at three radii for the texture."
+    from skimage.feature import local_binary_pattern
+
+    rows = []
+    for image in images:
+        pixels = np.asarray(image)
+        colours = np.bincount((pixels // 64 @ np.array([16, 4, 1])).ravel(), minlength=64) / pixels[..., 0].size
+        grey = pixels.mean(2).astype(np.uint8)
+        textures = []
+        for radius in (1, 2, 4):
+            patterns = local_binary_pattern(grey, 8, radius, "uniform").astype(int)
+            inner = patterns[radius:-radius, radius:-radius].ravel()  # at the border there are no eight neighbours
+            textures.append(np.bincount(inner, minlength=10) / inner.size)
+        rows.append(np.sqrt(np.concatenate([colours, *textures])))
+    return np.array(rows, np.float32)
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-017
 GREY = 127  # of 255: the middle, which PaliGemma's processor turns into 0
@@ -179,19 +221,30 @@ def against_four(
     return mean_scores([score(predictions, others) for others in _rounds(references)])
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-033
-FLOORS = ("blank", "shuffled", "random", "frequent", "neighbour", "human")  # in the order of tables
+FLOORS = (
+    "blank",
+    "shuffled",
+    "random",
+    "frequent",
+    "neighbour",
+    "histogram",
+    "consensus",
+    "human",
+)  # in the order of tables
 FLOOR_LABELS = dict(
     blank="blank image",
     shuffled="shuffled images",
     random="random training caption",
     frequent="most frequent training caption",
     neighbour="nearest training image",
+    histogram="ten images alike in colour and texture",
+    consensus="ten nearest training images",
     human="human against the other four",
 )
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #b8270077
 def floors(
-    captioner: Captioner | None,  # For `blank`, `shuffled` and `neighbour`; else None
+    captioner: Captioner | None,  # For `blank`, `shuffled`, `neighbour` and `consensus`; else None
     train,  # Training rows with `image` and `captions`: a `datasets.Dataset` or a dict of lists
     test,  # Test rows, likewise
     score,  # Function of predictions and references -> Scores, as for every system of the table
@@ -217,15 +270,18 @@ def floors(
     # a floor's draw does not depend on which others are wanted
     draws = dict(zip(FLOORS, np.random.default_rng(seed).spawn(len(FLOORS))))
 
-    def features(rows):
-        return pooled_features(captioner, rows["image"], batch_size, progress)
+    @functools.cache
+    def features():
+        return [pooled_features(captioner, rows["image"], batch_size, progress) for rows in (train, test)]
 
     captions = dict(
         blank=lambda: blank_image(captioner, n, **options),
         shuffled=lambda: shuffled_images(captioner, test["image"], draws["shuffled"], predictions, **options),
         random=lambda: random_training_captions(known, n, draws["random"]),
         frequent=lambda: [most_frequent_caption(known)] * n,
-        neighbour=lambda: nearest_neighbour(features(train), features(test), known),
+        neighbour=lambda: nearest_neighbour(*features(), known),
+        histogram=lambda: neighbours_consensus(*(histogram_features(rows["image"]) for rows in (train, test)), known),
+        consensus=lambda: neighbours_consensus(*features(), known),
         human=lambda: [rs[0] for rs in references],
     )
     entries = {}

@@ -95,9 +95,9 @@ def nano_config(
     width = 128
     vision = dict(
         model_type="siglip_vision_model",
-        hidden_size=192,
-        intermediate_size=576,
-        num_hidden_layers=4,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
         num_attention_heads=4,
         image_size=224,
         patch_size=PATCH,

@@ -9,6 +9,7 @@ __all__ = ['FAITHFULNESS', 'SUBSETS', 'short_number', 'whole_scores', 'measures'
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-002
 from ..attribution.attributions import controls
+from ..evaluation.floors import FLOORS
 from ..metrics.registry import compared_metrics
 from ..metrics.scores import family
 from .tidy import FAILURES
@@ -178,6 +179,18 @@ def _parts_against_base(result, tuned, metric, label):
             sentences.append(f"On {where} against the untuned base: {_with_verdicts(rows, label)}.")
     return sentences
 
+# %% ../../nbs/lib/12_report/07_comparison.ipynb #553428bb
+def _against_floor(result, tuned, metric, label):
+    "A sentence for all test images and one for each part of them."
+    sentences = []
+    compared = [r for r in result["differences"] if r["against"] in FLOORS and r["metric"] == metric]
+    for source in dict.fromkeys(r["source"] for r in compared):
+        rows = [r for r in compared if r["source"] == source and r["method"] in tuned]
+        where = SUBSETS.get(source, "all test images" if source == "all" else source)
+        floor = label(rows[0]["against"])
+        sentences.append(f"Against the strongest floor, {floor}, on {where}: {_with_verdicts(rows, label)}.")
+    return sentences
+
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-016
 def quality_findings(
     result: dict,  # 07_comparison.json
@@ -191,6 +204,7 @@ def quality_findings(
     metric = scores["none"]["metric"]
     return [
         *_against_base(result, tuned, metric, label),
+        *_against_floor(result, tuned, metric, label),
         _best_sentence(result, scores, tuned, metric, label),
         *_variants_against_methods(result, metric, label),
         *_parts_against_base(result, tuned, metric, label),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAILURES', 'EXPLAINING', 'gather', 'settings_that_differ', 'families', 'difference_rows', 'item_values',
-           'forgetting_rows', 'cost_rows', 'floor_entries', 'compare_results']
+           'forgetting_rows', 'cost_rows', 'floor_entries', 'strongest_floor', 'compare_results']
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-002
 import itertools
@@ -13,7 +13,7 @@ import numpy as np
 
 from ..metrics.registry import compared_metrics
 from ..metrics.scores import family
-from ..stats.rows import difference_columns, metrics_of, per_image_values, row_groups, score_rows
+from ..stats.rows import difference_columns, metric_named, metrics_of, per_image_values, row_groups, score_rows
 from ..stats.tests import compare_systems
 from ..tuning.methods import compared_methods, compared_with
 
@@ -88,17 +88,20 @@ def settings_that_differ(
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-013
 def families(
     names: list[str],  # Methods, "none" among them
+    floor: str = "",  # What needs no tuning and must be beaten; "" none
 ) -> list[list[tuple[str, str]]]:  # Pairs (method, against) of each family
     """The comparisons that are corrected together.
 
-    Tuned methods against the base; tuned methods with each other; each variant with the method it varies.
+    Tuned methods against the base, and against the floor; tuned methods with each other; each variant with the method
+    it varies.
     """
     main = [name for name in compared_methods() if name in names and name != "none"]
     varied = {name: compared_with(name) for name in names}
     against_base = [(a, "none") for a in main if "none" in names]
+    against_floor = [(a, floor) for a in main if floor]
     with_each_other = [(a, b) for b, a in itertools.combinations(main, 2)]
     with_their_method = [(a, method) for a, method in varied.items() if method in main]
-    return [pairs for pairs in (against_base, with_each_other, with_their_method) if pairs]
+    return [pairs for pairs in (against_base, against_floor, with_each_other, with_their_method) if pairs]
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #e563e7d5
 def _values_of(methods, metric, positions):
@@ -117,21 +120,24 @@ def difference_rows(
     groups: dict[str, np.ndarray],  # Source -> positions of its images, from `row_groups`
     resamples: int = 1000,  # Bootstrap resamples
     rounds: int = 10_000,  # Exchanges of the randomisation test
+    floor: dict[str, dict] | None = None,  # The strongest floor's name and entry, as from `strongest_floor`
     # method, against, source, metric, value, low, high, n, p, p_holm, effect (None: infinite), wins, verdict
 ) -> list[dict]:
     """Paired differences in quality and failures.
 
-    The pairs of `families` on all images, and those with the untuned base on parts of them; p_holm over a family,
-    metric and source.
+    The pairs of `families` on all images, and those with the untuned base and the floor on parts of them; p_holm over
+    a family, metric and source.
     """
+    floor = floor or {}
     shown = (*compared_metrics(), *FAILURES)
     every = itertools.chain.from_iterable(metrics_of(entry) for entry in methods.values())
     metrics = dict.fromkeys(metric for metric in every if family(metric) in shown)
     rows = []
     for (source, positions), metric in itertools.product(groups.items(), metrics):
-        values, statistic = _values_of(methods, metric, positions)
-        for pairs in families(list(values)):
-            if source != "all" and pairs[0][1] != "none":
+        values, statistic = _values_of(methods | floor, metric, positions)
+        names = [name for name in values if name in methods]
+        for pairs in families(names, next((name for name in floor if name in values), "")):
+            if source != "all" and pairs[0][1] not in ("none", *floor):
                 continue
             systems = {name: values[name] for name in dict.fromkeys(itertools.chain(*pairs))}
             _, differences = compare_systems(systems, resamples, rounds, [0, len(positions)], statistic, pairs=pairs)
@@ -240,6 +246,16 @@ def floor_entries(
         for name, floor in result.get("floors", {}).items()
     }
 
+# %% ../../nbs/lib/12_report/06_tidy.ipynb #6695bee3
+def strongest_floor(
+    floors: dict[str, dict],  # From `floor_entries`
+) -> dict[str, dict]:  # Its name and entry; empty where there is none
+    "What scores most, by CIDEr, of all that needs no tuning; people are no floor."
+    scored = {name: metric_named("cider", e["runs"][0]["scores"]) for name, e in floors.items() if name != "human"}
+    known = [name for name, metric in scored.items() if metric]
+    best = max(known, key=lambda name: floors[name]["runs"][0]["scores"][scored[name]], default=None)
+    return {} if best is None else {best: floors[best]}
+
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #cell-024
 def compare_results(
     results: dict[str, dict],  # Notebook -> its JSON; 02 to 05, 06 if it ran, and 01 for its `leakage`
@@ -268,7 +284,7 @@ def compare_results(
         cost=cost_rows(methods),
         faithfulness=faithfulness,
         explanations=results.get("06_xai", {}).get("tuning", []),
-        differences=difference_rows(methods | variants, groups, resamples, rounds),
+        differences=difference_rows(methods | variants, groups, resamples, rounds, strongest_floor(floors)),
         forgetting=forgetting_rows(methods, resamples, rounds),
         variants=dict(scores=score_rows(variants, groups, resamples), cost=cost_rows(variants)),
         settings_that_differ=settings_that_differ(results),

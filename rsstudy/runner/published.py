@@ -15,7 +15,7 @@ from ..common.settings import Profile, project_root
 
 # %% ../../nbs/lib/13_runner/09_published.ipynb #9ad8269a
 # Settings that say where and when, not what
-NO_MATTER = {"results", "work", "track", "loader_workers", "checkpoint_every", "micro_images"}
+NO_MATTER = {"results", "work", "track", "loader_workers", "processes", "checkpoint_every", "micro_images"}
 
 
 PUBLISHED = "results"  # the setting `results` of what is published

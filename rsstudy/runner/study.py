@@ -110,7 +110,7 @@ def notebook_keys(
 ) -> dict[str, str]:  # Name -> key, SHA-256 in hex
     "The key of each notebook; a result with another key is stale."
     table, keys = Path(P.data) / "captions.csv", {}
-    settings = {k: v for k, v in dataclasses.asdict(P).items() if k != "track"}
+    settings = {k: v for k, v in dataclasses.asdict(P).items() if k not in ("track", "processes")}
     given = [settings, hashlib.sha256(table.read_bytes()).hexdigest() if table.is_file() else None]
     for name, read in waits_for(notebooks).items():
         code = notebook_code(notebooks[name])

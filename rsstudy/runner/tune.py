@@ -17,8 +17,8 @@ from ..model.base import load_base
 from ..model.generate import Captioner
 from .request import check_profile
 from ..training.data import add_features, study_data
+from ..tuning.chapter import run_method
 from ..tuning.methods import methods
-from ..tuning.run import run_method
 
 # %% ../../nbs/lib/13_runner/07_tune.ipynb #cell-007
 def tune(

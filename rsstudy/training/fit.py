@@ -138,6 +138,7 @@ def fit(
     progress: bool = False,  # A bar with the remaining time?
     about: dict | None = None,  # More for trackers: the profile, the manifest
     logs: str | Path | None = None,  # Where a tracker keeps its files, if it keeps any; None loses them
+    beside=None,  # Another loss of every step, a function of the step's number (from 0) -> scalar tensor; None: none
     # plan, losses of the steps, evaluations (step, val_loss, val_cider, samples), best_step, best_val_loss,
     # best_val_cider, skipped_steps, micro_images, collapse, cost
 ) -> dict:
@@ -158,7 +159,7 @@ def fit(
         saved = load_checkpoint(last) if last else None
         ended = _resume(watch, last, *saved) if last else False
         if not ended:
-            _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, saved, about, logs)
+            _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, saved, about, logs, beside)
         history = watch.history if ended else watch.history_now()
         if folder and main_process() and not (last and last.name == "finished"):
             best_state = {f"best/{n}": v for n, v in watch.best_state.items()}
@@ -195,7 +196,7 @@ def _resume(watch, last, tensors, facts) -> bool:  # Had the run already ended?
     return ended
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #cell-009
-def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, saved, about, logs):
+def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, saved, about, logs, beside):
     from peft.helpers import disable_input_dtype_casting
     from transformers import PrinterCallback
 
@@ -216,6 +217,7 @@ def _train(captioner, train_rows, val_rows, plan, folder, run_key, watch, last, 
             folder,
             run_key,
             saved,
+            beside,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=val_rows,

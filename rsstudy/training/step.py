@@ -55,9 +55,10 @@ class CaptionTrainer(Trainer):
         folder,  # Of the run's checkpoints; None keeps none
         run_key,  # What the run is
         saved,  # What `load_checkpoint` gave, if anything
+        beside=None,  # Another loss of every step, a function of the step's number; None: none
         **kwargs,  # Of the library's trainer
     ):
-        self.watch, self.plan = watch, plan
+        self.watch, self.plan, self.beside = watch, plan, beside
         self.folder, self.run_key, self.saved = folder, run_key, saved
         super().__init__(model=CaptionLoss(captioner.model), callbacks=[watch], **kwargs)
 
@@ -111,6 +112,8 @@ class CaptionTrainer(Trainer):
         )
         if size < largest:
             history.micro_images = size
+        if self.beside is not None:
+            self.accelerator.backward(self.beside(self.state.global_step))
         return loss
 
     def accumulate(self, model, micro, weight):  # -> the step's loss, so that the mean over processes is the whole's
