@@ -6,10 +6,13 @@
 __all__ = ['IDLE', 'one_thread_each', 'processes', 'threads', 'side_by_side']
 
 # %% ../../nbs/lib/04_model/11_processes.ipynb #8045cbd9
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 
 import torch
+from transformers.utils import logging
 
 from ..common.files import FALLBACKS, announce
 from ..common.settings import Profile
@@ -51,7 +54,10 @@ def threads(
 # %% ../../nbs/lib/04_model/11_processes.ipynb #d9ff5616
 def _job(function, arguments, count):
     before = set(FALLBACKS)
-    with threads(count):
+    with threads(count), warnings.catch_warnings():
+        if parent_process():  # a process of its own has nobody to tell what libraries tell programmers
+            warnings.simplefilter("ignore")
+            logging.disable_progress_bar()
         result = function(*arguments)
     return result, {k: v for k, v in FALLBACKS.items() if k not in before}
 
