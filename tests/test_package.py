@@ -237,8 +237,8 @@ def test_a_copy_of_ones_own(installed, place):
     settings.write_text(
         settings.read_text()
         .replace("work = runs", f"work = {place}/runs")
-        .replace("train_images = 192", "train_images = 16")
-    )  # the world is drawn already
+        .replace("train_images = 600", "train_images = 16")
+    )
     run = subprocess.run(
         [python, "-c", RUN_ALL, "mine/nbs/01_eda.ipynb", "mine/nbs"],
         cwd=place,

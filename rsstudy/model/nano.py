@@ -86,7 +86,7 @@ def nano_config(
     vocab_size: int,  # Rows of the embedding
     gemma: int = 1,  # 1: PaliGemma's decoder; 2: PaliGemma 2's
 ) -> PaliGemmaConfig:
-    """PaliGemma's configuration with 3.3 million parameters at a vocabulary of 3,200.
+    """PaliGemma's configuration with 6 million parameters at a vocabulary of 3,200.
 
     Raises `ValueError` where `gemma` is neither 1 nor 2.
     """

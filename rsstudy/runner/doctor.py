@@ -196,11 +196,12 @@ EXTRAS = dict(
     serve="a page in the browser: image in, caption and explanation out (`rsstudy serve`)",
     ray="several machines, or several notebooks at a time (`--engine ray`)",
     java="the field's METEOR 1.5 in Java, and SPICE where its models are",
+    pretrain="making paligemma-nano anew: the teacher of its vision tower",
     tensorboard="tracking with `--track tensorboard`",
     trackio="tracking with `--track trackio`",
     wandb="tracking with `--track wandb`",
     docs="the documentation site (`make docs`)",
-    dev="JupyterLab, nbdev and the tests (`make test`), with everything above but the last two trackers",
+    dev="JupyterLab, nbdev and the tests (`make test`), with all above but the teacher and the last two trackers",
 )
 
 
