@@ -262,9 +262,8 @@ def test_more_than_scores(tmp_path):
         and error["lora", "none"]["verdict"] == "better"
         and swap_sides(error["lora", "none"])["verdict"] == "worse"
     )  # fewer errors are better
-    assert (
-        len(error) == 5 + 5 + 10 + 2
-    )  # against the base and the strongest floor, with each other, variants against their method
+    # against the base, against the strongest floor, with each other, variants against their method
+    assert len(error) == 5 + 5 + 10 + 2
 
     forgotten = {r["method"]: r for r in result["forgetting"]}
     assert set(forgotten) == set(LEVELS) - {"none", "lora_vision", "adapter_pfeiffer"} and {

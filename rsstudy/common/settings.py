@@ -61,9 +61,7 @@ class Profile:
     gradient_checkpointing: bool  # Compute activations again in the backward pass: less memory, more arithmetic?
     compile: bool  # Compile the decoder's layers?
     loader_workers: int  # Processes that decode images ahead
-    processes: (
-        int  # Runs of a small model that stand side by side on a CPU, at most; 0: as many as there are cores, up to 4
-    )
+    processes: int  # Runs of a small model side by side on a CPU, at most; 0: one a core, up to 4
     track: str  # "none", "tensorboard", "wandb" or "trackio"
     # methods
     rank: int  # LoRA's r

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAITHFULNESS', 'SUBSETS', 'short_number', 'whole_scores', 'measures', 'mean_faithfulness', 'main_table', 'best_of',
-           'quality_findings', 'cost_findings', 'faithfulness_findings', 'forgetting_findings', 'findings',
-           'table_text', 'floor_table', 'wrong_claims_table']
+           'floor_findings', 'quality_findings', 'cost_findings', 'faithfulness_findings', 'forgetting_findings',
+           'findings', 'table_text', 'floor_table', 'wrong_claims_table']
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-002
 from ..attribution.attributions import controls
@@ -180,12 +180,14 @@ def _parts_against_base(result, tuned, metric, label):
     return sentences
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #553428bb
-def _against_floor(result, tuned, metric, label):
-    "A sentence for all test images and one for each part of them."
-    sentences = []
-    compared = [r for r in result["differences"] if r["against"] in FLOORS and r["metric"] == metric]
+def floor_findings(
+    result: dict,  # 07_comparison.json
+) -> list[str]:  # Sentences in Markdown
+    "How the methods compare with the strongest floor, by CIDEr: on all test images and on each part of them."
+    label, sentences = result["labels"].get, []
+    compared = [r for r in result["differences"] if r["against"] in FLOORS and family(r["metric"]) == "cider"]
     for source in dict.fromkeys(r["source"] for r in compared):
-        rows = [r for r in compared if r["source"] == source and r["method"] in tuned]
+        rows = [r for r in compared if r["source"] == source]
         where = SUBSETS.get(source, "all test images" if source == "all" else source)
         floor = label(rows[0]["against"])
         sentences.append(f"Against the strongest floor, {floor}, on {where}: {_with_verdicts(rows, label)}.")
@@ -204,7 +206,6 @@ def quality_findings(
     metric = scores["none"]["metric"]
     return [
         *_against_base(result, tuned, metric, label),
-        *_against_floor(result, tuned, metric, label),
         _best_sentence(result, scores, tuned, metric, label),
         *_variants_against_methods(result, metric, label),
         *_parts_against_base(result, tuned, metric, label),
@@ -321,6 +322,7 @@ def findings(
     return [
         *_differing_settings(result),
         *quality_findings(result),
+        *floor_findings(result),
         *cost_findings(result),
         *forgetting_findings(result),
         *faithfulness_findings(result),

@@ -14,9 +14,16 @@ import numpy as np
 import torch
 
 from ..model.generate import Captioner, generate_captions
-from .distil import HalfWhitened, Student, Targets, distillation_losses, patch_colours, relight
+from rsstudy.training.distil import (
+    DistillationPlan,
+    HalfWhitened,
+    Student,
+    Targets,
+    as_tensor,
+    centred,
+    losses_of_views,
+)
 from .loader import CaptionRows
-from .teacher import SIZE, show_views
 
 # %% ../../nbs/lib/08_training/11_pretrain.ipynb #cell-006
 GRAY = np.full((224, 224, 3), 127, np.uint8)  # the picture under text that belongs to no picture
@@ -107,7 +114,7 @@ def give_sight(
     if (theirs := student.tower.config.hidden_size) != (ours := model.config.vision_config.hidden_size):
         raise ValueError(f"the student's tower has {theirs} channels, the model's {ours}")
     model.model.vision_tower.load_state_dict(student.tower.state_dict())
-    shown = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    shown = centred(as_tensor(pixels))
     tokens = torch.cat([model.model.vision_tower(pixel_values=part).last_hidden_state for part in shown.split(64)])
     linear = model.model.multi_modal_projector.linear
     white = HalfWhitened.of(tokens.flatten(0, 1), linear.out_features)
@@ -122,28 +129,25 @@ class Lesson:
         self,
         student: Student,  # Its heads are used as they are; its tower is the one in training
         pixels: np.ndarray,  # uint8 (n, SIZE, SIZE, 3)
-        kept: list[dict],  # By view: pooled and tokens of `training.teacher.write_targets`
+        said: list[dict],  # By view: pooled and tokens of `training.teacher.write_targets`
         batch: int = 16,  # Images a step
-        weight: float = 1.0,  # Of the lesson beside the captions
-        seed: int = 0,  # Of images, views and light
-        view_seed: int = 7,  # Of the views, as the teacher saw them
+        plan: DistillationPlan | None = None,  # Weights of the losses, seeds of images and views; None: the tower's own
     ):
-        self.student, self.pixels, self.kept, self.batch = student, pixels, kept, batch
-        self.weight, self.seed, self.view_seed = weight, seed, view_seed
-        self.targets = Targets.of(kept[0]["pooled"], kept[0]["tokens"])
+        self.student, self.pixels, self.said, self.batch = student, pixels, said, batch
+        self.plan = plan or DistillationPlan()
+        self.targets = Targets.of(said[0]["pooled"], said[0]["tokens"])
 
     def __call__(
         self,
         step: int,  # Its number decides the images, their view and their light
     ) -> torch.Tensor:  # Scalar
-        rng = np.random.default_rng([self.seed, step])
-        images, view = rng.choice(len(self.pixels), self.batch, replace=False), int(rng.integers(len(self.kept)))
-        shown = torch.from_numpy(show_views(self.pixels, images, view, self.view_seed, SIZE))
+        rng = np.random.default_rng([self.plan.seed, step])
+        images, view = rng.choice(len(self.pixels), self.batch, replace=False), int(rng.integers(len(self.said)))
         light = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        pixels, clear = relight(shown.permute(0, 3, 1, 2).float().div(255), light)
-        pooled, tokens = self.kept[view]["pooled"][images], self.kept[view]["tokens"][images]
-        losses = distillation_losses(self.student, pixels, patch_colours(clear), pooled, tokens, self.targets)
-        return self.weight * losses @ torch.tensor([1.0, 0.5, 0.5])
+        losses = losses_of_views(
+            self.student, self.pixels, self.said[view], images, view, light, self.plan, self.targets
+        )
+        return losses @ torch.tensor(self.plan.weights)
 
 # %% ../../nbs/lib/08_training/11_pretrain.ipynb #cell-011
 def evaluate_base(

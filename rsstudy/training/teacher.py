@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZE', 'TEACHER_SIZE', 'WHOLE', 'CHANNELS', 'COMPONENTS', 'pixel_file', 'View', 'random_view', 'show_view',
            'show_views', 'fold_normalisation', 'load_teacher', 'teacher_maps', 'principal_components', 'maps_basis',
-           'write_targets']
+           'targets_file', 'write_targets']
 
 # %% ../../nbs/lib/08_training/09_teacher.ipynb #1f115527
 import math
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..common.files import atomic_path
+from ..model.processes import torch_threads
 
 # %% ../../nbs/lib/08_training/09_teacher.ipynb #519ada18
 SIZE = 224  # pixels a side, as RISC(M) has them and as paligemma-nano takes them
@@ -181,6 +182,14 @@ def maps_basis(
     return torch.from_numpy(kept["mean"]), torch.from_numpy(kept["components"])
 
 # %% ../../nbs/lib/08_training/09_teacher.ipynb #714c8188
+def targets_file(
+    folder: Path,  # Where the teacher's numbers are kept
+    view: int,  # Number of the view
+) -> Path:
+    "Where `write_targets` puts what the teacher makes of a view."
+    return folder / f"targets-{view}.safetensors"
+
+
 def write_targets(
     pixels: Path,  # File of `pixel_file`
     basis: Path,  # File of `maps_basis`
@@ -194,14 +203,14 @@ def write_targets(
 
     if file.exists():
         return file
-    torch.set_num_threads(threads)
     images, teacher = np.load(pixels, mmap_mode="r"), load_teacher()
     mean, components = maps_basis(images, basis)
     pooled, tokens = [], []
-    for part in np.array_split(np.arange(len(images)), max(1, len(images) // 32)):
-        maps = teacher_maps(teacher, show_views(images, part, view, seed))
-        pooled.append(maps.mean(1).half())
-        tokens.append(((maps - mean) @ components.T).half())
+    with torch_threads(threads):
+        for part in np.array_split(np.arange(len(images)), max(1, len(images) // 32)):
+            maps = teacher_maps(teacher, show_views(images, part, view, seed))
+            pooled.append(maps.mean(1).half())
+            tokens.append(((maps - mean) @ components.T).half())
     with atomic_path(file) as temporary:
         save_file(dict(pooled=torch.cat(pooled), tokens=torch.cat(tokens)), temporary)
     return file
