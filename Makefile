@@ -38,7 +38,7 @@ study: $(STUDY)
 	@$(BIN)/rsstudy run --profile $(PROFILE) $(ARGS)
 
 # WORKERS at a time, one thread each: toy models lose more to waiting threads than they gain. One more than two cores have,
-# since a worker often waits, for a kernel, a browser or a cluster: 8 minutes instead of 10.
+# since a worker often waits, for a kernel, a browser or a cluster.
 test: lint
 	@echo "== 2/3 nbdev_test: every notebook"
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/nbdev_test --n-workers $(WORKERS) --do-print --timing
