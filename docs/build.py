@@ -348,7 +348,7 @@ def results(profile: str, pages: Path) -> str:  # MyST Markdown
     n = next(iter(whole_scores(result["scores"], "cider").values()))["n"]
     seeds = len({r["seed"] for r in result["scores"]} - {None})
     table = main_table(result)
-    costs = [c for c in table if c in ("trained", "seconds", "memory", "file", *FAITHFULNESS.values())]
+    costs = [c for c in table if c in ("trained", "val loss", "operations", "memory", "file", *FAITHFULNESS.values())]
     quality, cost = (
         t.to_markdown(colalign=("left", *["right"] * t.shape[1]), disable_numparse=True)
         for t in (table.drop(columns=costs), table[costs])

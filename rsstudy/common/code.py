@@ -56,9 +56,10 @@ def versions() -> dict[str, str]:  # Package -> version
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-007
 @functools.cache
 def code_revision() -> str:  # Commit, with "+changes" where the tree differs from it; or such as "rsstudy 0.1.0"
-    """The commit of the checkout that the package lies in; the package's version where it lies in none.
+    """The last commit of the package's code and settings; the package's version where it lies in no checkout.
 
-    The repository of the current folder says nothing about the package.
+    A commit of results or of the docs changes no number, and makes no result old. The repository of the current folder
+    says nothing about the package.
     """
     checkout = package_files()
 
@@ -67,13 +68,14 @@ def code_revision() -> str:  # Commit, with "+changes" where the tree differs fr
 
     try:
         top = git("rev-parse", "--show-toplevel")
-        head = git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no", "--", "nbs", "rsstudy", "settings.ini")
+        code = ("nbs", "rsstudy", "settings.ini")
+        last = git("log", "-1", "--format=%H", "--", *code)
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", *code)
     except OSError:
         return _version()  # no git here
-    if head.returncode or Path(top.stdout.strip()).resolve() != checkout:
+    if last.returncode or Path(top.stdout.strip()).resolve() != checkout:
         return _version()
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    return last.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 # %% ../../nbs/lib/01_common/03_code.ipynb #cell-008
 def _version():

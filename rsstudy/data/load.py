@@ -287,6 +287,7 @@ def subset(
     split: str,  # "train", "val" or "test"
     n: int = 0,  # Images wanted; 0 takes all
     seed: int = 0,  # Of the shuffle
+    sources: set[str] | None = None,  # Whose images count; None: all
 ):  # `datasets.Dataset`, the first n of the shuffled split
     """Part of a split. More than there are is announced and gives all.
 
@@ -297,10 +298,12 @@ def subset(
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if n < 0:
         raise ValueError(f"the number of images must be 0 (all) or more, got {n}")
-    splits, ids = dataset["split"][:], dataset["image_id"][:]
-    rows = sorted((i for i, s in enumerate(splits) if s == split), key=ids.__getitem__)
+    splits, ids, source_of = (dataset[column][:] for column in ("split", "image_id", "source"))
+    counted = [i for i, name in enumerate(splits) if name == split and (sources is None or source_of[i] in sources)]
+    rows = sorted(counted, key=ids.__getitem__)
     if not rows:
-        raise ValueError(f"split {split!r} is empty: the data has {dict(Counter(splits))}")
+        of_sources = "" if sources is None else f" of {', '.join(sorted(sources))}"
+        raise ValueError(f"split {split!r}{of_sources} is empty: the data has {dict(Counter(splits))}")
     if n > len(rows):
         announce(f"{split} images", f"{n:,} wanted, the data has {len(rows):,}: all are taken")
     return dataset.select(np.random.default_rng(seed).permutation(rows)[: n or None])
@@ -311,5 +314,9 @@ def profile_subset(
     P: Profile,  # Its train_images, val_images, test_images and split_seed count
     split: str,  # "train", "val" or "test"
 ):  # `datasets.Dataset`
-    "The part of a split that the profile works on; see `subset`."
-    return subset(data, split, getattr(P, f"{split}_images"), P.split_seed)
+    """The part of a split that the profile works on; see `subset`.
+
+    A source without a training image is there to be scored: it has no say in what is chosen by the validation images.
+    """
+    sources = set(subset(data, "train")["source"][:]) if split == "val" else None
+    return subset(data, split, getattr(P, f"{split}_images"), P.split_seed, sources)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEMORY', 'GREY', 'FLOOR_LABELS', 'FLOORS', 'most_frequent_caption', 'random_training_captions', 'nearest',
            'consensus_caption', 'nearest_neighbour', 'neighbours_consensus', 'histogram_features', 'blank_image',
-           'other_image', 'shuffled_images', 'mean_scores', 'human', 'against_four', 'floors']
+           'other_image', 'shuffled_images', 'mean_scores', 'different_captions', 'human', 'against_four', 'floors']
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-002
 import functools
@@ -185,6 +185,7 @@ def shuffled_images(
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-024
 def mean_scores(
     rounds: list[Scores],  # Of the same images by the same metrics, at least one
+    own: np.ndarray | None = None,  # (n,) rounds of each image that count, the first ones; None: all
 ) -> Scores:
     """Scores of several rounds as one.
 
@@ -192,10 +193,13 @@ def mean_scores(
     values without a per-image part are averaged.
     """
     first = rounds[0]
+    images = len(next(iter(first.per_image.values())))
+    counted = np.arange(len(rounds))[:, None] < (np.full(images, len(rounds)) if own is None else own)  # (rounds, n)
     each = {}
     for name in first.per_image:
-        stacked = np.stack([r.per_image[name] for r in rounds])
-        each[name] = stacked.sum(0) if name.endswith("_counts") else stacked.mean(0)
+        values = np.stack([r.per_image[name] for r in rounds])
+        sums = np.einsum("ri,ri...->i...", counted, values)
+        each[name] = sums if name.endswith("_counts") else sums / counted.sum(0)
     corpus = {name: float(np.mean([r.corpus[name] for r in rounds])) for name in first.corpus}
     info = first.info | dict(rounds=len(rounds))
     from_images = Scores(corpus, each, info).over()
@@ -210,13 +214,34 @@ def _rounds(references):  # As many as every image has captions; each leaves out
     return [[rs[:k] + rs[k + 1 :] for rs in map(list, references)] for k in range(count)]
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-026
+def different_captions(
+    captions: list[str],  # Of one image
+) -> list[str]:  # Those that differ in more than spaces and case, as they were first written
+    "What people said of an image, each sentence once: a repeated sentence is no second opinion."
+    seen = {}
+    for caption in captions:
+        seen.setdefault(" ".join(caption.lower().split()), caption)
+    return list(seen.values())
+
+# %% ../../nbs/lib/07_evaluation/04_floors.ipynb #b3d50e96
 def human(
-    # Captions of each image, at least two; where images have unlike numbers, the smallest number of rounds
-    references: list[list[str]],
+    references: list[list[str]],  # Captions of each image
     score,  # Function of predictions and references -> Scores
-) -> Scores:  # Means over the rounds
-    "Each human caption against the others of its image. Raises `ValueError` where an image has fewer than two."
-    return mean_scores([score([rs[k] for rs in references], others) for k, others in enumerate(_rounds(references))])
+) -> tuple[Scores, list[int]]:  # Of the images that have two different captions or more; their numbers
+    """Each different caption of an image against the other different ones: means over an image's captions.
+
+    Raises `ValueError` where no image has two.
+    """
+    different = [different_captions(captions) for captions in references]
+    images = [i for i, captions in enumerate(different) if len(captions) > 1]
+    if not images:
+        raise ValueError("no image has two different captions: there is no second opinion")
+    kept = [different[i] for i in images]
+    turns = [[k % len(captions) for captions in kept] for k in range(max(map(len, kept)))]
+    rounds = [
+        score([c[k] for c, k in zip(kept, turn)], [c[:k] + c[k + 1 :] for c, k in zip(kept, turn)]) for turn in turns
+    ]
+    return mean_scores(rounds, np.array([len(captions) for captions in kept])), images
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #cell-027
 def against_four(
@@ -239,7 +264,7 @@ FLOOR_LABELS = dict(
     neighbour="nearest training image",
     histogram="ten images alike in colour and texture",
     consensus="ten nearest training images",
-    human="human against the other four",
+    human="people, each against the others",
 )
 FLOORS = tuple(FLOOR_LABELS)  # in the order of tables
 
@@ -256,7 +281,8 @@ def floors(
     batch_size: int = 64,  # Images of a forward pass
     progress: bool = False,  # Show bars?
     **options,  # For `generate_captions`: max_new_tokens, num_beams
-    # name -> label, predictions (one per test image), scores (corpus), per_image, info; in the order of `FLOORS`
+    # name -> label, predictions (one per test image), scores (corpus), per_image, info; in the order of `FLOORS`.
+    # `human` has `images`: the numbers of those with a second opinion, which its scores are of
 ) -> dict[str, dict]:
     """Floors and ceiling for a table of results.
 
@@ -288,7 +314,8 @@ def floors(
     entries = {}
     for name in (name for name in FLOORS if name in names):
         written = captions[name]()
-        scores = human(references, score) if name == "human" else score(written, references)
+        scores, images = human(references, score) if name == "human" else (score(written, references), None)
         scores = scores.to_json()
         entries[name] = dict(label=FLOOR_LABELS[name], predictions=written, scores=scores.pop("corpus"), **scores)
+        entries[name] |= {} if images is None else dict(images=images)
     return entries

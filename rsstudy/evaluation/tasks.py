@@ -206,7 +206,7 @@ def _features(captioner, files, batch_size):
 
 # %% ../../nbs/lib/07_evaluation/08_tasks.ipynb #e4b03fb5
 @torch.no_grad()
-def _said(captioner, task, batch_size, progress):
+def _said(captioner, task, batch_size, progress, before):
     from tqdm import tqdm
 
     model, said = captioner.model, []
@@ -221,7 +221,7 @@ def _said(captioner, task, batch_size, progress):
             said += generate_captions(
                 captioner,
                 None,
-                prompts=[item.prompt for item in items],
+                prompts=[before + item.prompt for item in items],
                 features=features[[place[item.image] for item in items]],
                 max_new_tokens=task.spec["max_new_tokens"],
                 batch_size=batch_size,
@@ -246,6 +246,7 @@ def run_task(
     task: Task,  # From `load_task`
     batch_size: int = 64,  # Items decoded together
     progress: bool = False,  # A bar with the remaining time?
+    before: str = "",  # Text before each prompt, such as a method's soft tokens
     # task, version, metric, value, per_item, images, types, by_type {type: {value, n}}, predictions, n, origin,
     # reported, seconds
 ) -> dict:
@@ -254,7 +255,7 @@ def run_task(
     Values are 0 to 1, CIDEr's 0 to 10; CIDEr's items are comparable over models, not over sets of images.
     """
     start, spec = time.perf_counter(), task.spec
-    predictions = _said(captioner, task, batch_size, progress)
+    predictions = _said(captioner, task, batch_size, progress, before)
     metric, each = _scores(spec["metric"], predictions, [item.references for item in task.items])
     types = np.array([item.type for item in task.items])
     by_type = {
@@ -284,6 +285,7 @@ def transfer(
     captioner: Captioner,  # Before or after tuning
     names: tuple[str, ...] | None = None,  # The profile's by default
     progress: bool = False,  # Bars?
+    before: str = "",  # As for `run_task`
 ) -> dict[str, dict]:  # Task -> what `run_task` gives, or task, version and `missing`: why it could not be asked
     """Asks the base's own tasks.
 
@@ -298,5 +300,5 @@ def transfer(
             version = read_spec(TASK_FILES / f"{name}.json")["version"]
             results[name] = dict(task=name, version=version, missing=str(reason))
         else:
-            results[name] = run_task(captioner, task, P.generate_batch, progress)
+            results[name] = run_task(captioner, task, P.generate_batch, progress, before)
     return results

@@ -233,6 +233,7 @@ def _bertscore(c):
         repeated="repeated",
         length="length (tokens)",
         distinct="distinct",
+        commonest="share of the commonest",
         distinct1="distinct-1",
         distinct2="distinct-2",
     ),

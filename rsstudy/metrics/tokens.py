@@ -246,10 +246,11 @@ def shares(
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:  # Corpus values, and values of each image, (n,) float64
     """Shares in 0..1 of empty, repeated and distinct captions, of distinct words and word pairs, and the mean length.
 
-    Per image there are `empty`, `repeated` and `length`, in tokens. A caption is empty if no token is left of it.
-    `distinct1` and `distinct2` are the different unigrams and bigrams of all captions together over the number of
-    unigrams and bigrams (after Li et al. 2016, arXiv:1510.03055, who divide both by the number of tokens); 0 where
-    there is none. They fall as captions are added, so compare them only over the same number of images.
+    `commonest` is the share of images that get the caption which most of them get. Per image there are `empty`,
+    `repeated` and `length`, in tokens. A caption is empty if no token is left of it. `distinct1` and `distinct2` are
+    the different unigrams and bigrams of all captions together over the number of unigrams and bigrams (after Li et al.
+    2016, arXiv:1510.03055, who divide both by the number of tokens); 0 where there is none. They fall as captions are
+    added, so compare them only over the same number of images.
     """
     words = [tokenize(p) for p in predictions]
     each = {
@@ -259,6 +260,7 @@ def shares(
     }
     corpus = {
         "distinct.v2": len(set(words)) / len(words),
+        "commonest.v1": Counter(words).most_common(1)[0][1] / len(words),
         "distinct1.v1": _different_share(words, 1),
         "distinct2.v1": _different_share(words, 2),
     }

@@ -7,8 +7,10 @@ __all__ = ['forgetting_figure', 'cost_figure', 'faithfulness_figure', 'source_fi
 
 # %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #cell-002
 from ..attribution.attributions import controls
-from .comparison import FAITHFULNESS, SUBSETS, measures, short_number, whole_scores
-from ..training.captions import CHOICES
+from ..common.show import short_number
+from ..metrics.registry import metric_label
+from ..metrics.scores import family
+from .comparison import FAITHFULNESS, SUBSETS, leading_floor, measures, whole_scores
 from ..tuning.method import METHODS
 from ..tuning.methods import compared_methods, compared_with
 
@@ -16,7 +18,10 @@ from ..tuning.methods import compared_methods, compared_with
 def forgetting_figure(
     result: dict,  # 07_comparison.json
 ):  # matplotlib Figure; None where no task was asked
-    "The base's own tasks after tuning, with the interval of the change; the dashed line is the base."
+    """The base's own tasks after tuning, the method switched on, with the interval of the change.
+
+    The dashed line is the base; a square stands on it where a method can be switched off, and leaves the base.
+    """
     import matplotlib.pyplot as plt
 
     tasks = list(dict.fromkeys(r["task"] for r in result["forgetting"]))
@@ -28,11 +33,15 @@ def forgetting_figure(
     for ax, task in zip(axes[0], tasks):
         rows = [r for r in result["forgetting"] if r["task"] == task]
         ax.axvline(rows[0]["before"], color="0.4", ls="--", lw=1)
+        most = 10 if family(rows[0]["metric"]) == "cider" else 1
         for y, r in enumerate(rows):
+            if METHODS[r["method"]].form != "merged":
+                ax.plot(r["before"], y, "s", color="0.4", mfc="white", ms=5, zorder=3)
+            low, high = (min(max(r["before"] + r[end], 0), most) for end in ("low", "high"))
             ax.errorbar(
                 r["after"],
                 y,
-                xerr=[[r["value"] - r["low"]], [r["high"] - r["value"]]],
+                xerr=[[max(r["after"] - low, 0)], [max(high - r["after"], 0)]],
                 fmt="o",
                 mfc="white" if r["verdict"] == "tie" else "C0",
                 color="C0",
@@ -40,7 +49,7 @@ def forgetting_figure(
             )
         ax.set(
             title=task.replace("_", " "),
-            xlabel=rows[0]["metric"],
+            xlabel=metric_label(rows[0]["metric"]),
             yticks=range(len(rows)),
             yticklabels=[result["labels"][r["method"]] for r in rows],
         )
@@ -61,26 +70,35 @@ def _point_style(
     mark = METHODS[main].mark if main in METHODS else "X"
     return dict(fmt=mark, color=color, mfc=color if main == name else "white", ms=8, capsize=3)
 
+# %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #a8803669
+def _draw_limits(ax, result):
+    "Lines at the strongest floor and at people."
+    limits = whole_scores(result["scores"], "cider", kind="floor")
+    for name, style in ((leading_floor(result), ":"), ("human", "-.")):
+        if name in limits:
+            ax.axhline(limits[name]["value"], color="0.2", lw=1.2, ls=style, label=result["labels"][name])
+
 # %% ../../nbs/lib/12_report/08_comparison_figures.ipynb #91505699
 def cost_figure(
     result: dict,  # 07_comparison.json
 ):  # matplotlib Figure
-    "CIDEr with its interval against trained parameters and against seconds."
+    "CIDEr with its interval against trained parameters and against arithmetic, between floor and people."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
 
     scores = whole_scores(result["scores"] + result["variants"]["scores"], "cider")
     costs = {r["method"]: r for r in result["cost"] + result["variants"]["cost"]}
-    titles = dict(trainable_parameters="trained parameters", seconds="training time, seconds")
+    titles = dict(trainable_parameters="trained parameters", operations="training, floating-point operations")
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for ax, (key, title) in zip(axes, titles.items()):
         if base := scores.get("none"):
             ax.axhline(base["value"], color="0.4", lw=1, ls="--")
             ax.axhspan(base["low"], base["high"], color="0.85", label=result["labels"]["none"])
+        _draw_limits(ax, result)
         for name, score in scores.items():
             cost = costs.get(name, {}).get(key)
-            if name == "none" or not cost or name.rsplit("_", 1)[-1] in CHOICES:
-                continue  # a choice of captions costs what its method does
+            if name not in METHODS or not cost:
+                continue  # a choice of captions or of sources is no method
             interval = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
             ax.errorbar(cost, score["value"], interval, label=result["labels"][name], **_point_style(name))
         ax.set(xscale="log", xlabel=title)
@@ -88,7 +106,7 @@ def cost_figure(
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.xaxis.set_major_formatter(lambda x, _: short_number(x))
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel(next(iter(scores.values()))["metric"] if scores else "CIDEr")
+    axes[0].set_ylabel("CIDEr, 0 to 10")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         fig.legend(handles, labels, loc="outside right center", frameon=False)
@@ -142,17 +160,21 @@ def faithfulness_figure(
 def source_figure(
     result: dict,  # 07_comparison.json
 ):  # matplotlib Figure; None where the data names one source or none
-    "CIDEr of each method on each source of the data, with intervals."
+    "CIDEr of each method on each source of the data, with intervals; at the right the strongest floor and people."
+    import textwrap
+
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     sources = [s for s in dict.fromkeys(r["source"] for r in result["scores"]) if s != "all" and s not in SUBSETS]
     if not sources:
         return None
-    methods = list(whole_scores(result["scores"], "cider"))
-    fig, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    limits = [name for name in (leading_floor(result), "human") if name]
+    methods = [*whole_scores(result["scores"], "cider"), *limits]
+    fig, ax = plt.subplots(figsize=(10, 3.8), layout="constrained")
     for i, (source, color) in enumerate(zip(sources, sns.color_palette("colorblind", len(sources)))):
-        rows = whole_scores(result["scores"], "cider", source)
+        limit_rows = whole_scores(result["scores"], "cider", source, "floor")
+        rows = whole_scores(result["scores"], "cider", source) | {m: limit_rows[m] for m in limits if m in limit_rows}
         at = [methods.index(m) + (i - (len(sources) - 1) / 2) * 0.6 / len(sources) for m in rows]
         values = [r["value"] for r in rows.values()]
         below, above = [r["value"] - r["low"] for r in rows.values()], [r["high"] - r["value"] for r in rows.values()]
@@ -165,7 +187,9 @@ def source_figure(
             capsize=3,
             label=f"{source} ({next(iter(rows.values()))['n']} images)",
         )
-    ax.set(xticks=range(len(methods)), xticklabels=[result["labels"][m] for m in methods], ylabel="CIDEr")
+    names = [textwrap.fill(result["labels"][m], 16) for m in methods]
+    ax.set(xticks=range(len(methods)), xticklabels=names, ylabel="CIDEr, 0 to 10")
+    ax.axvline(len(methods) - len(limits) - 0.5, color="0.6", lw=1)
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(frameon=False)
+    fig.legend(loc="outside right center", frameon=False)
     return fig

@@ -15,7 +15,7 @@ from ..stats.rows import system_differences, system_rows
 
 # %% ../../nbs/lib/12_report/03_paper.ipynb #cell-005
 # no value of these is the best
-_FACTS = ("empty", "repeated", "distinct", "distinct1", "distinct2", "length", "copied", "self_bleu")
+_FACTS = ("empty", "repeated", "distinct", "commonest", "distinct1", "distinct2", "length", "copied", "self_bleu")
 _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",

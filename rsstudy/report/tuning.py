@@ -15,6 +15,7 @@ import pandas as pd
 from ..common.code import versions
 from ..common.files import write_json
 from ..common.form import SCORES_SCHEMA, captions_digest, check_form
+from ..common.show import short_number
 from ..metrics.registry import metric_label
 from ..metrics.scores import Scores, find_metric
 from ..stats.intervals import bootstrap_interval
@@ -44,6 +45,10 @@ def score_table(
         rows[method["label"]] = row | {"seeds": len(method["runs"])}
     return pd.DataFrame(rows).T.rename_axis("method")
 
+# %% ../../nbs/lib/12_report/02_tuning.ipynb #d74f24fc
+def _chosen(history) -> str:
+    return f"{history['best_step']:,}" if history["best_step"] else "0 (untuned: no step was better)"
+
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-007
 def cost_table(
     methods: dict[str, dict],  # name -> label, lr, cost
@@ -53,8 +58,9 @@ def cost_table(
         {
             m["label"]: {
                 "learning rate": f"{m['lr']:g}",
+                "step chosen": ", ".join(_chosen(run["history"]) for run in m["runs"]),
                 "trainable parameters": f"{m['cost']['trainable_parameters']:,}",
-                "seconds a run": f"{m['cost']['seconds']:.0f}",
+                "operations a run": short_number(m["cost"]["operations"]),
                 "peak memory, MB": f"{m['cost']['peak_memory_bytes'] / 1e6:.0f}",
                 "adapter file, kB": f"{m['cost']['adapter_bytes'] / 1e3:.0f}",
             }
@@ -132,7 +138,7 @@ def samples_figure(
     ids: list[str],  # Their names
     rows: dict[str, list[str]],  # Who wrote it -> a caption for each image
     columns: int = 4,  # Images side by side
-    width: int = 34,  # Characters a line
+    width: int = 50,  # Characters a line
 ):
     """Images with the captions that were written for them.
 

@@ -7,9 +7,9 @@ __all__ = ['NOT_SCORED', 'card_text']
 
 # %% ../../nbs/lib/16_sharing/04_card.ipynb #cell-002
 from ..common.code import versions
+from ..common.show import short_number
 from ..metrics.registry import metric_label
 from ..metrics.scores import family
-from ..report.comparison import short_number
 from ..report.tuning import COLUMNS
 from .provenance import data_lines, licence
 from .scored_run import record_rows
@@ -136,9 +136,10 @@ def _cost(record):
     )
     return [
         f"Tuned on {device}: {short_number(cost['trainable_parameters'])} trained parameters, "
-        f"{cost['seconds']:.0f} s, {short_number(cost['peak_memory_bytes'], 'B')} of memory at the most, "
+        f"{short_number(cost['operations'])} floating-point operations, "
+        f"{short_number(cost['peak_memory_bytes'], 'B')} of memory at the most, "
         f"{short_number(cost['adapter_bytes'], 'B')} of weights, energy {energy}. "
-        "The choice of the learning rate and the scoring are not in these seconds."
+        "The choice of the learning rate and the scoring are not counted."
     ]
 
 # %% ../../nbs/lib/16_sharing/04_card.ipynb #cell-017

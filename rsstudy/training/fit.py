@@ -77,10 +77,7 @@ class Watch(TrainerCallback):
         score = self.score(samples) if samples else None
         history.evaluations.append(dict(step=step, val_loss=loss, val_cider=score, samples=samples[:8]))
         self.look_for_collapse(step, loss, samples)
-        if step:  # the untuned state is recorded, and never the outcome
-            self.keep_if_best(step, loss, score or 0.0)
-        else:
-            history.worse = 0
+        self.keep_if_best(step, loss, score or 0.0)  # step 0 too: the outcome where no step makes it better
         if history.collapse or history.worse >= self.plan.patience:
             control.should_training_stop = True
 
