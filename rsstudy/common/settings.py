@@ -28,6 +28,7 @@ class Profile:
     split_seed: int  # Seed of the seeded split and of the choice of a subset
     clean: bool  # Lower-case captions, trim them and collapse spaces?
     strict: bool  # Fail on a bad row? Otherwise it is dropped and recorded
+    leave_out: bool  # Tune LoRA once more without each of the sources that train?
     caption_choice: str  # Captions that train: "all", "longest", "first", "random" or "clip"
     train_images: int  # Images of the split used, the first of a seeded shuffle; 0 takes all
     val_images: int  # As train_images

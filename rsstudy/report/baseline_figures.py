@@ -27,7 +27,7 @@ def _prompt_line(ax, rows, metric, marker, colour):  # filled: cannot be told fr
 def grid_figure(
     result: dict,  # Of 02_baseline: grid, left, winner
 ):  # matplotlib Figure
-    "A row a way to decode, a column a score, a line a prompt from its shortest limit to its longest; ringed: the choice."
+    "A row a way to decode, a column a score, a line a prompt from shortest to longest limit; ringed: the choice."
     import matplotlib.pyplot as plt
     import seaborn as sns
 

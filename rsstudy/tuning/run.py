@@ -149,7 +149,8 @@ def short_run(
     train_rows, val_rows = training_rows(captioner, data)
     checkpoints = checkpoint_folder(P, method.name, f"lr{lr:g}")
     history = fit(captioner, train_rows.first(count), val_rows, plan, checkpoints, key, progress)
-    facts = dict(val_loss=history["best_val_loss"], val_cider=history["best_val_cider"], collapse=history["collapse"])
+    last = history["evaluations"][-1]  # not the best, which may be the untuned state: the same for every rate
+    facts = dict(val_loss=last["val_loss"], val_cider=last["val_cider"], collapse=history["collapse"])
     return _outcome(lr, keep_run(path, key, checkpoints, **facts))
 
 
