@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAITHFULNESS', 'SUBSETS', 'CHARACTER', 'MARGIN', 'whole_scores', 'measures', 'mean_faithfulness', 'main_table',
            'best_of', 'pair_findings', 'floor_findings', 'quality_findings', 'cost_findings', 'faithfulness_findings',
-           'forgetting_findings', 'findings', 'table_text', 'leading_floor', 'floor_table', 'wrong_claims_table']
+           'forgetting_findings', 'findings', 'table_text', 'wrong_claims_table']
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-002
 from ..attribution.attributions import controls
@@ -358,37 +358,6 @@ def table_text(
     head = f"Quality, cost and faithfulness: {count}, 95 % intervals"
     sentences = [f"- {line.replace('**', '')}" for line in findings(result)]
     return "\n".join([head, "", main_table(result).to_string(), "", *sentences])
-
-# %% ../../nbs/lib/12_report/07_comparison.ipynb #cf2383a3
-def _with_interval(row):  # None: there is no such row
-    if row is None or row["value"] is None:
-        return "-"
-    return f"{row['value']:.3f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
-
-# %% ../../nbs/lib/12_report/07_comparison.ipynb #c04ab9bd
-def leading_floor(
-    result: dict,  # 07_comparison.json
-) -> str | None:  # Its name; None where no floor was scored
-    "The floor that the methods were compared with: the strongest by CIDEr of all that needs no decoder."
-    scores = whole_scores(result["scores"], "cider", kind="floor")
-    return max((name for name in scores if name != "human"), key=lambda name: scores[name]["value"], default=None)
-
-# %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-024
-def floor_table(
-    result: dict,  # 07_comparison.json
-):  # pandas DataFrame: floors, ceiling and methods by rising CIDEr
-    "Where the methods stand between captions that need no look at the image, and people."
-    import pandas as pd
-
-    metrics = compared_metrics()
-    lines = []
-    for kind in ("floor", "method"):
-        scores = {stem: whole_scores(result["scores"], stem, kind=kind) for stem in metrics}
-        for name, cider in scores["cider"].items():
-            cells = {title: _with_interval(scores[stem].get(name)) for stem, title in metrics.items()}
-            lines.append((cider["value"], result["labels"][name], cells))
-    lines.sort(key=lambda line: line[0])
-    return pd.DataFrame.from_dict({label: cells for _, label, cells in lines}, orient="index")
 
 # %% ../../nbs/lib/12_report/07_comparison.ipynb #cell-025
 def wrong_claims_table(
