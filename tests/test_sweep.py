@@ -49,7 +49,8 @@ def trained(monkeypatch):
     def fit(captioner, train_rows, val_rows, plan, folder, key, progress=True, **options):
         seen.append((plan, len(train_rows), len(val_rows)))
         loss, cider, collapse = outcomes[plan.lr]
-        return dict(best_val_loss=loss, best_val_cider=cider, collapse=collapse)
+        evaluations = [dict(step=0, val_loss=9.0, val_cider=0.9), dict(step=9, val_loss=loss, val_cider=cider)]
+        return dict(evaluations=evaluations, collapse=collapse)
 
     monkeypatch.setattr(rsstudy.tuning.run, "fit", fit)
     return seen, outcomes
