@@ -170,7 +170,8 @@ def source_figure(
     sources = [s for s in dict.fromkeys(r["source"] for r in result["scores"]) if s != "all" and s not in SUBSETS]
     if not sources:
         return None
-    limits = [name for name in (leading_floor(result), "human") if name]
+    scored = whole_scores(result["scores"], "cider", kind="floor")
+    limits = [name for name in (leading_floor(result), "human") if name in scored]
     methods = [*whole_scores(result["scores"], "cider"), *limits]
     fig, ax = plt.subplots(figsize=(10, 3.8), layout="constrained")
     for i, (source, color) in enumerate(zip(sources, sns.color_palette("colorblind", len(sources)))):
