@@ -56,11 +56,12 @@ def study_table(
 ) -> str:  # Methods, their variants below them, and below a rule the floors and ceilings of the comparison
     "The study's quality as a paper prints it. Raises `FileNotFoundError` naming the command that makes the comparison."
     from rsstudy.common.results import read_result
+    from rsstudy.report.limits import without_people
     from rsstudy.report.paper import paper_table
 
     result = read_result(P, "07_comparison")
     return paper_table(
-        result["scores"] + result["variants"]["scores"],
+        without_people(result["scores"]) + result["variants"]["scores"],
         style,
         differences=result["differences"],
         labels=result["labels"],

@@ -279,7 +279,8 @@ def people_rows(
     people = next((r["floors"]["human"] for r in results.values() if "human" in r.get("floors", {})), None)
     if people is None:
         return []
-    scored = np.array(people["images"])
+    # files from before repeated captions were left out name no images
+    scored = np.array(people.get("images", groups["all"]))
     own = {source: np.flatnonzero(np.isin(scored, positions)) for source, positions in groups.items()}
     entry = dict(runs=[dict(seed=None, scores=people["scores"], per_image=people["per_image"])])
     return score_rows(dict(human=entry), {s: found for s, found in own.items() if len(found)}, resamples, "floor")
