@@ -7,6 +7,7 @@ __all__ = ['PlannedMethod', 'rates_to_try', 'best_rate', 'operations_an_image', 
 
 # %% ../../nbs/lib/09_tuning/10_chapter.ipynb #4f6c105c
 import dataclasses
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,24 @@ def best_rate(
         raise ValueError(f"method '{method.name}' collapsed at every learning rate of {rates}: {tried[0]['collapse']}")
     return max(sound, key=lambda run: (run["val_cider"] or 0.0, -run["val_loss"]))["lr"]
 
+# %% ../../nbs/lib/09_tuning/10_chapter.ipynb #3d158cd2
+@contextmanager
+def _forward_in_4_bits(model):
+    "Counts what PyTorch's counter does not see: forward products of 4-bit layers, which are hidden in an operation."
+    counted = []
+
+    def count(layer, inputs, output):
+        counted.append(2 * inputs[0].numel() * layer.out_features)
+
+    quantised = [layer for layer in model.modules() if hasattr(getattr(layer, "weight", None), "quant_state")]
+    layers = [layer for layer in quantised if not hasattr(layer, "base_layer")]  # a wrapper shows what it wraps
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        yield counted
+    finally:
+        for handle in handles:
+            handle.remove()
+
 # %% ../../nbs/lib/09_tuning/10_chapter.ipynb #c1171f4a
 def operations_an_image(
     captioner: Captioner,  # With the method attached
@@ -78,10 +97,11 @@ def operations_an_image(
     )
     rows, _ = training_rows(captioner, few_of)
     batch = rows.collate([rows[i] for i in few])
-    with eager_attention(captioner.core), FlopCounterMode(display=False) as counter:
+    model, counter = captioner.core, FlopCounterMode(display=False)
+    with eager_attention(model), _forward_in_4_bits(model) as hidden, counter:
         caption_loss(captioner.model, batch)[0].backward()
     captioner.model.zero_grad()
-    return counter.get_total_flops() // len(few)
+    return (counter.get_total_flops() + sum(hidden)) // len(few)
 
 # %% ../../nbs/lib/09_tuning/10_chapter.ipynb #0f8003b5
 def _without_features(data) -> StudyData:
