@@ -266,7 +266,7 @@ def neighbour_entries(
             runs=[run["neighbours"] | dict(seed=run["seed"]) for run in entry["runs"]],
         )
         for name, entry in entries.items()
-        if all(run.get("neighbours") for run in entry["runs"])
+        if name != "none" and all(run.get("neighbours") for run in entry["runs"])
     }
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #e5d8a144

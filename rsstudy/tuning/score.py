@@ -109,5 +109,5 @@ def score_test(
         **scores,
         failures=dict(counts=counts, corpus=wrong, info=about),
         transfer=transfer(P, captioner, progress=progress, before=before_prompt(captioner, P)),
-        neighbours=neighbours_scores(captioner, data) if own_tower else None,
+        neighbours=neighbours_scores(captioner, data) if own_tower and captioner.method != "none" else None,
     )
