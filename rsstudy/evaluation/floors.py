@@ -13,6 +13,7 @@ from collections import Counter
 
 import numpy as np
 
+from ..data.table import clean_caption
 from ..metrics.scores import Scores
 from ..model.features import pooled_features
 from ..model.generate import Captioner, generate_captions
@@ -220,7 +221,7 @@ def different_captions(
     "What people said of an image, each sentence once: a repeated sentence is no second opinion."
     seen = {}
     for caption in captions:
-        seen.setdefault(" ".join(caption.lower().split()), caption)
+        seen.setdefault(clean_caption(caption), caption)
     return list(seen.values())
 
 # %% ../../nbs/lib/07_evaluation/04_floors.ipynb #b3d50e96

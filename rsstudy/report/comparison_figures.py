@@ -11,7 +11,7 @@ from ..common.show import short_number
 from ..metrics.registry import metric_label
 from ..metrics.scores import family
 from .comparison import FAITHFULNESS, SUBSETS, measures, whole_scores
-from .limits import leading_floor
+from .limits import limits
 from ..tuning.method import METHODS
 from ..tuning.methods import compared_methods, compared_with
 
@@ -74,10 +74,9 @@ def _point_style(
 # %% ../../nbs/lib/12_report/09_comparison_figures.ipynb #a8803669
 def _draw_limits(ax, result):
     "Lines at the strongest floor and at people."
-    limits = whole_scores(result["scores"], "cider", kind="floor")
-    for name, style in ((leading_floor(result), ":"), ("human", "-.")):
-        if name in limits:
-            ax.axhline(limits[name]["value"], color="0.2", lw=1.2, ls=style, label=result["labels"][name])
+    for name, row in limits(result).items():
+        style = "-." if name == "human" else ":"
+        ax.axhline(row["value"], color="0.2", lw=1.2, ls=style, label=result["labels"][name])
 
 # %% ../../nbs/lib/12_report/09_comparison_figures.ipynb #91505699
 def cost_figure(
@@ -170,13 +169,10 @@ def source_figure(
     sources = [s for s in dict.fromkeys(r["source"] for r in result["scores"]) if s != "all" and s not in SUBSETS]
     if not sources:
         return None
-    scored = whole_scores(result["scores"], "cider", kind="floor")
-    limits = [name for name in (leading_floor(result), "human") if name in scored]
-    methods = [*whole_scores(result["scores"], "cider"), *limits]
+    methods = [*whole_scores(result["scores"], "cider"), *limits(result)]
     fig, ax = plt.subplots(figsize=(10, 3.8), layout="constrained")
     for i, (source, color) in enumerate(zip(sources, sns.color_palette("colorblind", len(sources)))):
-        limit_rows = whole_scores(result["scores"], "cider", source, "floor")
-        rows = whole_scores(result["scores"], "cider", source) | {m: limit_rows[m] for m in limits if m in limit_rows}
+        rows = whole_scores(result["scores"], "cider", source) | limits(result, source)
         at = [methods.index(m) + (i - (len(sources) - 1) / 2) * 0.6 / len(sources) for m in rows]
         values = [r["value"] for r in rows.values()]
         below, above = [r["value"] - r["low"] for r in rows.values()], [r["high"] - r["value"] for r in rows.values()]
@@ -191,7 +187,7 @@ def source_figure(
         )
     names = [textwrap.fill(result["labels"][m], 16) for m in methods]
     ax.set(xticks=range(len(methods)), xticklabels=names, ylabel="CIDEr, 0 to 10")
-    ax.axvline(len(methods) - len(limits) - 0.5, color="0.6", lw=1)
+    ax.axvline(len(methods) - len(limits(result)) - 0.5, color="0.6", lw=1)
     ax.grid(axis="y", alpha=0.3)
     fig.legend(loc="outside right center", frameon=False)
     return fig

@@ -121,7 +121,7 @@ def difference_rows(
     groups: dict[str, np.ndarray],  # Source -> positions of its images, from `row_groups`
     resamples: int = 1000,  # Bootstrap resamples
     rounds: int = 10_000,  # Exchanges of the randomisation test
-    floor: dict[str, dict] | None = None,  # The strongest floor's name and entry, as from `strongest_floor`
+    floor: dict[str, dict] | None = None,  # The strongest floor's name and entry, or none
     # method, against, source, metric, value, low, high, n, p, p_holm, effect (None: infinite), wins, verdict
 ) -> list[dict]:
     """Paired differences in quality and failures.
@@ -287,17 +287,15 @@ def people_rows(
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #6695bee3
 def strongest_floor(
-    floors: dict[str, dict],  # From `floor_entries`, `neighbour_entries`
-) -> dict[str, dict]:  # Its name and entry; empty where there is none
-    "What scores most, by CIDEr, mean of its runs, of all that needs no decoder."
-
-    def score(entry):
-        scores = entry["runs"][0]["scores"]
-        metric = metric_named("cider", scores)
-        return float(np.mean([run["scores"][metric] for run in entry["runs"]])) if metric else -1.0
-
-    best = max(floors, key=lambda name: score(floors[name]), default=None)
-    return {} if best is None or score(floors[best]) < 0 else {best: floors[best]}
+    rows: list[dict],  # Of `scores`
+) -> str | None:  # Its name; None where no floor was scored
+    "What scores most, by CIDEr on all images, of all that needs no decoder; people are no floor."
+    scored = {
+        r["method"]: r["value"]
+        for r in rows
+        if r["kind"] == "floor" and r["source"] == "all" and r["seed"] is None and family(r["metric"]) == "cider"
+    }
+    return max((name for name in scored if name != "human"), key=scored.get, default=None)
 
 # %% ../../nbs/lib/12_report/06_tidy.ipynb #e65e21dd
 def median_cider(
@@ -341,13 +339,14 @@ def compare_results(
     groups = row_groups(sources, ids, subsets)
     faithfulness = [row for result in results.values() for row in result.get("faithfulness", [])]
     scores = score_rows(methods, groups, resamples) + score_rows(floors, groups, resamples, "floor")
+    strongest = {name: floors[name] for name in [strongest_floor(scores)] if name}
     return dict(
         scores=scores + people_rows(results, groups, resamples),
         medians=median_cider(entries | floors),
         cost=cost_rows(methods),
         faithfulness=faithfulness,
         explanations=results.get("06_xai", {}).get("tuning", []),
-        differences=difference_rows(methods | variants, groups, resamples, rounds, strongest_floor(floors)),
+        differences=difference_rows(methods | variants, groups, resamples, rounds, strongest),
         forgetting=forgetting_rows(methods, resamples, rounds),
         variants=dict(scores=score_rows(variants, groups, resamples), cost=cost_rows(variants)),
         settings_that_differ=settings_that_differ(results),
