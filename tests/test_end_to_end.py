@@ -66,14 +66,16 @@ def test_the_comparison_is_tidy(study):
         == METHODS
         == {row["method"] for row in found["cost"]}
     )
-    assert {row["method"] for row in found["scores"] if row["kind"] == "floor"} == set(FLOORS)
+    tuned_towers = {f"consensus_{name}" for name in ("full", "lora_vision")}  # neighbours by a tower that was tuned
+    assert {row["method"] for row in found["scores"] if row["kind"] == "floor"} == set(FLOORS) | tuned_towers
     assert {row["method"] for row in found["faithfulness"]} == METHODS | {
         "lora_vision"
     }  # the one variant that is explained as well
     for row in found["scores"]:
         assert set(row) == {"kind", "method", "source", "metric", "value", "low", "high", "n", "seed"}
     for row in found["cost"]:
-        assert set(row) == {"method", "trainable_parameters", "seconds", "peak_memory_bytes", "adapter_bytes"}
+        costs = {"trainable_parameters", "operations", "peak_memory_bytes", "adapter_bytes"}
+        assert set(row) == {"method", "validation_loss"} | costs
     for row in found["faithfulness"]:
         assert set(row) == {"method", "attribution", "metric", "value", "low", "high", "n"}
     assert "all" in {row["source"] for row in found["scores"]}
