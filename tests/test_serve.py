@@ -266,7 +266,7 @@ def test_server_keeps_to_itself(server):
         (["--host", "192.0.2.1"], "--host 192.0.2.1 is no name or address of an interface of this machine"),
         (["--max-mb", "0"], "--max-mb must be above 0"),
         (["--model", "lora", "--seed", "7"], "the model 'lora' with seed 7 has not been tuned under the profile nano"),
-        (["--model", "loar"], "unknown model 'loar': give none, lora"),
+        (["--model", "loar"], "unknown model 'loar': give paligemma-nano-riscm, none, lora"),
         (["--model", "./nowhere"], "unknown model './nowhere'"),
         (["--model", "FOLDER"], "FOLDER holds no model"),
         (["--set", "base_model=./nowhere"], "base model './nowhere' cannot be loaded"),

@@ -72,11 +72,13 @@ def test_the_rate_is_chosen_by_validation_captions_then_loss(P, trained, outcome
     assert [(t["val_loss"], t["val_cider"], t["collapse"]) for t in tried] == outcomes
 
 
-def test_short_runs_of_the_first_seed_on_a_part_of_the_images(P, trained):
+def test_beginnings_of_the_first_seeds_run_on_a_part_of_the_images(P, trained):
     seen, outcomes = trained
     outcomes.update(dict.fromkeys((1e-3, 3e-3, 1e-2), (1.0, 0.5, None)))
     sweep(P, methods(P)["lora"], study_of())
-    assert [(plan.lr, plan.seed, plan.epochs) for plan, *_ in seen] == [(1e-3, 5, 2), (3e-3, 5, 2), (1e-2, 5, 2)]
+    assert [(plan.lr, plan.seed, plan.epochs, plan.stop_step) for plan, *_ in seen] == [
+        (lr, 5, P.epochs, 2) for lr in (1e-3, 3e-3, 1e-2)
+    ]  # two epochs of a step each
     images = {number for _, number, _ in seen}
     assert images == {3}
 

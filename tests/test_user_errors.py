@@ -267,7 +267,7 @@ serve --max-mb 0
 serve --model lora --seed 7
   the model 'lora' with seed 7 has not been tuned under the profile nano
 serve --model loar
-  unknown model 'loar': give none, lora
+  unknown model 'loar': give paligemma-nano-riscm, none, lora
 serve --model no_rows
   no_rows holds no model: it needs method.json
 notebooks .
@@ -307,7 +307,7 @@ caption photo.png --address auto
 caption photo.png --engine ray  (without ray)
   --engine ray needs the package ray: pip install
 caption photo.png --model magic
-  unknown model 'magic': give none, lora
+  unknown model 'magic': give paligemma-nano-riscm, none, lora
 caption deep.tif --out d.jsonl  (rasterio hidden)
   deep.tif: GeoTIFFs need rasterio, which is not installed: pip install 'rsstudy[geo]'
 explain no.png
@@ -327,7 +327,7 @@ explain photo.png --out text.png
 explain photo.png --model lora
   the model 'lora' with seed 0 has not been tuned under the profile nano: `rsstudy tune lora --profile nano`
 explain photo.png --model lroa
-  unknown model 'lroa': give none, lora
+  unknown model 'lroa': give paligemma-nano-riscm, none, lora
 export magic
   unknown run 'magic': give a folder of tuned weights such as
 export runs/nano/weights/magic-seed0

@@ -64,10 +64,10 @@ def add_model_options(
     "The options of every command that takes one model, as `rsstudy.tuning.captioners.load_captioner` does."
     command.add_argument(
         "--model",
-        default="none",
         metavar="MODEL",
-        help="none for the untuned base (default), a tuning method that has been run, such as lora, "
-        "a folder of weights or an export, or a base model: folder or name on the hub",
+        help="a tuning method that has been run, such as lora, none for the untuned base, a folder of weights or an "
+        "export, or a base model: folder or name on the hub (default: paligemma-nano-riscm, LoRA on real images, which "
+        "comes with the package; none where the profile names another base than paligemma-nano)",
     )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="which run of the tuning method (default: 0)")
 

@@ -43,8 +43,8 @@ def grammar(
         action="append",
         metavar="NAME",
         help="offer this model: none for the untuned base, a tuning method that has been run, a folder of weights, "
-        "or a base model; "
-        "can be repeated (default: the untuned base and every method that has been run under the profile)",
+        "or a base model; can be repeated (default: paligemma-nano-riscm, which comes with the package, the untuned "
+        "base and every method that has been run under the profile)",
     )
     serve.add_argument("--seed", type=int, default=0, metavar="N", help="which run of the tuning methods (default: 0)")
     serve.add_argument("--port", type=int, default=7860, metavar="N", help="where it listens (default: 7860)")

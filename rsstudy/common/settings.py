@@ -50,7 +50,7 @@ class Profile:
     lr_grid_prompt: tuple[float, ...]  # Learning rates tried for prompt tuning
     lr_grid_adapter: tuple[float, ...]  # Learning rates tried for adapters
     lr_grid_full: tuple[float, ...]  # Learning rates tried for full fine-tuning
-    sweep_epochs: int  # Epochs of each run of the sweep
+    sweep_epochs: int  # Epochs after which each run of the sweep is stopped and judged
     sweep_images: int  # Training images of each run of the sweep; 0 takes all
     warmup: float  # Share of the steps in which the learning rate rises, 0 to 1
     weight_decay: float  # AdamW's decoupled weight decay

@@ -27,7 +27,7 @@ from .look import number
 from .page import Explanation, Piece
 from ..faithfulness.removal import area, removal_curves
 from ..model.generate import Captioner, generate_captions
-from ..tuning.captioners import load_captioner
+from ..tuning.captioners import default_captioner, load_captioner
 from ..tuning.method import METHODS
 from ..tuning.methods import method_label
 
@@ -258,7 +258,7 @@ def explain_file(
     path: str,  # Image
     words: list[str] | None = None,  # Words or phrases of the caption; None: every word
     attributions: list[str] | None = None,  # Names in `rsstudy.attribution.attributions`; None: `USUAL`
-    model: str = "none",  # As for `rsstudy.tuning.captioners.load_captioner`
+    model: str | None = None,  # As for `rsstudy.tuning.captioners.load_captioner`; None: its `default_captioner`
     seed: int = 0,  # Of the run of a tuning method
     caption: str | None = None,  # None: what the model writes
     out: str = "explained",  # Folder
@@ -273,6 +273,7 @@ def explain_file(
     if blocked := file_in_the_way(Path(out)):
         raise ValueError(f"--out {Path(out)}: {blocked} is no folder")
     check_image(image, name)
+    model = model or default_captioner(P)
     captioner = load_captioner(P, model, seed)
     caption = caption and plain_text(caption)
     try:

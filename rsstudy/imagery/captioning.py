@@ -35,7 +35,7 @@ from .sources import count_jobs, find_images, read_jobs, write_jobs
 from .views import SeenImage, Wanted, read_item, resizer, views
 from ..model.generate import STATIC_IMAGES, Captioner, generate_captions
 from ..model.memory import halve_until_it_fits
-from ..tuning.captioners import find_captioner, find_run, load_captioner
+from ..tuning.captioners import default_captioner, find_captioner, load_captioner
 
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-005
 class Portions:
@@ -244,7 +244,8 @@ class Captioned:
 # %% ../../nbs/lib/15_imagery/06_captioning.ipynb #cell-015
 def _weights(P, model, seed):
     "Size and date of a model's files of weights, which tell whether it was tuned again."
-    folder = find_run(P, model, seed) or Path(model if model != "none" else P.base_model).expanduser()
+    tuned, base = find_captioner(P, model, seed)
+    folder = tuned or Path(base)
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
@@ -332,7 +333,7 @@ def _list_jobs(target, paths, wanted, bar):
 def caption_paths(
     paths: str | Path | list[str | Path],  # Files, folders, patterns, zip archives
     out: str | Path = "captions.jsonl",  # .jsonl, .csv or .geojson; see `rsstudy.imagery.record_files`
-    model: str | Captioner = "none",  # As `load_captioner` takes it, or a captioner at hand
+    model: str | Captioner | None = None,  # As `load_captioner` takes it, or at hand; None: `default_captioner`
     seed: int = 0,  # Of a tuning method's run
     P: Profile | None = None,  # Prompt, lengths, images at a time; None: the profile `nano`
     explain: str | Path | bool = False,  # Heat maps too? Or the folder for them; True: OUT.maps
@@ -350,7 +351,7 @@ def caption_paths(
     P = P or load_profile("nano")
     paths = [os.fspath(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
     at_hand = isinstance(model, Captioner)
-    name = model.method if at_hand else str(model)
+    name = model.method if at_hand else str(model or default_captioner(P))
     wanted = Wanted(name, seed, method=method if explain else None, **more)
     wanted.check()
     if at_hand:

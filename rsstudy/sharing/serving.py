@@ -20,10 +20,10 @@ from PIL import Image, ImageOps
 from ..common.settings import Profile
 from ..explain.image import USUAL, explain_image
 from ..model.generate import Captioner, generate_captions
-from ..tuning.captioners import find_captioner, load_captioner
+from ..tuning.captioners import default_captioner, find_captioner, load_captioner
 from ..tuning.method import METHODS
 from ..tuning.methods import methods
-from ..tuning.saved import tuned_folder
+from ..tuning.saved import has_weights, tuned_folder
 
 # %% ../../nbs/lib/16_sharing/07_serving.ipynb #cell-005
 FORMATS = "PNG", "JPEG", "TIFF", "WEBP"  # as Pillow calls them
@@ -77,12 +77,13 @@ def _label(P, name):
 # %% ../../nbs/lib/16_sharing/07_serving.ipynb #cell-012
 def served_models(
     P: Profile,  # Base, and where the study's weights lie
-    names: list[str] | None = None,  # As for `load_captioner`; None: the base and every method that has been tuned
+    names: list[str] | None = None,  # As for `load_captioner`; None: `default_captioner`, the base, all that was tuned
     seed: int = 0,  # Of the methods' runs
 ) -> dict[str, str]:  # Label -> name
     "What the page offers. Raises as `rsstudy.tuning.captioners.find_captioner`."
     if not names:
-        names = [n for n in methods(P) if n == "none" or (tuned_folder(P, n, seed) / "adapter.safetensors").is_file()]
+        tuned = [name for name in methods(P) if has_weights(tuned_folder(P, name, seed))]
+        names = [default_captioner(P), "none", *tuned]
     labels = {}
     for name in dict.fromkeys(names):
         find_captioner(P, name, seed)

@@ -20,7 +20,7 @@ from ..common.files import locked
 from ..model.generate import Captioner, generate_captions
 from ..model.parts import compile_layers, enable_checkpointing
 from .checkpoint import copy_into, full_value, latest_checkpoint, load_checkpoint, save_checkpoint
-from .guard import CAUSES, RunHistory, diagnose
+from .guard import FAULTS, Evidence, RunHistory, diagnose, too_few
 from .loader import CaptionRows
 from .plan import TrainingPlan, training_arguments
 from .step import CaptionTrainer
@@ -69,16 +69,21 @@ class Watch(TrainerCallback):
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
             self.history.losses.append(logs["loss"])
+            self.history.norms.append(float(logs["grad_norm"]))
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         history, step, loss = self.history, state.global_step, metrics["eval_loss"]
         samples = self.validation_samples()
         score = self.score(samples) if samples else None
-        history.evaluations.append(dict(step=step, val_loss=loss, val_cider=score, samples=samples[:8]))
+        norms = [norm for norm in history.norms if math.isfinite(norm)]
+        norm, history.norms = (sum(norms) / len(norms) if norms else None), []
+        seen = dict(samples=samples[:8], few=too_few(samples), gradient_norm=norm)
+        history.evaluations.append(dict(step=step, val_loss=loss, val_cider=score) | seen)
         self.look_for_collapse(step, loss, samples)
         self.keep_if_best(step, loss, score or 0.0)  # step 0 too: the outcome where no step makes it better
-        if history.collapse or history.worse >= self.plan.patience:
+        stopped = bool(self.plan.stop_step) and step >= self.plan.stop_step
+        if stopped or history.collapse or history.worse >= self.plan.patience:
             control.should_training_stop = True
 
     def validation_samples(self) -> list[str]:  # Captions of the first validation images; none where none are asked for
@@ -100,9 +105,10 @@ class Watch(TrainerCallback):
 
     def look_for_collapse(self, step, loss, samples):  # one odd evaluation can pass, two alike end the run
         history = self.history
-        symptom = diagnose(samples, history.losses) if step else None
+        symptom = diagnose(Evidence(samples, history.losses)) if step else None
+        symptom = None if symptom == "few" else symptom  # a run begins so; how it ends is its verdict
         if symptom and symptom == history.symptom:
-            history.collapse = CAUSES[symptom]
+            history.collapse = str(FAULTS[symptom])
         if not math.isfinite(loss):
             history.collapse = "the validation loss is not a number: the learning rate is too high"
         history.symptom = symptom
@@ -136,16 +142,17 @@ def fit(
     about: dict | None = None,  # More for trackers: the profile, the manifest
     logs: str | Path | None = None,  # Where a tracker keeps its files, if it keeps any; None loses them
     beside=None,  # Another loss of every step, a function of the step's number (from 0) -> scalar tensor; None: none
-    # plan, losses of the steps, evaluations (step, val_loss, val_cider, samples), best_step, best_val_loss,
-    # best_val_cider, skipped_steps, micro_images, collapse, cost
+    # plan, losses of the steps, evaluations (step, val_loss, val_cider, samples, few, gradient_norm: mean since the one
+    # before), best_step, best_val_loss, best_val_cider, few_captions, skipped_steps, micro_images, collapse, cost
 ) -> dict:
     """Trains what requires a gradient.
 
     Raises `ValueError` when nothing does, `RuntimeError` when another process trains in the folder, `OSError` when a
     checkpoint cannot be written.
 
-    `collapse` is None, or the diagnosis with which the guard ended the run. `cost` counts what a run that went on had
-    used before.
+    `collapse` is None, or the diagnosis with which the guard ended the run. `few_captions`: does the best state write a
+    handful of captions for all validation images (`rsstudy.training.guard.too_few`)? `cost` counts what a run that went
+    on had used before.
     """
     if not any(p.requires_grad for p in captioner.model.parameters()):
         raise ValueError(f"method '{captioner.method}' left no parameter to train")
@@ -167,7 +174,7 @@ def fit(
 
 # %% ../../nbs/lib/08_training/08_fit.ipynb #149c3b2c
 def _outcome(plan, history, cost) -> dict:
-    best = dict(val_loss=None, val_cider=None)
+    best = dict(val_loss=None, val_cider=None, few=False)
     if history.best:
         best = next(e for e in history.evaluations if e["step"] == history.best_step)
     return dict(
@@ -175,6 +182,7 @@ def _outcome(plan, history, cost) -> dict:
         best_val_loss=best["val_loss"],
         best_val_cider=best["val_cider"],
         cost=dataclasses.replace(cost, seconds=history.seconds),
+        few_captions=best["few"] and bool(history.best_step),
         losses=history.losses,
         evaluations=history.evaluations,
         best_step=history.best_step,

@@ -33,6 +33,9 @@ class TrainingPlan:
     patience: int = 2  # Evaluations without improvement before training stops
     seed: int = 0  # Order of the images and dropout
     evaluate_every: int = 0  # Steps between evaluations; 0 evaluates after each epoch
+    stop_step: int = (
+        0  # The evaluation at this step ends the run, whose schedule is that of all epochs; 0: at their end
+    )
     # Validation images captioned at each evaluation, the first ones; 0 chooses the best state by validation loss
     val_captions: int = 64
     max_new_tokens: int = 30  # Their longest caption

@@ -23,7 +23,7 @@ from rsstudy.training.checkpoint import (
     restore_random,
     save_checkpoint,
 )
-from .guard import CAUSES
+from .guard import FAULTS
 from .loader import StepLoader, StepSampler, at_most
 
 # %% ../../nbs/lib/08_training/07_step.ipynb #cell-004
@@ -136,7 +136,7 @@ class CaptionTrainer(Trainer):
             history.nonfinite += 1
             history.skipped_steps.append(self.state.global_step + 1)
             if history.nonfinite == 3:
-                history.collapse = CAUSES["nonfinite"]
+                history.collapse = str(FAULTS["not_finite"])
         return norm
 
     @torch.no_grad()

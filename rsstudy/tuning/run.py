@@ -131,16 +131,15 @@ def short_run(
     lr: float,  # Learning rate
     progress: bool = True,  # A bar?
 ) -> dict:  # lr, val_loss, val_cider, collapse
-    "A run that only tries a learning rate, trained or taken up where it has been trained."
+    """A run that only tries a learning rate, trained or taken up where it has been trained.
+
+    It is the beginning of the run that would follow. A run of its own, whose rate falls to zero in its few epochs,
+    forgives rates that ruin a longer one.
+    """
     count = min(P.sweep_images or len(data.train), len(data.train))
-    plan = TrainingPlan.of(
-        P,
-        lr=lr,
-        epochs=P.sweep_epochs,
-        seed=P.seeds[0],
-        track="none",
-        evaluate_every=P.sweep_epochs * -(-count // P.batch_images),  # at its end
-    )
+    stop = P.sweep_epochs * -(-count // P.batch_images)
+    ends = dict(epochs=max(P.epochs, P.sweep_epochs), stop_step=stop, evaluate_every=stop)
+    plan = TrainingPlan.of(P, lr=lr, seed=P.seeds[0], track="none", **ends)
     path = P.work_dir / "sweeps" / f"{method.name}-lr{lr:g}.json"
     key = f"{run_key(P, method, data, plan)} {count}"
     if record := finished_run(path, key):
