@@ -47,7 +47,9 @@ def score_table(
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #d74f24fc
 def _chosen(history) -> str:
-    return f"{history['best_step']:,}" if history["best_step"] else "0 (untuned: no step was better)"
+    if not history["best_step"]:
+        return "0 (untuned: no step was better)"
+    return f"{history['best_step']:,}" + (" (few captions)" if history.get("few_captions") else "")
 
 # %% ../../nbs/lib/12_report/02_tuning.ipynb #cell-007
 def cost_table(
