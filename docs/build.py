@@ -23,6 +23,8 @@ from nbdev.process import NBProcessor
 from nbdev.processors import hide_, hide_line, rm_header_dash, strip_ansi
 from PIL import Image
 
+from rsstudy.runner.study import is_appendix
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PROFILES = {
@@ -97,6 +99,13 @@ class Site:
     def is_chapter(self, stem: str) -> bool:
         return self.notebooks[stem].parent.name == "nbs"
 
+    def ran(self, stem: str, profile: str) -> bool:
+        "Has a chapter a page for a profile? An appendix only where it has run."
+        return not is_appendix(stem) or (ROOT / "results" / profile / f"{stem}.ipynb").is_file()
+
+    def chapters(self, profile: str) -> list[str]:
+        return [stem for stem in self.notebooks if self.is_chapter(stem) and self.ran(stem, profile)]
+
     def named(self, path: str, own: str) -> str | None:  # A key of `notebooks`
         "The notebook that a link on the page of the module `own` leads to."
         *folders, stem = path.split("/")
@@ -129,7 +138,7 @@ class Site:
                 PROBLEMS.append(f"{page} links to the notebook {found[2]}, which is not there")
                 return found[0]
             folder, _, name = self.pages[stem].partition("/")
-            if page.startswith("real/") and self.is_chapter(stem):
+            if page.startswith("real/") and self.is_chapter(stem) and self.ran(stem, "riscm-nano"):
                 folder = "real"
             return f"{found[1]}(/{folder}/{name}.ipynb)"
 
@@ -235,14 +244,15 @@ def title(stem: str, site: Site) -> str:  # of a chapter, numbered
     return f"{int(stem[:2])}. " + re.sub(r"^# (\d\d )?", "", site.cells[stem][0].source.split("\n")[0])
 
 
-AS_IT_RAN = "As it ran on {world}; [the same chapter on {other_world}]({other}). {defined}[Open in Colab]({colab})."
+AS_IT_RAN = "As it ran on {world}{other}. {defined}[Open in Colab]({colab})."
+OTHER = "; [the same chapter on {world}](/{folder}/{stem}.ipynb)"
 DEFINED = "Its definitions are in {{py:mod}}`rsstudy.{module}`. "
 
 
 def chapter(stem: str, profile: str, site: Site, pages: Path):
     "A chapter as it ran: prose, results and figures; definitions, settings and tests folded away."
     folder, world = PROFILES[profile]
-    other, other_world = next(v for k, v in PROFILES.items() if k != profile)
+    others = [v for k, v in PROFILES.items() if k != profile and site.ran(stem, k)]
     page, figures, cells = f"{folder}/{stem}", described(stem, profile, pages), []
     for c in read(ROOT / "results" / profile / f"{stem}.ipynb"):
         if c.cell_type == "markdown":
@@ -252,8 +262,7 @@ def chapter(stem: str, profile: str, site: Site, pages: Path):
                 _, _, rest = source.partition("\n")
                 source = f"{head}\n{rest}\n\n" + AS_IT_RAN.format(
                     world=world,
-                    other_world=other_world,
-                    other=f"/{other}/{stem}.ipynb",
+                    other="".join(OTHER.format(folder=f, world=w, stem=stem) for f, w in others),
                     defined=DEFINED.format(module=site.modules[stem]) if stem in site.modules else "",
                     colab=colab(stem),
                 )
@@ -393,14 +402,15 @@ def thin(site: Path, pages: Path):
         page.write_text(re.sub(r'<span class="(?:n|o|p|w|pre)">([^<]*)</span>', r"\1", text), encoding="utf-8")
 
 
-def toctree(folder: str, site: Site) -> str:  # of a profile's chapters, MyST Markdown
+def toctree(profile: str, site: Site) -> str:  # of a profile's chapters, MyST Markdown
+    folder, world = PROFILES[profile]
     return "\n".join(
         [
             "```{toctree}",
-            f":caption: The study, on {next(w for f, w in PROFILES.values() if f == folder)}",
+            f":caption: The study, on {world}",
             ":hidden:",
             "",
-            *(f"{title(stem, site)} <{folder}/{stem}>" for stem in site.notebooks if site.is_chapter(stem)),
+            *(f"{title(stem, site)} <{folder}/{stem}>" for stem in site.chapters(profile)),
             "```",
         ]
     )
@@ -412,14 +422,14 @@ def pages_of(out: Path) -> Path:  # The folder that Sphinx reads
     for stem in site.notebooks:
         if stem in site.modules:
             module(stem, site, pages)
-        if site.is_chapter(stem):
-            for profile in PROFILES:
-                chapter(stem, profile, site, pages)
+    for profile in PROFILES:
+        for stem in site.chapters(profile):
+            chapter(stem, profile, site, pages)
     write(pages / "api/index.md", api_index(site))
     write(pages / "commands.md", commands())
     for profile, (folder, _) in PROFILES.items():
         write(pages / f"results_{profile}.txt", results(profile, pages))
-        write(pages / f"chapters_{folder}.txt", toctree(folder, site))
+        write(pages / f"chapters_{folder}.txt", toctree(profile, site))
     for page in [*DOCS.glob("*.md"), *DOCS.glob("howto/*.md")]:
         name = page.relative_to(DOCS)
         write(pages / name, page.read_text(encoding="utf-8").replace(ADDRESS, REPOSITORY))

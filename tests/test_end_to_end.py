@@ -87,6 +87,16 @@ def test_the_final_table_is_printed(study):
     assert [m for m in METHODS if not any(line.startswith(labels[m] + " ") for line in lines)] == []
 
 
+def test_a_kept_run_is_diagnosed(study):
+    settings = [w for k, v in (TINY | dict(work=study[0] / "runs")).items() for w in ("--set", f"{k}={v}")]
+    said = subprocess.run(command("diagnose", "lora", *settings), cwd=study[0], capture_output=True, text=True)
+    lines = said.stdout.splitlines()
+    history = result(study, "03_lora")["methods"]["lora"]["runs"][0]["history"]
+    assert lines[0].startswith("LoRA, seed 0: ") and f"training loss {history['losses'][0]:.3f}" in lines[1]
+    assert "on 4 validation images: CIDEr" in said.stdout
+    assert said.returncode == (not lines[-1].endswith("nothing is wrong with what can be seen of this run"))
+
+
 def test_nothing_is_run_twice(study):
     again = run(study[0])
     assert again.returncode == 0

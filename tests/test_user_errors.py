@@ -328,6 +328,10 @@ explain photo.png --model lora
   the model 'lora' with seed 0 has not been tuned under the profile nano: `rsstudy tune lora --profile nano`
 explain photo.png --model lroa
   unknown model 'lroa': give paligemma-nano-riscm, none, lora
+diagnose magic
+  magic holds no run of the study: it needs run.json
+diagnose lora
+  holds no run of the study: it needs run.json
 export magic
   unknown run 'magic': give a folder of tuned weights such as
 export runs/nano/weights/magic-seed0
