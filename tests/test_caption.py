@@ -25,7 +25,7 @@ from rsstudy.model.base import load_base
 from rsstudy.model.generate import Captioner
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ("--set", "generate_batch=4")
+SMALL = ("--set", "generate_batch=4", "--model", "none")
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,10 @@ def written(folder, photo):
     ]
     assert main(words) == 0
     files = sorted(p.name for p in (folder / "out").iterdir())
-    assert files == [f"{photo.stem}-none.html", f"{photo.stem}-none.png"]  # and no temporary file
+    assert files == [
+        f"{photo.stem}-paligemma-nano-riscm.html",
+        f"{photo.stem}-paligemma-nano-riscm.png",
+    ]  # and no temporary file
     with Image.open(folder / "out" / files[1]) as figure:
         assert min(figure.size) > 300
     return folder / "out" / files[0]

@@ -23,7 +23,7 @@ from toys import STUCK
 from rsstudy.commands.main import main
 from rsstudy.common.settings import load_profile
 from rsstudy.model.generate import generate_captions
-from rsstudy.tuning.captioners import load_captioner
+from rsstudy.tuning.captioners import SHIPPED, load_captioner
 from rsstudy.tuning.method import attach
 from rsstudy.tuning.methods import methods
 from rsstudy.tuning.saved import save_tuned, tuned_folder
@@ -180,23 +180,24 @@ def test_caption_explain_and_another_model(opened, P, files):
     with Image.open(photo) as image:
         expected = {
             name: generate_captions(load_captioner(P, name), [image.convert("RGB")], max_new_tokens=P.max_new_tokens)[0]
-            for name in ("none", "lora")
+            for name in (SHIPPED, "lora")
         }
-    assert expected["none"] != expected["lora"] and all(expected.values())
+    assert expected[SHIPPED] != expected["lora"] and all(expected.values())
     assert [box.get_attribute("value") for box in page.locator("#model input").all()] == [
+        SHIPPED,
         "untuned paligemma-nano",
         "LoRA",
     ]
     assert page.locator("#ask").is_disabled() and page.locator("#explain").is_disabled()
     send(page, photo)
-    assert captioned(page) == expected["none"]
+    assert captioned(page) == expected[SHIPPED]
     page.locator("#ways").get_by_label("Integrated Gradients").uncheck()
     page.click("#explain")
     frame = page.frame_locator("#explanation iframe[sandbox=allow-scripts]")
     frame.locator(".caption button").first.wait_for()
     assert (
-        frame.locator(".caption").text_content() == expected["none"]
-        and "untuned paligemma-nano" in frame.locator(".meta").text_content()
+        frame.locator(".caption").text_content() == expected[SHIPPED]
+        and SHIPPED in frame.locator(".meta").text_content()
     )
     shown, word = frame.locator("#map").get_attribute("src"), frame.locator(".caption button").first
     word.hover()

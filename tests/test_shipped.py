@@ -1,4 +1,4 @@
-"""The captioner that comes with the package: it is the run that it says it is, and photographs get captions that fit."""
+"""The captioner that comes with the package is the run that it says it is, and photographs get captions that fit."""
 
 import csv
 import json

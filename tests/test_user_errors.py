@@ -331,7 +331,7 @@ explain photo.png --model lroa
 diagnose magic
   magic holds no run of the study: it needs run.json
 diagnose lora
-  holds no run of the study: it needs run.json
+  PLACE/runs/nano/weights/lora-seed0 holds no run of the study: it needs run.json
 export magic
   unknown run 'magic': give a folder of tuned weights such as
 export runs/nano/weights/magic-seed0

@@ -17,7 +17,7 @@ from ..common.code import code_digest, versions
 from ..common.files import write_json
 from ..common.settings import Profile
 from .faults import RECIPES
-from .recipe import Recipe, caption, train
+from .recipe import PlainRecipe, caption, train
 from ..model.base import base_version
 from ..model.generate import Captioner, generate_captions
 from ..training.data import StudyData
@@ -72,7 +72,7 @@ def _scored(captions, references) -> dict:
 
 # %% ../../nbs/lib/13_laboratory/03_examine.ipynb #9291ddb6
 def examine(
-    recipe: Recipe,  # What is tried
+    recipe: PlainRecipe,  # What is tried
     P: Profile,  # Its base
     data: StudyData,  # Trains on the first caption of each training image, is judged on the validation images
     seed: int,  # Of what is drawn: LoRA's start, a part that was lost, the images' order

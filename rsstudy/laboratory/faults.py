@@ -14,10 +14,10 @@ import itertools
 import torch
 from PIL import Image
 
-from .recipe import Recipe
+from .recipe import PlainRecipe
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #1a03bfed
-class PromptInLabels(Recipe):
+class PromptInLabels(PlainRecipe):
     name, label, fault = "prompt_in_labels", "prompt and image in the labels", "prompt_in_labels"
 
     def batch(self, processor, images, captions):
@@ -25,7 +25,7 @@ class PromptInLabels(Recipe):
         return batch | dict(labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #eb223a73
-class PaddingInLabels(Recipe):
+class PaddingInLabels(PlainRecipe):
     name, label, fault = "padding_in_labels", "padding in the loss", "padding_in_labels"
 
     def batch(self, processor, images, captions):
@@ -34,7 +34,7 @@ class PaddingInLabels(Recipe):
         return batch | dict(labels=torch.where(padding, batch["input_ids"], batch["labels"]))
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #83123be2
-class NoEnd(Recipe):
+class NoEnd(PlainRecipe):
     name, label, fault = "no_end", "no <eos>", "no_end_in_labels"
 
     def batch(self, processor, images, captions):
@@ -43,7 +43,7 @@ class NoEnd(Recipe):
         return batch | dict(labels=batch["labels"].masked_fill(ends, -100))
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #0646f446
-class ShiftedLabels(Recipe):
+class ShiftedLabels(PlainRecipe):
     name, label, fault = "shifted_labels", "labels shifted by hand", "labels_shifted"
 
     def batch(self, processor, images, captions):
@@ -53,7 +53,7 @@ class ShiftedLabels(Recipe):
         return batch | dict(labels=shifted)
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #6274cbf5
-class PrefixUnmarked(Recipe):
+class PrefixUnmarked(PlainRecipe):
     name, label, fault = "prefix_unmarked", "token_type_ids left out", "prefix_unmarked"
 
     def batch(self, processor, images, captions):
@@ -61,31 +61,31 @@ class PrefixUnmarked(Recipe):
         return {k: v for k, v in batch.items() if k != "token_type_ids"}
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #875ce6db
-class PicturesExchanged(Recipe):
+class PicturesExchanged(PlainRecipe):
     name, label, fault = "pictures_exchanged", "pictures exchanged", "pictures_exchanged"
 
     def pictures(self, images):
         return images[1:] + images[:1]
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #29500f2c
-class PicturesLeftOut(Recipe):
+class PicturesLeftOut(PlainRecipe):
     name, label, fault = "pictures_left_out", "pictures left out", "pictures_alike"
 
     def pictures(self, images):
         return [Image.new("RGB", image.size) for image in images]
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #b227adf6
-class RateHigh(Recipe):
+class RateHigh(PlainRecipe):
     name, label, fault = "rate_high", "learning rate x 100", "rate_high"
-    lr = 100 * Recipe.lr
+    lr = 100 * PlainRecipe.lr
 
 
-class RateLow(Recipe):
+class RateLow(PlainRecipe):
     name, label, fault = "rate_low", "learning rate / 1000", "rate_low"
-    lr = Recipe.lr / 1000
+    lr = PlainRecipe.lr / 1000
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #46f7ba18
-class OptimizerFirst(Recipe):
+class OptimizerFirst(PlainRecipe):
     name, label, fault = "optimizer_first", "optimiser made before the adapter", "untouched"
 
     def trained(self, model):
@@ -93,7 +93,7 @@ class OptimizerFirst(Recipe):
         return super().trained(model)[0], optimizer
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #804d61e4
-class Half(Recipe):
+class Half(PlainRecipe):
     name, label, fault = "half", "float16 without scaling", "half_precision"
 
     def trained(self, model):
@@ -109,7 +109,7 @@ class Half(Recipe):
         return inputs | dict(pixel_values=inputs["pixel_values"].half())
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #d7b74dde
-class ProjectorLost(Recipe):
+class ProjectorLost(PlainRecipe):
     name, label, fault = "projector_lost", "projector freshly drawn, frozen", "projector_lost"
 
     def load(self, P):
@@ -120,7 +120,7 @@ class ProjectorLost(Recipe):
         return model, processor
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #5f56754d
-class HeadLost(Recipe):
+class HeadLost(PlainRecipe):
     name, label, fault = "head_lost", "head untied and freshly drawn", "head_lost"
 
     def load(self, P):
@@ -130,12 +130,12 @@ class HeadLost(Recipe):
         return model, processor
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #88569225
-class OtherPrompt(Recipe):
+class OtherPrompt(PlainRecipe):
     name, label, fault = "other_prompt", "another prompt in generation", "asked_otherwise"
     asked = "describe this image"
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #9d91b5f6
-class NoNewline(Recipe):
+class NoNewline(PlainRecipe):
     name, label, fault = "no_newline", "no newline behind the prompt in generation", "asked_otherwise"
 
     def asks(self, processor, images):
@@ -143,7 +143,7 @@ class NoNewline(Recipe):
         return {k: v if k == "pixel_values" else v[:, :-1] for k, v in inputs.items()}
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #91ae3d2c
-class PaddedRight(Recipe):
+class PaddedRight(PlainRecipe):
     name, label, fault = "padded_right", "padding on the right in generation", "padded_right"
 
     def asks(self, processor, images):
@@ -153,14 +153,14 @@ class PaddedRight(Recipe):
         return inputs | processor.tokenizer.pad({k: inputs[k] for k in ("input_ids", "attention_mask")}, **side)
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #d71ece0c
-class PromptDecoded(Recipe):
+class PromptDecoded(PlainRecipe):
     name, label, fault = "prompt_decoded", "prompt decoded with the caption", "prompt_written"
 
     def decode(self, processor, written, length):
         return processor.batch_decode(written, skip_special_tokens=True)
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #f6fd8cb6
-class TableI(Recipe):
+class TableI(PlainRecipe):
     name, label = "table_1", "paper 2, table I: full tuning as printed"
     lr, epochs, batch_images = 1e-5, 3, 4
     prompt = asked = "describe the image"
@@ -174,7 +174,7 @@ class TableIRate(TableI):
     lr = 1e-3
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #37b5a563
-class TableII(Recipe):
+class TableII(PlainRecipe):
     name, label = "table_2", "paper 2, table II: LoRA as printed"
     lr, rank, alpha, epochs, batch_images = 1e-5, 8, 16, 3, 4
     prompt = asked = "describe this image"
@@ -186,7 +186,7 @@ class TableII(Recipe):
 
 class TableIIRate(TableII):
     name, label = "table_2_rate", "paper 2, table II, at a rate for this model"
-    lr = Recipe.lr
+    lr = PlainRecipe.lr
 
 # %% ../../nbs/lib/13_laboratory/02_faults.ipynb #83f5f519
 class HeadLostRateLow(HeadLost):
@@ -210,4 +210,6 @@ def _with_subclasses(kind):
     return [kind, *itertools.chain.from_iterable(map(_with_subclasses, kind.__subclasses__()))]
 
 
-RECIPES = {kind.name: kind() for kind in dict.fromkeys(_with_subclasses(Recipe))}  # The correct one, then the faults
+RECIPES = {
+    kind.name: kind() for kind in dict.fromkeys(_with_subclasses(PlainRecipe))
+}  # The correct one, then the faults
