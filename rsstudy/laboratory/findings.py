@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'NEAR_GUESSING', 'FLAT', 'WORDLESS', 'BLIND', 'by_recipe', 'recipe_table', 'judge_guard', 'cause_table',
-           'says_nothing', 'paper_matches', 'paper_table', 'collapse_findings', 'recipe_figure']
+           'says_nothing', 'paper_matches', 'traces_table', 'collapse_findings', 'recipe_figure']
 
 # %% ../../nbs/lib/13_laboratory/04_findings.ipynb #45d91bc0
 import math
@@ -26,7 +26,7 @@ def _median_norm(norms) -> float | None:  # None where no gradient was a number
 
 
 def by_recipe(
-    rows: list[dict],  # Of `rsstudy.laboratory.examine.examine`, any number of seeds
+    rows: list[dict],  # Of `rsstudy.laboratory.examine.examine_recipe`, any number of seeds
     # name, label, fault; start, end (nats a token), guessing (the same, of a uniform guess), norm, cider and
     # gained_by_looking (one a seed), distinct, commonest (means), said: counted, samples of the first seed
 ) -> list[dict]:
@@ -86,7 +86,7 @@ def recipe_table(
 
 # %% ../../nbs/lib/13_laboratory/04_findings.ipynb #1436398a
 def judge_guard(
-    rows: list[dict],  # Of `rsstudy.laboratory.examine.examine`, of seeds that decided nothing
+    rows: list[dict],  # Of `rsstudy.laboratory.examine.examine_recipe`, of seeds that decided nothing
 ) -> dict:  # faulty, named (runs), share; sound, accused (runs); mistaken: label -> what it said instead
     "The guard's word against the truth."
     faulty = [row for row in rows if row["fault"]]
@@ -136,7 +136,7 @@ def paper_matches(
     return matches
 
 # %% ../../nbs/lib/13_laboratory/04_findings.ipynb #8bfbbd9f
-def paper_table(
+def traces_table(
     matches: list[dict],  # Of `paper_matches`
 ) -> pd.DataFrame:  # A row a recipe, those that fit best first
     "Which of the second paper's three traces each recipe leaves."
