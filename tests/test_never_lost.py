@@ -101,9 +101,8 @@ def outcome(folder, name):
 
 def test_killed_at_random_moments(story):
     folder, facts, _ = story
-    assert facts["kills"] >= 3 and facts["steps"] == sorted(
-        set(facts["steps"])
-    )  # each time in its middle, and further on
+    steps = [step for step in facts["steps"] if step]  # a kill behind the last checkpoint finds it cleared away
+    assert facts["kills"] >= 3 and steps and steps == sorted(set(steps))  # in the middle, and further on each time
     assert outcome(folder, "killed") == outcome(folder, "undisturbed")
     assert len(outcome(folder, "killed")["losses"]) > 7  # more than one evaluation
 
