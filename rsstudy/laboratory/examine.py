@@ -22,7 +22,7 @@ from ..model.base import base_version
 from ..model.generate import Captioner, generate_captions
 from ..training.data import StudyData
 from ..training.guard import Evidence, diagnose, label_kinds
-from ..tuning.diagnosis import guessing_share, looking_nats
+from ..tuning.looking import guessing_share, looking_nats
 from ..tuning.score import gained_by_looking
 
 # %% ../../nbs/lib/13_laboratory/03_examine.ipynb #1bee3e71
