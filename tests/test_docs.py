@@ -19,6 +19,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 import pytest
 
 from rsstudy.common.settings import load_profile
+from rsstudy.runner.study import is_appendix
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = dict(study="nano", real="riscm-nano")
@@ -84,15 +85,21 @@ def test_all_is_there_and_light(site, pages):
         "commands.html",
         "api/index.html",
     } <= pages.keys()
-    ran = {folder: (ROOT / "results" / name).glob("[0-9]*.ipynb") for folder, name in PROFILES.items()}
-    chapters = {f"{folder}/{p.stem}.html" for folder, notebooks in ran.items() for p in notebooks}
+    stems = [p.stem for p in (ROOT / "nbs").glob("[0-9]*.ipynb")]
+    chapters = {f"{folder}/{stem}.html" for folder in PROFILES for stem in stems if not is_appendix(stem)}
+    appendices = {
+        f"{folder}/{stem}.html"
+        for folder, name in PROFILES.items()
+        for stem in stems
+        if is_appendix(stem) and (ROOT / "results" / name / f"{stem}.ipynb").is_file()
+    }
     modules = {
         "api/" + p.relative_to(ROOT / "rsstudy").with_suffix("").as_posix().replace("/", ".") + ".html"
         for p in (ROOT / "rsstudy").rglob("*.py")
         if p.stem[0] != "_"
     }
-    assert len(chapters) >= 14 and chapters <= pages.keys() and modules <= pages.keys(), sorted(
-        (chapters | modules) - pages.keys()
+    assert len(chapters) == 14 and chapters | appendices | modules <= pages.keys(), sorted(
+        (chapters | appendices | modules) - pages.keys()
     )
     assert sum(f.stat().st_size for f in site.rglob("*") if f.is_file()) < 25e6
 

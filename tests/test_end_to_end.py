@@ -34,10 +34,15 @@ NOTEBOOKS = ["01_eda", "02_baseline", "03_lora", "04_prompt_tuning", "05_adapter
 METHODS = {"none", "lora", "qlora", "prompt", "adapter", "full"}
 
 
-def run(folder):
+def tiny(folder):
+    "The settings, as words of the command line."
     settings = TINY | dict(results=folder / "results", work=folder / "runs")
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return subprocess.run(command("run", "--seeds", "0", *words), cwd=folder, capture_output=True, text=True)
+    return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+def run(folder):
+    words = command("run", "--seeds", "0", *tiny(folder))
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +93,8 @@ def test_the_final_table_is_printed(study):
 
 
 def test_a_kept_run_is_diagnosed(study):
-    settings = [w for k, v in (TINY | dict(work=study[0] / "runs")).items() for w in ("--set", f"{k}={v}")]
-    said = subprocess.run(command("diagnose", "lora", *settings), cwd=study[0], capture_output=True, text=True)
+    words = command("diagnose", "lora", *tiny(study[0]))
+    said = subprocess.run(words, cwd=study[0], capture_output=True, text=True)
     lines = said.stdout.splitlines()
     history = result(study, "03_lora")["methods"]["lora"]["runs"][0]["history"]
     assert lines[0].startswith("LoRA, seed 0: ") and f"training loss {history['losses'][0]:.3f}" in lines[1]

@@ -68,9 +68,9 @@ def newest(): return max((p.name for p in (here/'killed').glob('step-*')), defau
 while len(steps) < 5:  # each child is killed some time after its own first checkpoint
     pid, deadline = child(run, 'killed'), time.monotonic() + 60
     while newest() in seen and time.monotonic() < deadline: time.sleep(.01)
-    time.sleep(rng.uniform(0, .3))
+    time.sleep(rng.uniform(0, .1))
     os.kill(pid, signal.SIGKILL)
-    if end(pid) != -signal.SIGKILL: break  # it had ended before
+    if end(pid) != -signal.SIGKILL or not newest(): break  # it had ended before
     steps.append(newest())
     seen.add(steps[-1])
 kills = len(steps)
@@ -101,8 +101,9 @@ def outcome(folder, name):
 
 def test_killed_at_random_moments(story):
     folder, facts, _ = story
-    steps = [step for step in facts["steps"] if step]  # a kill behind the last checkpoint finds it cleared away
-    assert facts["kills"] >= 3 and steps and steps == sorted(set(steps))  # in the middle, and further on each time
+    assert facts["kills"] >= 3 and facts["steps"] == sorted(
+        set(facts["steps"])
+    )  # each time in its middle, and further on
     assert outcome(folder, "killed") == outcome(folder, "undisturbed")
     assert len(outcome(folder, "killed")["losses"]) > 7  # more than one evaluation
 

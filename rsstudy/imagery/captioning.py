@@ -35,7 +35,7 @@ from .sources import count_jobs, find_images, read_jobs, write_jobs
 from .views import SeenImage, Wanted, read_item, resizer, views
 from ..model.generate import STATIC_IMAGES, Captioner, generate_captions
 from ..model.memory import halve_until_it_fits
-from ..tuning.captioners import default_captioner, find_captioner, load_captioner
+from ..tuning.captioners import default_captioner, find_captioner, find_run, load_captioner
 
 # %% ../../nbs/lib/16_imagery/06_captioning.ipynb #cell-005
 class Portions:
@@ -244,8 +244,7 @@ class Captioned:
 # %% ../../nbs/lib/16_imagery/06_captioning.ipynb #cell-015
 def _weights(P, model, seed):
     "Size and date of a model's files of weights, which tell whether it was tuned again."
-    tuned, base = find_captioner(P, model, seed)
-    folder = tuned or Path(base)
+    folder = find_run(P, model, seed) or Path(model if model != "none" else P.base_model).expanduser()
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 

@@ -8,38 +8,29 @@ __all__ = ['MODULES', 'examine_recipe', 'examined']
 # %% ../../nbs/lib/13_laboratory/03_examine.ipynb #6a24451e
 import hashlib
 import json
-from collections import Counter
 
 import numpy as np
 import torch
 
 from ..common.code import code_digest, versions
-from ..common.files import write_json
+from ..common.files import kept_record, write_json
 from ..common.settings import Profile
 from .faults import RECIPES
 from .recipe import PlainRecipe, caption, train_plainly
 from ..model.base import base_version
 from ..model.generate import Captioner, generate_captions
 from ..training.data import StudyData
-from ..training.guard import Evidence, diagnose, label_kinds
-from ..tuning.looking import guessing_share, looking_nats
-from ..tuning.score import gained_by_looking
+from ..training.guard import Evidence, diagnose, label_kinds, special_ids
+from ..tuning.looking import caption_worth, guessing_share, looking_nats
 
 # %% ../../nbs/lib/13_laboratory/03_examine.ipynb #1bee3e71
 def _of_first_batch(recipe, processor, images, captions) -> dict:  # Fields of `Evidence`
     count = recipe.batch_images
     batch = recipe.batch(processor, images[:count], captions[:count])
-    tokenizer = processor.tokenizer
-    ids = dict(
-        image=processor.image_token_id,
-        newline=tokenizer.convert_tokens_to_ids("\n"),
-        pad=tokenizer.pad_token_id,
-        eos=tokenizer.eos_token_id,
-    )
     pixels = batch["pixel_values"]
     asked = recipe.asks(processor, images[:2])
     return dict(
-        labels=label_kinds(batch["input_ids"], batch["labels"], **ids),
+        labels=label_kinds(batch["input_ids"], batch["labels"], **special_ids(processor)),
         prefix_marked="token_type_ids" in batch and bool((batch["token_type_ids"] == 0).any()),
         pictures_alike=bool((pixels == pixels[:1]).all()),
         half=pixels.dtype == torch.float16,
@@ -48,27 +39,11 @@ def _of_first_batch(recipe, processor, images, captions) -> dict:  # Fields of `
     )
 
 # %% ../../nbs/lib/13_laboratory/03_examine.ipynb #24706621
-def _measured(recipe, trained, processor, captions, images, references) -> dict:  # Of the trained model
-    own = Captioner(trained, processor, recipe.prompt)
+def _after(recipe, model, processor, written, images, references) -> dict:  # val_loss, and two fields of `Evidence`
+    own = Captioner(model, processor, recipe.prompt)
     again = generate_captions(own, images, max_new_tokens=recipe.max_new_tokens)
     loss, looks = looking_nats(own, images, references)
-    return dict(
-        val_loss=loss,
-        looks=looks,
-        confirmed=float(np.mean([a == b for a, b in zip(captions, again)])),
-    )
-
-# %% ../../nbs/lib/13_laboratory/03_examine.ipynb #b7c84b46
-def _scored(captions, references) -> dict:
-    from rsstudy.metrics.cider import cider
-
-    own = cider(captions, references)
-    return dict(
-        cider=float(own.mean()),
-        gained_by_looking=float(gained_by_looking(captions, references, own).mean()),
-        distinct=len(set(captions)) / len(captions),
-        commonest=Counter(captions).most_common(1)[0][1] / len(captions),
-    )
+    return dict(val_loss=loss, looks=looks, confirmed=float(np.mean([a == b for a, b in zip(written, again)])))
 
 # %% ../../nbs/lib/13_laboratory/03_examine.ipynb #9291ddb6
 def examine_recipe(
@@ -94,9 +69,8 @@ def examine_recipe(
     moved = [(p - start[name]).abs().max() for name, p in model.named_parameters() if name in start]
     seen["moved"] = float(torch.stack(moved).max())  # NaN where one is
     written = caption(recipe, model, processor, val_images)
-    after = _measured(recipe, model.float(), processor, written, val_images, references)
-    seen |= dict(captions=written, losses=losses, norms=norms, looks=after["looks"], confirmed=after["confirmed"])
-    unshown = ("captions", "losses", "norms")
+    seen |= _after(recipe, model.float(), processor, written, val_images, references)
+    val_loss = seen.pop("val_loss")
     return dict(
         name=recipe.name,
         label=recipe.label,
@@ -106,15 +80,25 @@ def examine_recipe(
         vocabulary=len(processor.tokenizer),
         losses=losses,
         norms=norms,
-        evidence={name: value for name, value in seen.items() if name not in unshown},
-        val_loss=after["val_loss"],
-        **_scored(written, references),
+        evidence=seen,
+        val_loss=val_loss,
+        **caption_worth(written, references),
         samples=written[:8],
-        said=diagnose(Evidence(**seen)),
+        said=diagnose(Evidence(written, losses, norms, **seen)),
     )
 
 # %% ../../nbs/lib/13_laboratory/03_examine.ipynb #1b4db22b
-MODULES = tuple(f"rsstudy.laboratory.{name}" for name in ("examine", "faults", "recipe")) + ("rsstudy.training.guard",)
+MODULES = tuple(
+    f"rsstudy.{name}"
+    for name in (
+        "laboratory.examine",
+        "laboratory.faults",
+        "laboratory.recipe",
+        "training.guard",
+        "tuning.looking",
+        "tuning.score",
+    )
+)
 
 
 def examined(
@@ -127,10 +111,6 @@ def examined(
     facts = [P.base_model, base_version(P.base_model), data.material, code_digest(*MODULES), versions()]
     key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:24]
     path = P.work_dir / "laboratory" / f"{name}-seed{seed}.json"
-    if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["key"] == key:
-            return record["row"]
-    row = examine_recipe(RECIPES[name], P, data, seed)
-    write_json(path, dict(key=key, row=row))
-    return json.loads(path.read_text(encoding="utf-8"))["row"]
+    if not kept_record(path, key):
+        write_json(path, dict(key=key, row=examine_recipe(RECIPES[name], P, data, seed)))
+    return kept_record(path, key)["row"]  # as JSON keeps it, whether it was made now or before

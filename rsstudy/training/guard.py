@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OF_A_BATCH', 'OF_WEIGHTS', 'OF_CAPTIONS', 'FAULTS', 'GUESSING', 'LOOKS', 'STILL', 'RISEN', 'FAR', 'NEAR', 'SLOW',
-           'DISTINCT', 'COMMONEST', 'ENOUGH', 'RunHistory', 'Fault', 'Evidence', 'label_kinds', 'too_few', 'diagnose']
+           'DISTINCT', 'COMMONEST', 'ENOUGH', 'RunHistory', 'Fault', 'Evidence', 'label_kinds', 'special_ids',
+           'too_few', 'diagnose']
 
 # %% ../../nbs/lib/08_training/05_guard.ipynb #cell-002
 import dataclasses
@@ -201,6 +202,19 @@ def label_kinds(
             kind = special or ("prompt" if place <= ends else "caption")
             kinds["shifted" if label != token else kind] += 1
     return dict(kinds)
+
+# %% ../../nbs/lib/08_training/05_guard.ipynb #0cf6645c
+def special_ids(
+    processor,  # PaliGemma's
+) -> dict[str, int]:  # image, newline, pad, eos
+    "The ids by which `label_kinds` tells tokens apart."
+    tokenizer = processor.tokenizer
+    return dict(
+        image=processor.image_token_id,
+        newline=tokenizer.convert_tokens_to_ids("\n"),
+        pad=tokenizer.pad_token_id,
+        eos=tokenizer.eos_token_id,
+    )
 
 # %% ../../nbs/lib/08_training/05_guard.ipynb #c8fe80c1
 def _of_a_batch(seen) -> str | None:

@@ -103,10 +103,13 @@ def load_folder(
 # %% ../../nbs/lib/09_tuning/11_captioners.ipynb #cell-010
 def find_run(
     P: Profile,  # Names the folder of weights
-    name: str,  # A method or a variant, such as lora; with the seed, such as lora-seed1, where `seed` is not to count
+    # `SHIPPED`, a method or a variant, such as lora; with the seed, such as lora-seed1, where `seed` is not to count
+    name: str,
     seed: int = 0,  # Of the run
 ) -> Path | None:  # Its folder; None where the name is no method's
     "The folder of a run of the study, whether it is there or not."
+    if name == SHIPPED:
+        return SHIPPED_FOLDER
     stem, dash, number = name.rpartition("-seed")
     if dash and number.isdecimal():
         name, seed = stem, int(number)
@@ -125,8 +128,6 @@ def find_captioner(
 
     Raises as `load_captioner`, but for a name on the hub, which shows when it is asked for.
     """
-    if model == SHIPPED:
-        return SHIPPED_FOLDER, P.base_model
     if run := find_run(P, model, seed):
         name, _, number = run.name.rpartition("-seed")
         if has_weights(run):

@@ -8,7 +8,6 @@ __all__ = ['diagnose_run', 'diagnosis_text']
 # %% ../../nbs/lib/09_tuning/13_diagnosis.ipynb #9660977e
 import json
 import math
-from collections import Counter
 from pathlib import Path
 
 from ..common.settings import Profile
@@ -16,10 +15,9 @@ from ..model.generate import generate_captions
 from ..training.data import StudyData, study_data
 from ..training.guard import FAULTS, Evidence, diagnose
 from .captioners import find_run, load_folder
-from .looking import looking_nats
+from .looking import caption_worth, looking_nats
 from .methods import method_label
 from .saved import read_facts
-from .score import gained_by_looking
 
 # %% ../../nbs/lib/09_tuning/13_diagnosis.ipynb #bd1ef221
 def _kept_run(P, run, seed) -> tuple[Path, dict]:
@@ -43,15 +41,12 @@ def diagnose_run(
 
     Raises `FileNotFoundError` where it was not kept, and as `rsstudy.tuning.captioners.load_folder`.
     """
-    from rsstudy.metrics.cider import cider
-
     folder, record = _kept_run(P, run, seed)
     captioner, facts = load_folder(P, folder), read_facts(folder)
     data = data or study_data(P, progress=False)
     images, references = data.val["image"][:], list(data.val["captions"])
     captions = generate_captions(captioner, images, max_new_tokens=P.max_new_tokens, batch_size=P.generate_batch)
     loss, looks = looking_nats(captioner, images, references)
-    own = cider(captions, references)
     history = record["history"]
     return dict(
         folder=str(folder),
@@ -62,10 +57,7 @@ def diagnose_run(
         vocabulary=len(captioner.processor.tokenizer),
         loss=loss,
         looks=looks,
-        cider=float(own.mean()),
-        gained_by_looking=float(gained_by_looking(captions, references, own).mean()),
-        distinct=len(set(captions)) / len(captions),
-        commonest=Counter(captions).most_common(1)[0][1] / len(captions),
+        **caption_worth(captions, references),
         captions=captions,
         said=diagnose(Evidence(captions, history["losses"], looks=looks, prompt=captioner.prompt)),
     )
@@ -87,7 +79,7 @@ def diagnosis_text(
     "What `rsstudy diagnose` prints."
     last = found["losses"][-max(1, len(found["losses"]) // 10) :]
     count = len(found["captions"])
-    said = f"{FAULTS[found['said']]}" if found["said"] else "nothing is wrong with what can be seen of this run"
+    said = FAULTS[found["said"]] if found["said"] else "nothing is wrong with what can be seen of this run"
     return "\n".join(
         [
             f"{method_label(found['method'])}, seed {found['seed']}: {found['folder']}",
